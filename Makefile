@@ -1,0 +1,55 @@
+# Every target does its own set-up: a virtual environment in .venv, everything else under ~/.cache/mmlane (MMLANE_CACHE).
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+V ?= 0.5.12.post1
+
+.PHONY: demo test lint unit contract engine matrix matrix-new fingerprints table bench clean
+
+# The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
+demo: $(READY)
+	$(RUN) -m devkit.demo --engine $(V)
+
+# Everything that has to hold: checks, unit and contract tests, and six engine releases for real.
+test: lint unit contract engine
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+unit: $(READY)
+	$(RUN) -m pytest tests/unit
+
+contract: $(READY)
+	$(RUN) -m pytest tests/contract
+
+engine: $(READY)
+	$(RUN) -m pytest tests/engine
+
+# The same on every supported release.
+matrix: $(READY)
+	$(RUN) -m pytest tests/contract tests/engine --engines all
+
+# Which cells of the table need a person, for a release nobody has seen: make matrix-new V=0.5.24
+matrix-new: $(READY)
+	$(RUN) -m tools.matrix_new $(V)
+
+fingerprints: $(READY)
+	$(RUN) -m tools.fingerprints
+
+table: $(READY)
+	$(RUN) -m tools.compat_table
+
+bench: $(READY)
+	$(RUN) bench/startup.py
+
+$(READY): requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,3 @@
+"""mmlane: fast, safe and leak-free multimodal features for the SGLang serving engine."""
+
+__version__ = "0.1.0"

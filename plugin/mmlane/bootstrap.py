@@ -1,0 +1,94 @@
+"""What the .pth line runs in every interpreter: watch for the engine, cost nothing otherwise.
+
+Standard library only, and of that only what the interpreter has loaded by itself. Nothing here may
+raise: an exception in a .pth line would be printed by every Python process of the user's machine.
+"""
+
+# No `from __future__ import annotations`: it is a module too, a fifth of what this costs. Hence the quotes below.
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+ENGINE = "sglang"
+
+
+class ImportWatch:
+    """A meta path finder that calls back around the import of a few named modules.
+
+    It finds nothing itself. `before[name]` runs once, ahead of the search for module `name`;
+    `after[name]` runs once, when the module's body has run and before its importer continues, so that a
+    later `from name import x` sees what the callback put there. An exception in a callback fails the
+    import: callbacks that must not do so handle their own errors.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, Callable[[], None]] = {}
+        self.after: dict[str, Callable[[ModuleType], None]] = {}
+        self._searching: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        """Return the spec that the other finders give for a watched module, else None."""
+        if fullname in self.before:
+            self.before.pop(fullname)()
+        if fullname not in self.after or fullname in self._searching:
+            return None
+        import importlib.util
+
+        self._searching.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching.discard(fullname)
+        if spec is not None and spec.loader is not None:
+            self._call_after(spec)
+        return spec
+
+    def _call_after(self, spec: "ModuleSpec") -> None:
+        # The loader stays the engine's own (inspect, runpy and resources ask it for more than exec_module);
+        # only this one method is shadowed on the instance, and uncovered when it has run.
+        loader = spec.loader
+        assert loader is not None
+        run = loader.exec_module
+
+        def exec_module(module: "ModuleType") -> None:
+            run(module)
+            if module.__name__ == spec.name:
+                vars(loader).pop("exec_module", None)
+                callback = self.after.pop(spec.name, None)
+                if callback is not None:
+                    callback(module)
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+
+
+WATCH = ImportWatch()
+
+
+def install() -> None:
+    """Arrange for mmlane to start when this process first imports the engine. Idempotent.
+
+    Does nothing when `MMLANE=off`, unless the command line carries a `--mmlane` flag, which must be taken
+    off before the engine parses it.
+    """
+    if os.environ.get("MMLANE", "").strip().lower() == "off" and not _flagged():
+        return
+    if WATCH not in sys.meta_path and ENGINE not in sys.modules:
+        WATCH.before[ENGINE] = _start
+        sys.meta_path.insert(0, WATCH)
+
+
+def _flagged() -> bool:
+    return any(word.startswith("--mmlane") for word in getattr(sys, "argv", ()))
+
+
+def _start() -> None:
+    from mmlane import entry
+
+    entry.start("import hook")

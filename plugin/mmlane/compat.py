@@ -1,0 +1,138 @@
+"""compat_matrix.yaml -> which patch does what on which engine version; and from that a plan for one engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import yaml
+from packaging.version import Version
+
+from mmlane import hookspecs
+from mmlane.engine import Engine
+from mmlane.patching import Cell, Decision, PatchSpec, Refusal, Target
+from mmlane.settings import Settings
+
+MATRIX = "compat_matrix.yaml"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The table: the engine releases that it was checked against, oldest first, and its rows by patch id."""
+
+    engines: tuple[Version, ...]
+    rows: Mapping[str, Mapping[str, Any]]
+
+    def knows(self, version: Version) -> bool:
+        return version in self.engines
+
+    def spec(self, id: str, *, targets: tuple[Target, ...]) -> PatchSpec:
+        """The patch whose row is `id`, with the engine objects that its file replaces."""
+        row = self.rows[id]
+        cells = []
+        for since, cell in row["cells"].items():
+            ((state, reason),) = cell.items()
+            if state not in ("apply", "native"):
+                raise ValueError(f"{MATRIX}: {id}, {since}: wanted apply or native, found {state}")
+            cells.append(Cell(Version(str(since)), state, reason))
+        return PatchSpec(
+            id=id,
+            why=row["why"],
+            consequence=row["consequence"],
+            upstream=tuple(row["upstream"]),
+            drop_when=row["drop_when"],
+            group=row["group"],
+            roles=frozenset(row["roles"]),
+            cells=tuple(cells),
+            targets=targets,
+        )
+
+
+@lru_cache(maxsize=1)
+def matrix() -> Matrix:
+    """The table that belongs to this installation: beside the package in a wheel, at the top of a checkout."""
+    package = Path(__file__).parent
+    for place in (package, package.parent.parent):
+        file = place / MATRIX
+        if file.is_file():
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            raw = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
+            return Matrix(tuple(Version(v) for v in raw["engines"]), raw["patches"])
+    raise FileNotFoundError(f"{MATRIX} is neither in {package} nor at the top of a checkout; reinstall mmlane")
+
+
+def contributed() -> tuple[tuple[PatchSpec, ...], tuple[str, ...]]:
+    """Every patch there is, ours first, and one line for each package whose patches cannot be had.
+
+    Other packages contribute through the entry-point group `mmlane`; see `mmlane.hookspecs`.
+    """
+    import mmlane_patches
+
+    problems: list[str] = []
+    specs: dict[str, PatchSpec] = {}
+    for name, plugin in [("mmlane", mmlane_patches), *_others(problems)]:
+        manager = pluggy.PluginManager(hookspecs.PROJECT)
+        manager.add_hookspecs(hookspecs)
+        try:
+            manager.register(plugin, name)
+            theirs = [spec for contribution in manager.hook.mmlane_patches() for spec in contribution]
+            taken = [spec.id for spec in theirs if spec.id in specs]
+            if taken:
+                raise ValueError(f"a patch called {taken[0]} is there already")
+        except Exception as error:  # somebody else's code: named, and the engine starts without it
+            if plugin is mmlane_patches:
+                raise
+            problems.append(f"the patches of {name} are left out: {type(error).__name__}: {error}")
+            continue
+        specs.update((spec.id, spec) for spec in theirs)
+    return tuple(specs.values()), tuple(problems)
+
+
+def _others(problems: list[str]) -> Iterator[tuple[str, object]]:
+    for point in importlib.metadata.entry_points(group=hookspecs.PROJECT):
+        try:
+            yield point.name, point.load()
+        except Exception as error:  # noqa: BLE001 - as above
+            problems.append(f"the patches of {point.name} are left out: {type(error).__name__}: {error}")
+
+
+def plan(specs: Iterable[PatchSpec], engine: Engine, settings: Settings) -> dict[str, Decision]:
+    """Decide, before anything is imported, what becomes of each patch on this engine.
+
+    A group of which one patch cannot be applied, or was turned off, is skipped as a whole.
+    """
+    decisions = {spec.id: _decide(spec, engine, settings) for spec in specs}
+    for decision in list(decisions.values()):
+        if decision.state == "skipped" and not decision.reason.startswith("needs "):
+            for other in decisions.values():
+                if other.spec.group == decision.spec.group and other.state == "planned":
+                    other.state = "skipped"
+                    other.reason = f"needs {decision.spec.id}: {decision.reason}"
+                    other.chosen = decision.chosen
+    return decisions
+
+
+def _decide(spec: PatchSpec, engine: Engine, settings: Settings) -> Decision:
+    cell = spec.cell(engine.version)
+    if cell is None:
+        oldest = min(cell.since for cell in spec.cells)
+        return Decision(spec, "skipped", f"sglang {engine.version} is older than {oldest}, the oldest supported")
+    if cell.state == "native":
+        return Decision(spec, "native", cell.reason)
+    if spec.id in settings.disable:
+        return Decision(spec, "skipped", "turned off by MMLANE_DISABLE", chosen=True)
+    targets = spec.targets_on(engine.version)
+    if not targets:
+        return Decision(spec, "skipped", f"no target is known on sglang {engine.version}")
+    if engine.source is not None:
+        for target in targets:
+            try:
+                engine.source.check(target)
+            except Refusal as refusal:
+                return Decision(spec, "skipped", str(refusal))
+    return Decision(spec, "planned", cell.reason, targets)

@@ -1,0 +1,188 @@
+"""The driver: one start per process, whichever trigger comes first.
+
+Triggers: the entry point `sglang.srt.plugins` (`register`), and the import hook that the .pth line sets
+(`mmlane.bootstrap`). The engine swallows what an entry point raises, so what must stop it is a `SystemExit`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.util
+import os
+import sys
+import traceback
+from types import ModuleType
+
+from packaging.version import Version
+
+from mmlane import bootstrap, compat, engine, settings
+from mmlane.engine_help import HELP
+from mmlane.patching import Patcher, Refusal, Replacement, apply
+from mmlane.report import Report, skip_line
+
+# When this module has been imported, so has every module of the engine that a main or tokenizer process uses.
+LAST_MODULE = "sglang.srt.entrypoints.engine"
+
+
+class Session:
+    """mmlane in this process: the settings it read, the plan it made, and what has become of it so far."""
+
+    def __init__(self, chosen: settings.Settings, here: engine.Engine, trigger: str) -> None:
+        specs, problems = compat.contributed()
+        ids = [spec.id for spec in specs]
+        unknown = sorted(chosen.disable.difference(ids))
+        if unknown:
+            raise settings.SettingsError(
+                f"MMLANE_DISABLE={','.join(unknown)}: no such patch; there are: {', '.join(ids)}"
+            )
+        self.settings = chosen
+        self.engine = here
+        self.trigger = trigger
+        self.problems = problems
+        self.patcher = Patcher(compat.plan(specs, here, chosen))
+        self.help: Replacement | None = None
+        self.told = False
+
+    def report(self) -> Report:
+        return Report(
+            engine=str(self.engine.version),
+            untested=untested(self.engine.version),
+            settings=self.settings,
+            decisions=tuple(self.patcher.decisions.values()),
+            problems=self.problems,
+        )
+
+    def watched(self) -> set[str]:
+        """The engine modules whose import means something here."""
+        return self.patcher.modules() | {HELP.module, LAST_MODULE}
+
+    def begin(self) -> None:
+        """Patch what is imported, wait for the rest, and arrange for the report."""
+        self.stop_if_strict()
+        for name in sorted(self.watched(), key=LAST_MODULE.__eq__):
+            loaded = sys.modules.get(name)
+            if loaded is not None:
+                self.module_ready(loaded)
+            else:
+                bootstrap.WATCH.after[name] = self.module_ready
+        if bootstrap.WATCH not in sys.meta_path:
+            sys.meta_path.insert(0, bootstrap.WATCH)
+        if engine.is_unstarted_child():
+            multiprocessing.util.register_after_fork(self, Session.tell)
+
+    def module_ready(self, module: ModuleType) -> None:
+        """Called with each watched module of the engine, as soon as its body has run."""
+        skipped = self.patcher.standing("skipped")
+        self.patcher.module_ready(module)
+        dropped = [d for d in self.patcher.standing("skipped") if d not in skipped]
+        if dropped:
+            self.stop_if_strict()
+            say(skip_line(dropped))
+        if module.__name__ == HELP.module and self.help is None:
+            try:
+                self.help = apply(HELP, module)
+            except Refusal:
+                # Nothing follows but a shorter --help; the flags work all the same.
+                self.help = None
+        if module.__name__ == LAST_MODULE and not engine.is_unstarted_child():
+            self.tell()
+
+    def tell(self) -> None:
+        """Print this process's report, once: the block in the main process, a line in others when debugging."""
+        if self.told:
+            return
+        self.told = True
+        report = self.report()
+        role = engine.role()
+        if role == "main":
+            lines = report.block() if self.settings.log != "warning" else report.trouble()
+            for line in lines:
+                say(line)
+        if self.settings.log == "debug":
+            say(report.line(role, os.getpid(), self.trigger))
+
+    def stop_if_strict(self) -> None:
+        """With MMLANE_STRICT=1, end the process when a patch that the engine lacks cannot be applied."""
+        report = self.report()
+        if self.settings.strict and (report.unwanted() or report.problems):
+            for line in report.trouble():
+                say(line)
+            raise SystemExit("mmlane: MMLANE_STRICT=1 and the engine would run without the above: not started")
+
+    def undo(self) -> None:
+        """Put every object of the engine back and stop watching."""
+        self.patcher.undo()
+        if self.help is not None:
+            self.help.undo()
+            self.help = None
+        for name in self.watched():
+            bootstrap.WATCH.after.pop(name, None)
+
+
+session: Session | None = None
+_started = False
+
+
+def start(trigger: str) -> None:
+    """Start mmlane in this process, once; a second call does nothing.
+
+    Raises `SystemExit` for a setting that means nothing, and in strict mode for a patch that cannot be applied.
+    Any other failure leaves the engine as it is, with one line that says so.
+    """
+    global session, _started
+    if _started:
+        return
+    _started = True
+    try:
+        settings.take_flags(sys.argv, os.environ)
+        chosen = settings.read(os.environ)
+        if chosen.mode == "off":
+            return
+        here = engine.installed()
+        if here is None:
+            return
+        session = Session(chosen, here, trigger)
+        session.begin()
+    except settings.SettingsError as error:
+        raise SystemExit(f"mmlane: {error}") from None
+    except Exception as error:
+        if session is not None:
+            session.undo()
+            session = None
+        if os.environ.get("MMLANE_STRICT") == "1":
+            raise SystemExit(f"mmlane: could not start: {type(error).__name__}: {error}") from error
+        say(
+            f"is off in this process, the engine runs without it: {type(error).__name__}: {error}; "
+            "please report this; silence it with MMLANE=off"
+        )
+        if os.environ.get("MMLANE_LOG") == "debug":
+            traceback.print_exc()
+
+
+def stop() -> None:
+    """Undo everything in this process; `start` can then be called again."""
+    global session, _started
+    if session is not None:
+        session.undo()
+    session = None
+    _started = False
+
+
+def register() -> None:
+    """The engine calls this through its entry-point group `sglang.srt.plugins`."""
+    start("entry point")
+
+
+def untested(version: Version) -> str:
+    """Why an engine version counts as untested, in a few words; "" when it is in the table."""
+    known = compat.matrix()
+    if known.knows(version):
+        return ""
+    newest = max(known.engines)
+    if version > newest:
+        return f"untested: newer than {newest}, checked by signature"
+    return "untested: not a published release, checked by signature"
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    print(f"mmlane: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,311 @@
+"""Facts about the machine, each looked up or tried on the spot: /dev/shm, memory limit, kernel features.
+
+Called by `mmlane doctor`. Linux only; standard library only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import re
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+SHM = Path("/dev/shm")
+
+Kind = Literal["mmlane", "engine", "python"]
+
+# What a shared-memory segment's name starts with, and whose it is. `psm_` is what Python's `shared_memory` gives a
+# segment without a name: the engine's pointers below 0.5.15, and those of any other Python program.
+PREFIXES: tuple[tuple[str, Kind], ...] = (("mmlane_", "mmlane"), ("sgl_shm_", "engine"), ("psm_", "python"))
+
+
+# --- /dev/shm ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One file in /dev/shm that carries features. `bytes` is the memory that it holds.
+
+    `pid` is the maker's, where the name tells it; `alive` says whether a process has that number here and now.
+    """
+
+    name: str
+    kind: Kind
+    bytes: int
+    pid: int | None
+    alive: bool | None
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """A /dev/shm: its size and what is free in it, in bytes, and the segments that are in it."""
+
+    path: Path
+    total: int
+    free: int
+    writable: bool
+    segments: tuple[Segment, ...]
+
+    def abandoned(self) -> tuple[Segment, ...]:
+        """The segments whose maker is gone."""
+        return tuple(segment for segment in self.segments if segment.alive is False)
+
+
+def shared_memory(path: Path = SHM) -> SharedMemory | None:
+    """The machine's /dev/shm as it is now; None when there is none."""
+    if not path.is_dir():
+        return None
+    stat = os.statvfs(path)
+    return SharedMemory(
+        path=path,
+        total=stat.f_frsize * stat.f_blocks,
+        free=stat.f_frsize * stat.f_bavail,
+        writable=os.access(path, os.W_OK | os.X_OK),
+        segments=tuple(_segments(path)),
+    )
+
+
+def _segments(path: Path) -> Iterator[Segment]:
+    for name in sorted(os.listdir(path)):
+        kind = next((kind for prefix, kind in PREFIXES if name.startswith(prefix)), None)
+        if kind is None:
+            continue
+        try:
+            held = (path / name).stat().st_blocks * 512
+        except FileNotFoundError:  # unlinked while we were looking
+            continue
+        pid = maker(name)
+        yield Segment(name, kind, held, pid, None if pid is None else is_alive(pid))
+
+
+def maker(name: str) -> int | None:
+    """The pid in a segment's name, as in `sgl_shm_mm_<pid>_<hex>`; None when there is none."""
+    match = re.search(r"_([1-9]\d*)_[0-9a-f]+$", name)
+    return int(match.group(1)) if match else None
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number exists in this pid namespace; it need not be the one that was meant."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError) as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The machine's memory, and the tightest cgroup limit on this process and its use, in bytes; None: no limit.
+
+    What lies in /dev/shm or in a memfd counts towards the limit.
+    """
+
+    total: int
+    limit: int | None
+    used: int | None
+
+
+def memory(proc: Path = Path("/proc/self")) -> Memory:
+    """Memory of the machine and the cgroup limit that holds for this process, of version 1 or 2."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found: list[tuple[int, int | None]] = []
+    for directory, limit_file, use_file in _memory_groups(proc):
+        limit = _number(directory / limit_file)
+        if limit is not None and limit < total:  # version 1 writes "no limit" as a very large number
+            found.append((limit, _number(directory / use_file)))
+    limit, used = min(found, key=lambda pair: pair[0], default=(None, None))
+    return Memory(total, limit, used)
+
+
+def _memory_groups(proc: Path) -> Iterator[tuple[Path, str, str]]:
+    """The directories of the cgroup with the memory controller, from this process's up to the topmost in sight."""
+    try:
+        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
+    except OSError:
+        return
+    for fields in mounts:
+        root, mount_point, (kind, _, options) = fields[3], fields[4], fields[fields.index("-") + 1 :][:3]
+        if kind == "cgroup2":
+            names, mine = ("memory.max", "memory.current"), [path for number, _, path in groups if number == "0"]
+        elif kind == "cgroup" and "memory" in options.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            mine = [path for _, controllers, path in groups if "memory" in controllers.split(",")]
+        else:
+            continue
+        top = Path(mount_point)
+        for path in mine:
+            inside = os.path.relpath(path, root)
+            directory = top if inside.startswith("..") else top / inside
+            for group in (directory, *directory.parents):
+                yield group, *names
+                if group == top:
+                    break
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+# --- kernel features ---------------------------------------------------------------------------------------
+
+
+class Missing(Exception):
+    """A kernel feature was tried and did not do what it should."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature of the kernel that the lane uses: what for, whether it worked when tried, and if not, why."""
+
+    name: str
+    purpose: str
+    works: bool
+    problem: str = ""
+
+
+def kernel_features() -> tuple[Feature, ...]:
+    """Every kernel feature that the lane will use, each tried for real on a page or two of memory."""
+    return tuple(_tried(name, purpose, attempt) for name, (purpose, attempt) in _ATTEMPTS.items())
+
+
+def _tried(name: str, purpose: str, attempt: Callable[[], None]) -> Feature:
+    try:
+        attempt()
+    except AttributeError as error:
+        return Feature(name, purpose, False, f"this Python was built without it ({error})")
+    except (OSError, Missing) as error:
+        return Feature(name, purpose, False, str(error))
+    return Feature(name, purpose, True)
+
+
+def _memfd(scope: ExitStack, size: int = mmap.PAGESIZE) -> int:
+    fd = os.memfd_create("mmlane-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    scope.callback(os.close, fd)
+    os.ftruncate(fd, size)
+    return fd
+
+
+def _memfd_create() -> None:
+    with ExitStack() as scope:
+        fd = _memfd(scope)
+        os.pwrite(fd, b"mmlane", 0)
+        if os.pread(fd, 6, 0) != b"mmlane":
+            raise Missing("what was written did not come back")
+
+
+def _seals() -> None:
+    with ExitStack() as scope:
+        fd = _memfd(scope, 2 * mmap.PAGESIZE)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        try:
+            os.ftruncate(fd, mmap.PAGESIZE)
+        except PermissionError:
+            return
+        raise Missing("a sealed memfd could be shrunk")
+
+
+def _fallocate() -> None:
+    with ExitStack() as scope:
+        fd = _memfd(scope)
+        os.posix_fallocate(fd, 0, mmap.PAGESIZE)
+        if os.fstat(fd).st_blocks == 0:
+            raise Missing("posix_fallocate reserved nothing")
+
+
+def _read_only_descriptor() -> None:
+    with ExitStack() as scope:
+        fd = _memfd(scope)
+        reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        scope.callback(os.close, reader)
+        scope.enter_context(closing(mmap.mmap(reader, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ)))
+        try:
+            writing = mmap.mmap(reader, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except PermissionError:
+            return
+        writing.close()
+        raise Missing("a read-only descriptor could be mapped for writing")
+
+
+def _connected(scope: ExitStack) -> tuple[socket.socket, socket.socket]:
+    """Both ends of a connection over a socket in the abstract namespace."""
+    listener = scope.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    listener.settimeout(1.0)
+    listener.bind(f"\0mmlane-doctor-{os.getpid()}-{os.urandom(4).hex()}")
+    listener.listen(1)
+    client = scope.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    client.settimeout(1.0)
+    client.connect(listener.getsockname())
+    server = scope.enter_context(listener.accept()[0])
+    server.settimeout(1.0)
+    return client, server
+
+
+def _abstract_socket() -> None:
+    with ExitStack() as scope:
+        client, server = _connected(scope)
+        client.send(b"one")
+        client.send(b"two")
+        if (server.recv(16), server.recv(16)) != (b"one", b"two"):
+            raise Missing("messages did not keep their bounds")
+
+
+def _peer_credentials() -> None:
+    with ExitStack() as scope:
+        _, server = _connected(scope)
+        form = struct.Struct("3i")
+        pid, uid, _ = form.unpack(server.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, form.size))
+        if (pid, uid) != (os.getpid(), os.geteuid()):
+            raise Missing(f"the peer is this process, {os.getpid()}, but was said to be {pid}")
+
+
+def _descriptor_passing() -> None:
+    with ExitStack() as scope:
+        client, server = _connected(scope)
+        fd = _memfd(scope)
+        os.pwrite(fd, b"mmlane", 0)
+        socket.send_fds(client, [b"x"], [fd])
+        _, received, _, _ = socket.recv_fds(server, 16, 1)
+        for copy in received:
+            scope.callback(os.close, copy)
+        if len(received) != 1 or os.pread(received[0], 6, 0) != b"mmlane":
+            raise Missing("the descriptor that was sent did not arrive")
+
+
+def _populate(advice: int) -> Callable[[], None]:
+    def attempt() -> None:
+        with ExitStack() as scope:
+            fd = _memfd(scope)
+            scope.enter_context(closing(mmap.mmap(fd, mmap.PAGESIZE))).madvise(advice)
+
+    return attempt
+
+
+_ATTEMPTS: dict[str, tuple[str, Callable[[], None]]] = {
+    "memfd_create": ("feature memory without /dev/shm", _memfd_create),
+    "F_ADD_SEALS": ("memory that cannot shrink under a reader", _seals),
+    "posix_fallocate": ("full memory is an error, not a SIGBUS", _fallocate),
+    "read-only descriptor": ("readers cannot write features", _read_only_descriptor),
+    "abstract socket": ("control, with nothing to clean up", _abstract_socket),
+    "SO_PEERCRED": ("only processes of the same user", _peer_credentials),
+    "SCM_RIGHTS": ("memory handed to readers", _descriptor_passing),
+    # The numbers are the kernel's; Python names them from 3.14 on.
+    "MADV_POPULATE_READ": ("readers without page faults (Linux 5.14)", _populate(22)),
+    "MADV_POPULATE_WRITE": ("writers without page faults (Linux 5.14)", _populate(23)),
+}

@@ -1,0 +1,337 @@
+"""Patches as data: what they change, where, for which engine versions; and how one is applied and undone.
+
+A patch is a `PatchSpec` with one or more `Target`s. It goes through resolve -> check -> apply -> verify, and
+back through undo. The check reads the engine's source without importing it, so that every process of
+one engine comes to the same decision, and so that the same code serves wheels that are not installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from packaging.version import Version
+
+State = Literal["apply", "native"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a patch does on the engine versions from `since` up to the next cell."""
+
+    since: Version
+    state: State
+    reason: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """One engine object that a patch replaces.
+
+    `name` is dotted inside `module` ("Scheduler.recv_requests"). `signature` lists the parameter lists that
+    the replacement can live with, as in "(self, recv_reqs)": names and kinds, no annotations, no default
+    values (`x=` marks a default). For a class it is that of its `__init__`.
+    `replace` is given the engine's object and returns what takes its place.
+    `since` and `before` bound the engine versions on which this target is the right place.
+    """
+
+    module: str
+    name: str
+    signature: str | tuple[str, ...]
+    replace: Callable[[Any], Any]
+    since: str = "0"
+    before: str | None = None
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
+
+    @property
+    def signatures(self) -> tuple[str, ...]:
+        return (self.signature,) if isinstance(self.signature, str) else self.signature
+
+    def serves(self, version: Version) -> bool:
+        """Whether this is a target on that engine version. A pre-release counts as before its release."""
+        return Version(self.since) <= version and (self.before is None or version < Version(self.before))
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """One fix. `cells` say on which engine versions it is applied and on which the engine has it.
+
+    Patches of one `group` need each other: the group is applied whole or not at all. `roles` are the kinds of
+    process whose behaviour it changes ("main", "tokenizer", "dp_controller", "scheduler", "detokenizer").
+    `consequence` says, in a user's words, what follows where it is missing.
+    """
+
+    id: str
+    why: str
+    consequence: str
+    upstream: tuple[str, ...]
+    drop_when: str
+    group: str
+    roles: frozenset[str]
+    cells: tuple[Cell, ...]
+    targets: tuple[Target, ...]
+
+    def cell(self, version: Version) -> Cell | None:
+        """The cell that holds for an engine version, or None below the oldest."""
+        found = None
+        for cell in sorted(self.cells, key=lambda cell: cell.since):
+            if cell.since <= version:
+                found = cell
+        return found
+
+    def targets_on(self, version: Version) -> tuple[Target, ...]:
+        return tuple(target for target in self.targets if target.serves(version))
+
+
+class Refusal(Exception):
+    """A target cannot be patched as the patch expects; the message says what was wanted and what was found."""
+
+
+# --- check: the engine's source, read without importing it -------------------------------------------------
+
+
+class EngineSource:
+    """The Python source of one engine: `root` is the directory that holds the package `sglang`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def file(self, module: str) -> Path | None:
+        base = self.root.joinpath(*module.split("."))
+        for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+        return None
+
+    def find(self, module: str, name: str) -> ast.AST | None:
+        """The definition of a dotted name in a module, or None."""
+        file = self.file(module)
+        if file is None:
+            return None
+        node: ast.AST = _parse(file)
+        for part in name.split("."):
+            found = _member(node, part)
+            if found is None:
+                return None
+            node = found
+        return node
+
+    def check(self, target: Target) -> None:
+        """Raise `Refusal` unless the target is there with a signature that the patch can live with."""
+        node = self.find(target.module, target.name)
+        if node is None:
+            found = "no such module" if self.file(target.module) is None else "no such name in it"
+            raise Refusal(f"wanted {target.path}{' or '.join(target.signatures)}, found {found}")
+        actual = signature_of(node)
+        if actual not in target.signatures:
+            raise Refusal(f"wanted {target.path}{' or '.join(target.signatures)}, found {actual}")
+
+
+@lru_cache(maxsize=16)
+def _parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def _member(node: ast.AST, name: str) -> ast.AST | None:
+    """The last definition of `name` directly in a module or class body, also under an `if` or `try`."""
+    found = None
+    for statement in _statements(node):
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and statement.name == name:
+            found = statement
+    return found
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if isinstance(child, ast.If | ast.Try):
+            yield from _statements(child)
+
+
+def signature_of(node: ast.AST) -> str:
+    """The parameter list of a function definition, or of a class's `__init__`, in `Target.signature`'s form."""
+    if isinstance(node, ast.ClassDef):
+        init = _member(node, "__init__")
+        return signature_of(init) if init is not None else "()"
+    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = len(positional) - len(arguments.defaults)
+    words = [a.arg + ("=" if i >= defaults else "") for i, a in enumerate(positional)]
+    if arguments.posonlyargs:
+        words.insert(len(arguments.posonlyargs), "/")
+    if arguments.vararg:
+        words.append("*" + arguments.vararg.arg)
+    elif arguments.kwonlyargs:
+        words.append("*")
+    words += [
+        a.arg + ("=" if d is not None else "")
+        for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    ]
+    if arguments.kwarg:
+        words.append("**" + arguments.kwarg.arg)
+    return f"({', '.join(words)})"
+
+
+# --- apply, verify, undo: the engine's objects -------------------------------------------------------------
+
+
+@dataclass
+class Replacement:
+    """One target as it stands in this process: where it was put, what was there, what is there now."""
+
+    target: Target
+    owner: Any
+    attribute: str
+    original: Any
+    installed: Any
+
+    def in_force(self) -> bool:
+        """Whether the engine would run ours: it is in place, or someone has wrapped it further."""
+        current = vars(self.owner).get(self.attribute)
+        while current is not None and current is not self.installed:
+            current = getattr(current, "__wrapped__", None)
+        return current is self.installed
+
+    def undo(self) -> None:
+        """Put the very object back that was there, unless somebody else has replaced ours meanwhile."""
+        if vars(self.owner).get(self.attribute) is self.installed:
+            _rebind(self.owner, self.attribute, self.installed, self.original)
+
+
+def apply(target: Target, module: ModuleType) -> Replacement:
+    """Replace a target in an imported module, and wherever the engine holds it by `from module import name`.
+
+    Raises `Refusal` when the object is missing or is no longer the engine's own.
+    """
+    *outer, attribute = target.name.split(".")
+    owner: Any = module
+    for part in outer:
+        owner = vars(owner).get(part)
+        if owner is None:
+            raise Refusal(f"wanted {target.path}, found no {part} in {module.__name__}")
+    original = vars(owner).get(attribute)
+    if original is None:
+        raise Refusal(f"wanted {target.path}, found no {attribute} there")
+    foreign = replaced_by(original, module)
+    if foreign is not None:
+        raise Refusal(f"{target.path} is already replaced by {foreign}")
+    if isinstance(original, staticmethod):
+        installed: Any = staticmethod(target.replace(original.__func__))
+    else:
+        installed = target.replace(original)
+    _rebind(owner, attribute, original, installed)
+    return Replacement(target, owner, attribute, original, installed)
+
+
+def replaced_by(value: Any, module: ModuleType) -> str | None:
+    """Who put `value` in an engine module in place of the engine's own object, or None when nobody did."""
+    function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+    engine = module.__name__.partition(".")[0]
+    if isinstance(function, type):
+        home = function.__module__
+        return None if home.partition(".")[0] == engine else f"{home}.{function.__qualname__}"
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return f"a {type(function).__name__} object"
+    # A decorator copies __module__ and __qualname__, so only the code tells where a function comes from.
+    for name, candidate in list(sys.modules.items()):
+        if getattr(candidate, "__file__", None) == code.co_filename:
+            outside = name.partition(".")[0] != engine
+            hooked = name.startswith(f"{engine}.srt.plugins")
+            return (
+                f"{name}:{code.co_qualname if sys.version_info >= (3, 11) else code.co_name}"
+                if (outside or hooked)
+                else None
+            )
+    return None if code.co_filename == getattr(module, "__file__", None) else code.co_filename
+
+
+def _rebind(owner: Any, attribute: str, old: Any, new: Any) -> None:
+    setattr(owner, attribute, new)
+    if not isinstance(owner, ModuleType):
+        return  # a method is found through its class alone
+    engine = owner.__name__.partition(".")[0]
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == engine and isinstance(module, ModuleType):
+            for key, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, key, new)
+
+
+@dataclass
+class Decision:
+    """What became of one patch here, and why. `chosen`: it is skipped because the user said so."""
+
+    spec: PatchSpec
+    state: Literal["planned", "applied", "native", "skipped"]
+    reason: str
+    targets: tuple[Target, ...] = ()
+    chosen: bool = False
+    replaced: list[Replacement] = field(default_factory=list)
+
+
+class Patcher:
+    """Applies a plan target by target as the engine's modules appear, a group whole or not at all."""
+
+    def __init__(self, decisions: Mapping[str, Decision]) -> None:
+        self.decisions = dict(decisions)
+
+    def standing(self, state: str) -> list[Decision]:
+        """The decisions that are in a state now."""
+        return [decision for decision in self.decisions.values() if decision.state == state]
+
+    def modules(self) -> set[str]:
+        """The engine modules that this plan has to see."""
+        return {
+            target.module
+            for decision in self.decisions.values()
+            if decision.state in ("planned", "applied")
+            for target in decision.targets
+        }
+
+    def module_ready(self, module: ModuleType) -> None:
+        """Apply what the plan holds for a module that has just been, or already was, imported. Idempotent."""
+        for decision in self.decisions.values():
+            if decision.state not in ("planned", "applied"):
+                continue
+            for target in decision.targets:
+                if target.module != module.__name__ or any(r.target is target for r in decision.replaced):
+                    continue
+                try:
+                    decision.replaced.append(apply(target, module))
+                except Refusal as refusal:
+                    self.drop_group(decision.spec.group, str(refusal))
+                    break
+            else:
+                if decision.replaced:
+                    decision.state = "applied"
+
+    def drop_group(self, group: str, reason: str) -> None:
+        """Undo and skip every patch of a group, because one of them cannot be applied."""
+        for decision in self.decisions.values():
+            if decision.spec.group == group and decision.state in ("planned", "applied"):
+                self._undo(decision)
+                decision.state = "skipped"
+                decision.reason = reason
+
+    def undo(self) -> None:
+        """Put back every object of the engine; the plan can then be applied again."""
+        for decision in reversed(self.decisions.values()):
+            if decision.state == "applied":
+                self._undo(decision)
+                decision.state = "planned"
+
+    @staticmethod
+    def _undo(decision: Decision) -> None:
+        while decision.replaced:
+            decision.replaced.pop().undo()

@@ -1,0 +1,106 @@
+"""What mmlane did here and why, for a person and for a program.
+
+It goes to standard error by itself: the engine runs plugins before it sets up logging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mmlane import __version__
+from mmlane.patching import Decision
+from mmlane.settings import Settings
+
+LANE_MISSING = "arena acts as backport: the lane is not part of this release"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of one process. `engine` is the engine's version, `untested` why it counts as untested, or ""."""
+
+    engine: str
+    untested: str
+    settings: Settings
+    decisions: tuple[Decision, ...]
+    problems: tuple[str, ...] = ()
+
+    def ids(self, *states: str) -> list[str]:
+        return [d.spec.id for d in self.decisions if d.state in states]
+
+    def unwanted(self) -> list[Decision]:
+        """The patches that this engine lacks and does not get, though the user did not turn them off."""
+        return [d for d in self.decisions if d.state == "skipped" and not d.chosen]
+
+    def block(self) -> list[str]:
+        """At most six lines for the engine's log: what was applied, native and skipped."""
+        untested = f" ({self.untested})" if self.untested else ""
+        lines = [f"{__version__} on sglang {self.engine}{untested}, mode {self.settings.mode}"]
+        if self.settings.mode == "arena":
+            lines[0] += f"; {LANE_MISSING}"
+        lines.append(f"  applied: {_listed(self.ids('applied', 'planned'))}")
+        lines.append(f"  native:  {_listed(self.ids('native'))}")
+        chosen = [d.spec.id for d in self.decisions if d.chosen]
+        if chosen:
+            lines.append(f"  turned off: {', '.join(chosen)}")
+        trouble = [f"  {line}" for line in self.trouble()]
+        room = 6 - len(lines)
+        if len(trouble) > room:
+            more = len(trouble) - (room - 1)
+            trouble = [*trouble[: room - 1], f"  and {more} more lines of this kind: see `mmlane doctor`"]
+        return lines + trouble
+
+    def trouble(self) -> list[str]:
+        """One line for each group that is skipped and each problem: what, why, what follows, how to silence it."""
+        lines = []
+        for group in dict.fromkeys(d.spec.group for d in self.unwanted()):
+            decisions = [d for d in self.unwanted() if d.spec.group == group]
+            lines.append(skip_line(decisions))
+        return lines + list(self.problems)
+
+    def line(self, role: str, pid: int, trigger: str) -> str:
+        """One line that says the same for one process (MMLANE_LOG=debug)."""
+        return (
+            f"[{pid}] {role}: sglang {self.engine}, mode {self.settings.mode}, by {trigger}; "
+            f"applied {_listed(self.ids('applied'))}; native {_listed(self.ids('native'))}; "
+            f"not loaded here {_listed(self.ids('planned'))}; skipped {_listed(self.ids('skipped'))}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "mmlane": __version__,
+            "engine": self.engine,
+            "untested": self.untested,
+            "mode": self.settings.mode,
+            "note": LANE_MISSING if self.settings.mode == "arena" else "",
+            "patches": [
+                {
+                    "id": d.spec.id,
+                    "state": "applied" if d.state == "planned" else d.state,
+                    "reason": d.reason,
+                    "chosen": d.chosen,
+                    "group": d.spec.group,
+                    "upstream": list(d.spec.upstream),
+                    "consequence": d.spec.consequence,
+                }
+                for d in self.decisions
+            ],
+            "problems": list(self.problems),
+        }
+
+
+def skip_line(decisions: Iterable[Decision]) -> str:
+    """What is skipped, why, what follows, and how to mend or silence it."""
+    decisions = list(decisions)
+    ids = ",".join(d.spec.id for d in decisions)
+    cause = next((d for d in decisions if not d.reason.startswith("needs ")), decisions[0])
+    return (
+        f"skipped {ids}: {cause.reason}; so {cause.spec.consequence}; "
+        f"look for a newer mmlane, or silence this with MMLANE_DISABLE={ids}"
+    )
+
+
+def _listed(ids: list[str]) -> str:
+    return ", ".join(ids) or "none"

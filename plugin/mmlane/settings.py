@@ -1,0 +1,110 @@
+"""What the user asked for: MMLANE_* variables and --mmlane* flags, as one frozen `Settings`.
+
+Flags are taken off the engine's command line before the engine parses it and are carried to child
+processes as the variables of the same meaning. A flag wins over its variable. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+Mode = Literal["arena", "backport", "off"]
+Log = Literal["debug", "info", "warning"]
+
+MODES: tuple[str, ...] = get_args(Mode)
+LOGS: tuple[str, ...] = get_args(Log)
+
+
+class SettingsError(ValueError):
+    """A setting has a value that means nothing; the message lists the right ones."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A command line flag and the variable that carries it. `takes_value` False: its presence means "1"."""
+
+    name: str
+    variable: str
+    metavar: str
+    help: str
+    takes_value: bool = True
+
+
+FLAGS = (
+    Flag("--mmlane", "MMLANE", "{" + ",".join(MODES) + "}", "What mmlane does (default: arena)."),
+    Flag("--mmlane-disable", "MMLANE_DISABLE", "ID[,ID...]", "Patches that are not to be applied."),
+    Flag(
+        "--mmlane-strict",
+        "MMLANE_STRICT",
+        "",
+        "Refuse to start when a patch that this engine version needs cannot be applied.",
+        takes_value=False,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`disable` holds patch ids; `log` is what mmlane prints on standard error.
+
+    log "info": one block at engine start, and whatever needs attention; "warning": only the latter;
+    "debug": also one line from every process of the engine.
+    """
+
+    mode: Mode = "arena"
+    disable: frozenset[str] = frozenset()
+    strict: bool = False
+    log: Log = "info"
+
+
+def read(environ: Mapping[str, str]) -> Settings:
+    """Settings from MMLANE, MMLANE_DISABLE, MMLANE_STRICT and MMLANE_LOG. Raises `SettingsError`."""
+    mode = _one_of("MMLANE", environ, MODES, "arena")
+    log = _one_of("MMLANE_LOG", environ, LOGS, "info")
+    strict = _one_of("MMLANE_STRICT", environ, ("0", "1"), "0")
+    disable = frozenset(word.strip() for word in environ.get("MMLANE_DISABLE", "").split(",") if word.strip())
+    return Settings(mode=cast(Mode, mode), disable=disable, strict=strict == "1", log=cast(Log, log))
+
+
+def _one_of(variable: str, environ: Mapping[str, str], right: tuple[str, ...], default: str) -> str:
+    value = environ.get(variable, "").strip().lower() or default
+    if value not in right:
+        raise SettingsError(f"{variable}={environ[variable]} is not one of: {', '.join(right)}")
+    return value
+
+
+def take_flags(argv: list[str], environ: MutableMapping[str, str]) -> list[str]:
+    """Move mmlane's flags from `argv` (edited in place) to `environ`; return the words that were taken.
+
+    Both `--flag value` and `--flag=value` are understood. Raises `SettingsError` for an unknown --mmlane
+    flag, a missing value, or a wrong one.
+    """
+    flags = {flag.name: flag for flag in FLAGS}
+    kept: list[str] = []
+    taken: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--mmlane"):
+            kept.append(word)
+            continue
+        flag = flags.get(name)
+        if flag is None:
+            raise SettingsError(f"{name} is not one of: {', '.join(flags)}")
+        taken.append(word)
+        if not flag.takes_value:
+            if equals:
+                raise SettingsError(f"{name} takes no value, got {value!r}")
+            value = "1"
+        elif not equals:
+            following = next(words, None)
+            if following is None or following.startswith("--"):
+                raise SettingsError(f"{name} needs a value: {flag.metavar}")
+            taken.append(following)
+            value = following
+        environ[flag.variable] = value
+    read(environ)  # a wrong value is refused here, where the user typed it
+    argv[:] = kept
+    return taken

@@ -1,0 +1,192 @@
+"""The driver in processes of its own: triggers in any order, settings refused, strict, other packages' patches.
+
+The engine here is a stand-in of a few lines with the names that the driver looks for; the real engine is started
+in tests/engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODULES = {
+    "__init__": "",
+    "version": "",
+    "srt/server_args": "class ServerArgs:\n    @staticmethod\n    def add_cli_args(parser): pass\n",
+    "srt/entrypoints/engine": "from sglang.srt.managers.target import function\n",
+    "srt/managers/target": "def function(x): return x\n",
+}
+CONTRIBUTION = """
+from packaging.version import Version
+from mmlane.hookspecs import hookimpl
+from mmlane.patching import Cell, PatchSpec, Target
+
+def double(original):
+    def doubled(x): return 2 * original(x)
+    doubled.__wrapped__ = original
+    return doubled
+
+@hookimpl
+def mmlane_patches():
+    return [PatchSpec(
+        id="theirs", why="", consequence="x is not doubled", upstream=(), drop_when="", group="theirs",
+        roles=frozenset({{"main"}}), cells=(Cell(Version("0.5.9"), "apply", "because"),),
+        targets=(Target("sglang.srt.managers.target", "function", "{signature}", double),),
+    )]
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A directory to import from: a stand-in engine 0.5.12, and a package that contributes one patch to mmlane."""
+    for name, body in MODULES.items():
+        file = tmp_path / "sglang" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(body)
+    metadata(tmp_path, "sglang", "0.5.12")
+    contribute(tmp_path, "(x)")
+    return tmp_path
+
+
+def metadata(path: Path, name: str, version: str, entry_points: str = "") -> None:
+    directory = path / f"{name}-{version}.dist-info"
+    directory.mkdir(exist_ok=True)
+    (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (directory / "entry_points.txt").write_text(entry_points)
+
+
+def contribute(path: Path, signature: str) -> None:
+    (path / "theirs.py").write_text(CONTRIBUTION.format(signature=signature))
+    metadata(path, "theirs", "1.0", "[mmlane]\ntheirs = theirs\n")
+
+
+# The interpreter that runs the tests has mmlane's own .pth line; each test pulls the triggers that it is about.
+FORGET_PTH = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ImportWatch"]
+for name in [name for name in sys.modules if name.partition(".")[0] == "mmlane"]:
+    del sys.modules[name]
+"""
+
+
+def run(path: Path, code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MMLANE")}
+    # Our own patches do not fit the stand-in; they are turned off so that only what a test is about is printed.
+    env["MMLANE_DISABLE"] = "shm_pointer,deferred_unwrap,tp_barrier,fan_out,fan_out_images"
+    env.update(environ, PYTHONPATH=str(path))
+    return subprocess.run(
+        [sys.executable, "-c", FORGET_PTH + code], env=env, capture_output=True, text=True, check=False
+    )
+
+
+STEPS = {
+    "pth": "import mmlane.bootstrap; mmlane.bootstrap.install()",
+    "entry": "import mmlane.entry; mmlane.entry.register()",
+    "target": "import sglang.srt.managers.target",
+    "engine": "import sglang.srt.entrypoints.engine",
+}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(STEPS)), ids="-".join)
+def test_triggers_and_imports_in_any_order(stand_in: Path, order: tuple[str, ...]) -> None:
+    code = "\n".join(STEPS[step] for step in order)
+    code += (
+        "\nfrom sglang.srt.managers import target\nfrom sglang.srt.entrypoints import engine\n"
+        "assert target.function is engine.function and target.function(2) == 4\n"
+        "import mmlane.entry\nmmlane.entry.stop()\n"
+        "assert target.function is engine.function and target.function(2) == 2\n"
+    )
+    result = run(stand_in, code)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("applied: theirs") == 1
+    assert len(result.stderr.splitlines()) <= 6
+
+
+def test_off_by_variable_with_the_entry_point(stand_in: Path) -> None:
+    code = f"{STEPS['entry']}\n{STEPS['engine']}\nassert sglang.srt.entrypoints.engine.function(2) == 2"
+    result = run(stand_in, code, MMLANE="off")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"MMLANE": "on"}, "MMLANE=on is not one of: arena, backport, off"),
+        ({"MMLANE_DISABLE": "nonsense"}, "MMLANE_DISABLE=nonsense: no such patch; there are: shm_pointer"),
+    ],
+)
+def test_a_wrong_setting_ends_the_engine_with_the_right_ones(
+    stand_in: Path, environ: dict[str, str], message: str
+) -> None:
+    result = run(stand_in, f"{STEPS['pth']}\n{STEPS['engine']}\nprint('served')", **environ)
+    assert result.returncode == 1 and "served" not in result.stdout
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_cannot_be_applied_is_skipped_with_one_line_that_says_all(stand_in: Path) -> None:
+    contribute(stand_in, "(x, y)")
+    result = run(
+        stand_in, f"{STEPS['pth']}\n{STEPS['engine']}\nassert sglang.srt.entrypoints.engine.function(2) == 2"
+    )
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "skipped theirs" in line]
+    for part in (
+        "wanted sglang.srt.managers.target.function(x, y), found (x)",
+        "so x is not doubled",
+        "MMLANE_DISABLE=theirs",
+    ):
+        assert part in line
+
+
+def test_strict_ends_the_engine_before_it_serves(stand_in: Path) -> None:
+    contribute(stand_in, "(x, y)")
+    result = run(stand_in, f"{STEPS['pth']}\n{STEPS['engine']}\nprint('served')", MMLANE_STRICT="1")
+    assert result.returncode == 1 and "served" not in result.stdout
+    assert "skipped theirs" in result.stderr and "MMLANE_STRICT=1" in result.stderr
+
+
+def test_strict_ends_the_engine_when_another_plugin_holds_the_target(stand_in: Path) -> None:
+    taking = "import sglang.srt.managers.target as t\ndef other(x): return x\nt.function = other\n"
+    (stand_in / "taker.py").write_text(taking)
+    code = f"import taker\n{STEPS['entry']}\n{STEPS['engine']}\nprint('served')"
+    result = run(stand_in, code, MMLANE_STRICT="1")
+    assert result.returncode == 1 and "served" not in result.stdout
+    assert "already replaced by taker:other" in result.stderr
+
+
+def test_a_package_whose_patches_cannot_be_loaded_is_named(stand_in: Path) -> None:
+    (stand_in / "theirs.py").write_text("raise RuntimeError('mine')")
+    result = run(stand_in, f"{STEPS['pth']}\n{STEPS['engine']}\nprint('served')")
+    assert result.returncode == 0 and "served" in result.stdout
+    assert "the patches of theirs are left out: RuntimeError: mine" in result.stderr
+
+
+def test_the_flags_are_in_the_engines_help_and_refused_where_they_come_too_late(stand_in: Path) -> None:
+    code = (
+        f"{STEPS['pth']}\nimport argparse, sglang.srt.server_args as s\n"
+        "p = argparse.ArgumentParser(); s.ServerArgs.add_cli_args(p)\n"
+        "print(p.format_help()); p.parse_args(WORDS)\n"
+    )
+    shown = run(stand_in, code.replace("WORDS", "[]"))
+    assert shown.returncode == 0, shown.stderr
+    for flag in ("--mmlane {arena,backport,off}", "--mmlane-disable ID[,ID...]", "--mmlane-strict"):
+        assert flag in shown.stdout
+    late = run(stand_in, code.replace("WORDS", "['--mmlane', 'off']"))
+    assert late.returncode == 2 and "set the variable MMLANE instead" in late.stderr
+
+
+def test_an_untested_engine_is_patched_and_called_untested(stand_in: Path) -> None:
+    metadata(stand_in, "sglang", "0.9.0")
+    (stand_in / "sglang-0.5.12.dist-info" / "METADATA").unlink()
+    (stand_in / "sglang-0.5.12.dist-info" / "entry_points.txt").unlink()
+    (stand_in / "sglang-0.5.12.dist-info").rmdir()
+    result = run(
+        stand_in, f"{STEPS['pth']}\n{STEPS['engine']}\nassert sglang.srt.entrypoints.engine.function(2) == 4"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "untested: newer than" in result.stderr

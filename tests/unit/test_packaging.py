@@ -1,0 +1,71 @@
+"""What an installation carries, wheel and editable, in a clean virtual environment; and that it leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+PROBE = """
+import importlib.metadata as m, json, pathlib, site, sys
+from mmlane import compat
+points = {g: [p.value for p in m.entry_points(group=g)] for g in ("sglang.srt.plugins", "console_scripts")}
+site_dir = pathlib.Path(next(p for p in site.getsitepackages() if "site-packages" in p))
+print(json.dumps({
+    "watching": "mmlane.bootstrap" in sys.modules and sys.modules["mmlane.bootstrap"].WATCH in sys.meta_path,
+    "pth": (site_dir / "mmlane.pth").read_text(),
+    "start": (site_dir / "mmlane.start").read_text(),
+    "points": points,
+    "patches": [s.id for s in compat.contributed()[0]],
+    "engines": len(compat.matrix().engines),
+    "requires": m.requires("sglang-mmlane"),
+}))
+"""
+
+
+def fresh_venv(path: Path) -> Path:
+    venv.create(path, with_pip=False)
+    return path / "bin" / "python"
+
+
+def pip(python: Path, *words: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "--quiet", *words], check=True)
+
+
+def files(python: Path) -> set[str]:
+    root = python.parent.parent
+    return {str(p.relative_to(root)) for p in root.rglob("*") if "__pycache__" not in p.parts}
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_an_installation_carries_everything_and_leaves_nothing(
+    kind: str, tmp_path: Path, checkout: Path, plugin_wheel: Path
+) -> None:
+    python = fresh_venv(tmp_path / "venv")
+    pip(python, "install", "packaging", "pluggy", "PyYAML", "rich", "typer")
+    before = files(python)
+    pip(python, "install", "--no-deps", *([str(plugin_wheel)] if kind == "wheel" else ["-e", str(checkout)]))
+    result = subprocess.run([str(python), "-c", PROBE], capture_output=True, text=True, check=True, cwd=tmp_path)
+    found = json.loads(result.stdout)
+    assert found["watching"]
+    assert found["pth"].strip() == "import mmlane.bootstrap; mmlane.bootstrap.install()"
+    assert found["start"].strip() == "mmlane.bootstrap:install"
+    assert found["points"]["sglang.srt.plugins"] == ["mmlane.entry:register"]
+    assert "mmlane.cli:main" in found["points"]["console_scripts"]
+    assert found["patches"] == ["shm_pointer", "deferred_unwrap", "tp_barrier", "fan_out", "fan_out_images"]
+    assert found["engines"] >= 19
+    names = {r.split(">")[0].split(";")[0].strip().lower() for r in found["requires"]}
+    assert names == {"packaging", "pluggy", "pyyaml", "rich", "typer"}  # neither sglang nor torch
+    doctor = subprocess.run([str(python.parent / "mmlane"), "--help"], capture_output=True, text=True, check=False)
+    assert doctor.returncode == 0, doctor.stderr
+
+    pip(python, "uninstall", "--yes", "sglang-mmlane")
+    assert files(python) == before
+    leftover = [p for p in (tmp_path / "venv").rglob("*mmlane*") if p.name != "__pycache__"]
+    assert leftover == []
+    clean = subprocess.run([str(python), "-c", ""], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (clean.returncode, clean.stderr) == (0, "")

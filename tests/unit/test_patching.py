@@ -1,0 +1,252 @@
+"""Patching as a mechanism: check, apply, verify, undo, groups, and somebody else's replacement.
+
+What is patched here is a package of a few lines that the test writes; the engine's own objects are patched in
+tests/contract (as source) and tests/engine (as a running server).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+from mmlane.compat import plan
+from mmlane.engine import Engine
+from mmlane.patching import Cell, EngineSource, Patcher, PatchSpec, Refusal, Target, apply, replaced_by
+from mmlane.settings import Settings
+
+DEFINING = """
+class Thing:
+    def __init__(self, a, b=None): self.a = a
+    def method(self, x): return ("engine", x)
+    @staticmethod
+    def static(x): return ("engine", x)
+def function(x, *, y=1): return ("engine", x)
+"""
+USING = "from {package}.defining import Thing, function\n"
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a freshly written package with a defining and a using module."""
+    name = "sample_" + tmp_path.name.replace("-", "_")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("")
+    (tmp_path / name / "defining.py").write_text(DEFINING)
+    (tmp_path / name / "using.py").write_text(USING.format(package=name))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield name
+    for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+        del sys.modules[module]
+
+
+def shout(original: Callable[..., Any]) -> Callable[..., Any]:
+    def shouted(*args: Any, **kwargs: Any) -> Any:
+        return ("mmlane", original(*args, **kwargs))
+
+    shouted.__wrapped__ = original  # type: ignore[attr-defined]
+    return shouted
+
+
+def spec(id: str, *targets: Target, group: str | None = None, state: str = "apply") -> PatchSpec:
+    return PatchSpec(
+        id=id,
+        why="",
+        consequence="something is worse",
+        upstream=(),
+        drop_when="",
+        group=group or id,
+        roles=frozenset({"main"}),
+        cells=(Cell(Version("1"), state, "because"),),  # type: ignore[arg-type]
+        targets=targets,
+    )
+
+
+def target(package: str, name: str, signature: str = "(x, *, y=)", **kwargs: Any) -> Target:
+    return Target(f"{package}.defining", name, signature, kwargs.pop("replace", shout), **kwargs)
+
+
+def planned(package: str, tmp_path: Path, *specs: PatchSpec, settings: Settings | None = None) -> Patcher:
+    return Patcher(plan(specs, Engine(Version("1.5"), tmp_path), settings or Settings()))
+
+
+# --- check ---
+
+
+@pytest.mark.parametrize(
+    ("name", "signature"),
+    [
+        ("function", "(x, *, y=)"),
+        ("Thing", "(self, a, b=)"),
+        ("Thing.method", "(self, x)"),
+        ("Thing.static", "(x)"),
+    ],
+)
+def test_check_accepts_what_is_there(package: str, tmp_path: Path, name: str, signature: str) -> None:
+    EngineSource(tmp_path).check(target(package, name, signature))
+
+
+@pytest.mark.parametrize(
+    ("name", "signature", "found"),
+    [
+        ("function", "(x)", r"found \(x, \*, y=\)"),
+        ("Thing", "(self, a)", r"found \(self, a, b=\)"),
+        ("Thing.gone", "(self)", "found no such name in it"),
+        ("gone", "(x)", "found no such name in it"),
+    ],
+)
+def test_check_names_what_was_wanted_and_found(
+    package: str, tmp_path: Path, name: str, signature: str, found: str
+) -> None:
+    with pytest.raises(Refusal, match=f"wanted {package}.defining.{name}.*{found}"):
+        EngineSource(tmp_path).check(target(package, name, signature))
+    with pytest.raises(Refusal, match="no such module"):
+        EngineSource(tmp_path).check(Target(f"{package}.absent", "x", "()", shout))
+
+
+# --- apply and undo ---
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["using module first", "patch first"])
+def test_apply_reaches_every_holder_and_undo_restores_the_very_objects(package: str, early: bool) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    using = importlib.import_module(f"{package}.using") if early else None
+    before = defining.function
+    replacement = apply(target(package, "function"), defining)
+    using = using or importlib.import_module(f"{package}.using")
+    assert defining.function is using.function is replacement.installed
+    assert using.function(1) == ("mmlane", ("engine", 1))
+    assert replacement.in_force()
+    replacement.undo()
+    assert defining.function is using.function is before
+    assert not replacement.in_force()
+
+
+def test_methods_static_methods_and_classes(package: str) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    using = importlib.import_module(f"{package}.using")
+    thing = defining.Thing
+    raw = dict(vars(thing))
+    done = [
+        apply(target(package, "Thing.method"), defining),
+        apply(target(package, "Thing.static"), defining),
+        apply(
+            target(package, "Thing", replace=lambda c: type("Thing", (c,), {"__module__": c.__module__})), defining
+        ),
+    ]
+    assert using.Thing is not thing
+    assert using.Thing(1).method(2) == ("mmlane", ("engine", 2))
+    assert using.Thing.static(3) == ("mmlane", ("engine", 3))
+    for replacement in reversed(done):
+        replacement.undo()
+    assert using.Thing is defining.Thing is thing
+    assert vars(thing)["method"] is raw["method"] and vars(thing)["static"] is raw["static"]
+
+
+def test_a_group_goes_in_whole_or_not_at_all(package: str, tmp_path: Path) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    before = dict(vars(defining))
+    good = spec("good", target(package, "function"), group="g")
+    bad = spec("bad", target(package, "Thing", "(self, other)"), group="g")
+    alone = spec("alone", target(package, "Thing.method", "(self, x)"))
+    patcher = planned(package, tmp_path, good, bad, alone)
+    patcher.module_ready(defining)
+    assert {i: d.state for i, d in patcher.decisions.items()} == {
+        "good": "skipped",
+        "bad": "skipped",
+        "alone": "applied",
+    }
+    assert "found (self, a, b=)" in patcher.decisions["bad"].reason
+    assert patcher.decisions["good"].reason.startswith("needs bad: wanted")
+    assert defining.function is before["function"]
+
+
+def test_a_group_is_undone_when_a_later_target_turns_out_to_be_taken(package: str, tmp_path: Path) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    before = defining.function
+    defining.Thing.method = lambda self, x: "another plugin"
+    patcher = planned(
+        package,
+        tmp_path,
+        spec("first", target(package, "function"), group="g"),
+        spec("second", target(package, "Thing.method", "(self, x)"), group="g"),
+    )
+    patcher.module_ready(defining)
+    assert defining.function is before
+    for decision in patcher.decisions.values():
+        assert decision.state == "skipped"
+        assert "Thing.method is already replaced by" in decision.reason and __name__ in decision.reason
+    assert defining.Thing(1).method(1) == "another plugin"
+
+
+def test_somebody_who_wraps_ours_later_is_let_be(package: str, tmp_path: Path) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    replacement = apply(target(package, "function"), defining)
+    outer = shout(defining.function)
+    defining.function = outer
+    assert replacement.in_force()
+    replacement.undo()
+    assert defining.function is outer
+
+
+def test_who_replaced_it(package: str) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    assert replaced_by(defining.function, defining) is None
+    assert replaced_by(defining.Thing, defining) is None
+    assert __name__ in str(replaced_by(shout(defining.function), defining))
+    assert "Thing" in str(replaced_by(type("Thing", (), {"__module__": "elsewhere"}), defining))
+
+
+@pytest.mark.parametrize("order", ["IAU", "AIU", "IAAU", "IAUAU", "AUIAU", "AIUA"])
+def test_import_apply_and_undo_in_any_order(package: str, tmp_path: Path, order: str) -> None:
+    """I: import the using module. A: apply. U: undo. After each step every holder agrees with the patcher."""
+    defining = importlib.import_module(f"{package}.defining")
+    original = defining.function
+    patcher = planned(package, tmp_path, spec("p", target(package, "function")))
+    using: ModuleType | None = None
+    for step in order:
+        if step == "I":
+            using = importlib.import_module(f"{package}.using")
+        elif step == "A":
+            patcher.module_ready(defining)
+            once = defining.function
+            patcher.module_ready(defining)
+            assert defining.function is once is not original
+        else:
+            patcher.undo()
+            assert defining.function is original
+        if using is not None:
+            assert using.function is defining.function
+
+
+# --- plan ---
+
+
+def test_disabled_and_native_and_too_old(package: str, tmp_path: Path) -> None:
+    one, two = (
+        spec("one", target(package, "function"), group="g"),
+        spec("two", target(package, "function"), group="g"),
+    )
+    off = planned(package, tmp_path, one, two, settings=Settings(disable=frozenset({"one"})))
+    assert [(d.state, d.chosen) for d in off.decisions.values()] == [("skipped", True), ("skipped", True)]
+    native = planned(package, tmp_path, spec("n", target(package, "function"), state="native"))
+    assert native.decisions["n"].state == "native"
+    old = plan([one], Engine(Version("0.9"), tmp_path), Settings())
+    assert old["one"].state == "skipped" and "older than 1" in old["one"].reason
+
+
+def test_targets_and_cells_choose_by_version() -> None:
+    t = Target("m", "n", "()", shout, since="1.2", before="1.4")
+    assert [t.serves(Version(v)) for v in ("1.1", "1.2", "1.3.post1", "1.4.dev3", "1.4")] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]

@@ -1,0 +1,68 @@
+"""Settings: variables, flags, and how a wrong value is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmlane.settings import Settings, SettingsError, read, take_flags
+
+
+def test_defaults() -> None:
+    assert read({}) == Settings(mode="arena", disable=frozenset(), strict=False, log="info")
+
+
+def test_every_variable() -> None:
+    environ = {
+        "MMLANE": "Backport",
+        "MMLANE_DISABLE": "fan_out, tp_barrier,",
+        "MMLANE_STRICT": "1",
+        "MMLANE_LOG": "debug",
+    }
+    assert read(environ) == Settings("backport", frozenset({"fan_out", "tp_barrier"}), True, "debug")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "right"),
+    [
+        ("MMLANE", "on", "arena, backport, off"),
+        ("MMLANE_STRICT", "yes", "0, 1"),
+        ("MMLANE_LOG", "loud", "debug, info, warning"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_right_ones(variable: str, value: str, right: str) -> None:
+    with pytest.raises(SettingsError, match=f"{variable}={value} is not one of: {right}"):
+        read({variable: value})
+
+
+def test_flags_are_taken_off_and_carried_as_variables() -> None:
+    argv = [
+        "launch",
+        "--tp",
+        "2",
+        "--mmlane",
+        "backport",
+        "--mmlane-disable=fan_out",
+        "--mmlane-strict",
+        "--port",
+        "1",
+    ]
+    environ = {"MMLANE": "off"}
+    taken = take_flags(argv, environ)
+    assert argv == ["launch", "--tp", "2", "--port", "1"]
+    assert taken == ["--mmlane", "backport", "--mmlane-disable=fan_out", "--mmlane-strict"]
+    assert environ == {"MMLANE": "backport", "MMLANE_DISABLE": "fan_out", "MMLANE_STRICT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mmlane", "bogus"], "MMLANE=bogus is not one of: arena, backport, off"),
+        (["--mmlane"], "--mmlane needs a value"),
+        (["--mmlane", "--tp"], "--mmlane needs a value"),
+        (["--mmlane-strict=1"], "--mmlane-strict takes no value"),
+        (["--mmlane-mode", "off"], "--mmlane-mode is not one of: --mmlane, --mmlane-disable, --mmlane-strict"),
+    ],
+)
+def test_a_wrong_flag_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        take_flags(["launch", *words], {})
