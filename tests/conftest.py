@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mmlane.compat import matrix
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -27,3 +29,19 @@ def plugin_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (wheel,) = out.glob("sglang_mmlane-*.whl")
     return wheel
+
+
+# The releases on which `make test` starts the engine; `--engines all` takes every one in the table.
+SIX = ("0.5.9", "0.5.10.post1", "0.5.12.post1", "0.5.14", "0.5.18", "0.5.23")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engines", default=",".join(SIX), help="engine releases for tests/engine: all, or V[,V...]")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "version" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--engines")
+        every = [str(version) for version in matrix().engines]
+        versions = every if chosen == "all" else chosen.split(",")
+        metafunc.parametrize("version", versions, scope="session")

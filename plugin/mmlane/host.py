@@ -33,7 +33,9 @@ PREFIXES: tuple[tuple[str, Kind], ...] = (("mmlane_", "mmlane"), ("sgl_shm_", "e
 class Segment:
     """One file in /dev/shm that carries features. `bytes` is the memory that it holds.
 
-    `pid` is the maker's, where the name tells it; `alive` says whether a process has that number here and now.
+    `pid` is the maker's, where the name tells it; `alive` says whether the maker runs, None where that cannot be
+    known. The engine's names tell no more than the pid, so there `alive` means that some process has that number
+    in this pid namespace; ours tell the maker for certain.
     """
 
     name: str
@@ -73,33 +75,57 @@ def shared_memory(path: Path = SHM) -> SharedMemory | None:
 
 
 def _segments(path: Path) -> Iterator[Segment]:
-    for name in sorted(os.listdir(path)):
-        kind = next((kind for prefix, kind in PREFIXES if name.startswith(prefix)), None)
+    for file in sorted(path.iterdir()):
+        kind = next((kind for prefix, kind in PREFIXES if file.name.startswith(prefix)), None)
         if kind is None:
             continue
         try:
-            held = (path / name).stat().st_blocks * 512
+            held = file.stat().st_blocks * 512
         except FileNotFoundError:  # unlinked while we were looking
             continue
-        pid = maker(name)
-        yield Segment(name, kind, held, pid, None if pid is None else is_alive(pid))
+        yield Segment(file.name, kind, held, *maker(file.name))
 
 
-def maker(name: str) -> int | None:
-    """The pid in a segment's name, as in `sgl_shm_mm_<pid>_<hex>`; None when there is none."""
-    match = re.search(r"_([1-9]\d*)_[0-9a-f]+$", name)
-    return int(match.group(1)) if match else None
+def maker(name: str) -> tuple[int | None, bool | None]:
+    """Who made a segment, by its name: the pid, and whether that process runs; None where the name does not tell.
+
+    Ours are `mmlane_PID_STARTTIME_PIDNAMESPACE_RANDOM`, the engine's `sgl_shm_KIND_PID_RANDOM`.
+    """
+    ours = re.fullmatch(r"mmlane_(\d+)_(\d+)_(\d+)_[0-9a-f]+", name)
+    if ours is not None:
+        pid, started, namespace = (int(number) for number in ours.groups())
+        if namespace != _pid_namespace():
+            return pid, None
+        return pid, is_alive(pid) and _started(pid) in (started, None)
+    engines = re.fullmatch(r"sgl_shm_\w+_([1-9]\d*)_[0-9a-f]+", name)
+    if engines is not None:
+        pid = int(engines.group(1))
+        return pid, is_alive(pid)
+    return None, None
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this number exists in this pid namespace; it need not be the one that was meant."""
+    """Whether a process has this number in this pid namespace."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OverflowError) as error:
-        return isinstance(error, PermissionError)
+    except PermissionError:  # it exists, and belongs to somebody else
+        return True
     return True
+
+
+def _pid_namespace() -> int:
+    return Path("/proc/self/ns/pid").stat().st_ino
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None when it is gone or hidden."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])
 
 
 # --- memory ------------------------------------------------------------------------------------------------
@@ -190,7 +216,7 @@ def _tried(name: str, purpose: str, attempt: Callable[[], None]) -> Feature:
         attempt()
     except AttributeError as error:
         return Feature(name, purpose, False, f"this Python was built without it ({error})")
-    except (OSError, Missing) as error:
+    except (OSError, ValueError, Missing) as error:
         return Feature(name, purpose, False, str(error))
     return Feature(name, purpose, True)
 

@@ -1,10 +1,31 @@
-"""The command `mmlane`."""
+"""The command `mmlane`: look at what the plugin does on this machine."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from mmlane import __version__
+from mmlane.cli.doctor import doctor
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app.command()(doctor)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mmlane {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The command `mmlane`: look at what the plugin does on this machine."""
 
 
 def main() -> None:

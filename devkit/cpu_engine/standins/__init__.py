@@ -1,0 +1,1 @@
+"""Import-time stand-ins for compiled packages."""

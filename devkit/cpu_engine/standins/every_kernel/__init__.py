@@ -1,0 +1,1 @@
+"""Before 0.5.11: every compiled kernel the engine names."""

@@ -1,0 +1,1 @@
+"""Stand-in for the package; only `kvcacheio` below it exists; see mmlane_devkit_standins."""

@@ -1,0 +1,19 @@
+"""What mmlane changes in the engine: one file per patch, named after its id in compat_matrix.yaml.
+
+A patch file is read before the engine has set up its environment, so it imports neither torch nor the
+engine. What needs them (`pointer`, `agreement`, ...) is imported when an engine module is there to be patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmlane.hookspecs import hookimpl
+from mmlane.patching import PatchSpec
+from mmlane_patches import deferred_unwrap, fan_out, fan_out_images, shm_pointer, tp_barrier
+
+
+@hookimpl
+def mmlane_patches() -> Sequence[PatchSpec]:
+    """Our patches, in the order in which they are to be applied."""
+    return [shm_pointer.SPEC, deferred_unwrap.SPEC, tp_barrier.SPEC, fan_out.SPEC, fan_out_images.SPEC]

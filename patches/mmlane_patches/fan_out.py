@@ -1,0 +1,60 @@
+"""fan_out: with n > 1 each sample has multimodal items of its own.
+
+Why: the requests of the n samples (and the one that warms the prefix) are shallow copies of one; they share their
+items, so the first that is sent turns the items of all into one pointer, and the first receiver unlinks it.
+Upstream: #24231.
+How: a request is given its own `mm_inputs` and items just before it is sent, by `_send_one_request`, which every
+sample goes through. Tensors are not copied, and the request's old items are not kept.
+When it can go: with the oldest supported engine at 0.5.13.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from mmlane.compat import matrix
+from mmlane.patching import Target
+
+
+def own_items(request: Any) -> None:
+    """Give a tokenized request `mm_inputs` and items of its own; their tensors stay shared."""
+    mm_inputs = getattr(request, "mm_inputs", None)
+    if not mm_inputs:
+        return
+    own = copy.copy(mm_inputs)
+    if isinstance(own, dict):
+        own["mm_items"] = [copy.copy(item) for item in own.get("mm_items", [])]
+    else:
+        own.mm_items = [copy.copy(item) for item in own.mm_items]
+    request.mm_inputs = own
+
+
+def _send(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_send_one_request(self, tokenized_obj)`, or `(self, obj, tokenized_obj, created_time=None)` on 0.5.9."""
+
+    position = list(inspect.signature(original).parameters).index("tokenized_obj")
+
+    @wraps(original)
+    def send_one_request(*args: Any, **kwargs: Any) -> Any:
+        own_items(args[position] if len(args) > position else kwargs["tokenized_obj"])
+        return original(*args, **kwargs)
+
+    return send_one_request
+
+
+SPEC = matrix().spec(
+    "fan_out",
+    targets=(
+        Target(
+            module="sglang.srt.managers.tokenizer_manager",
+            name="TokenizerManager._send_one_request",
+            signature=("(self, obj, tokenized_obj, created_time=)", "(self, tokenized_obj)"),
+            replace=_send,
+            before="0.5.13",
+        ),
+    ),
+)

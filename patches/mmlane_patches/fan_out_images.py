@@ -1,0 +1,49 @@
+"""fan_out_images: with n > 1 the images, videos and audios of one prompt stay together.
+
+Why: for n > 1 the engine turns the one prompt into a batch of one, but not the list of its images. Two
+images are then "not equal to the batch size" (HTTP 400); of two videos or audios only the first reaches the
+model, silently.
+Upstream: none yet.
+How: `GenerateReqInput._handle_parallel_sampling` makes that batch; after it, a flat list becomes a list of one
+list, which the engine's own normalization takes as it is. Lists that are nested already are left alone.
+When it can go: when a release normalizes the inputs of one prompt before it fans out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from mmlane.compat import matrix
+from mmlane.patching import Target
+
+# The inputs of which one prompt may have several, and what 0.5.18 and later keep beside each image.
+FIELDS = ("image_data", "video_data", "audio_data", "mm_hashes", "mm_content_hashes")
+
+
+def _handle_parallel_sampling(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    @wraps(original)
+    def handle_parallel_sampling(self: Any) -> None:
+        was_single = self.is_single
+        original(self)
+        if was_single and not self.is_single:
+            for field in FIELDS:
+                value = getattr(self, field, None)
+                if isinstance(value, list) and value and not isinstance(value[0], list):
+                    setattr(self, field, [value])
+
+    return handle_parallel_sampling
+
+
+SPEC = matrix().spec(
+    "fan_out_images",
+    targets=(
+        Target(
+            module="sglang.srt.managers.io_struct",
+            name="GenerateReqInput._handle_parallel_sampling",
+            signature="(self)",
+            replace=_handle_parallel_sampling,
+        ),
+    ),
+)

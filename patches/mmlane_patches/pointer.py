@@ -1,0 +1,286 @@
+"""The pointer class that travels in a feature's place: one POSIX shared-memory segment per tensor.
+
+`SegmentPointer` is the class proper; it knows nothing of the engine. `ShmPointerMMData` is the same under the
+engine's name, and what the engine's own code sees: called with a tensor, it gives a pointer, or the tensor
+itself where it cannot travel by pointer, which the engine then pickles inline.
+
+Life of a segment: created by the producer, opened by every reader, unlinked by the first reader that takes
+the feature (readers agree beforehand that all have opened it). Whoever holds a pointer that is dropped without
+having been taken or handed on unlinks it, so that no error path leaks.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import mmap
+import os
+import secrets
+import sys
+from functools import lru_cache
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("mmlane")
+
+PREFIX = "mmlane_"
+SHM = Path("/dev/shm")
+
+
+class LostSegment(RuntimeError):
+    """A feature cannot be read, because its shared-memory segment cannot be opened or mapped."""
+
+
+class NotTransportable(TypeError):
+    """A tensor whose bytes alone do not make it up (sparse, quantized, without storage)."""
+
+
+class SegmentPointer:
+    """A tensor in a shared-memory segment of its own; pickled, only its name, shape, dtype and hash travel.
+
+    `tensor` may have any shape (also 0-dim and empty), strides, dtype and device; it is copied once, to the CPU.
+    `precomputed_hash` is carried along for the engine.
+
+    Raises `OSError` when there is no room (ENOSPC) or no descriptor left, `NotTransportable` for a tensor that
+    is more than its bytes. Nothing is left behind then.
+    """
+
+    shm_name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    precomputed_hash: int | None
+
+    def __init__(self, tensor: torch.Tensor, precomputed_hash: int | None = None) -> None:
+        self._clear()
+        self.precomputed_hash = precomputed_hash
+        data = plain_bytes(tensor)
+        self.shape = tensor.shape
+        self.dtype = tensor.dtype
+        if data.numel():
+            self.shm_name = _store(data)
+            self._answerable = os.getpid()
+
+    def _clear(self) -> None:
+        self.shm_name = ""
+        self.shape = ()
+        self.dtype = torch.uint8
+        self.precomputed_hash = None
+        self._shm_handle: SharedMemory | None = None
+        self._private: torch.Tensor | None = None
+        self._materialization_error: str | None = None
+        # The process that has to unlink the segment when this object is dropped; 0 when nobody has to.
+        # A process forked meanwhile holds a copy of this object, and must leave the segment alone.
+        self._answerable = 0
+
+    # --- travelling ---
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._answerable = 0  # now the receiver's
+        return {
+            "shm_name": self.shm_name,
+            "shape": self.shape,
+            "dtype": self.dtype,
+            "precomputed_hash": self.precomputed_hash,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the segment. Never raises: whoever unpickles is in the middle of a collective with its peers."""
+        self._clear()
+        try:
+            self.shm_name = state["shm_name"]
+            self.shape = state["shape"]
+            self.dtype = state["dtype"]
+            self.precomputed_hash = state.get("precomputed_hash")
+            if self._nbytes():
+                self._shm_handle = SharedMemory(name=self.shm_name)
+                self._answerable = os.getpid()
+        except Exception as error:  # noqa: BLE001 - kept for materialize(), which reports it
+            self._materialization_error = f"{type(error).__name__}: {error}"
+
+    def _nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    # --- taking ---
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The feature in this process's private memory, or None where it cannot be read."""
+        return self._private if self.prepare() is None else None
+
+    def prepare(self) -> str | None:
+        """Map the feature privately, without taking it: None, or why that is impossible. Never raises.
+
+        After None, `materialize()` succeeds. The segment stays, for readers that have yet to open it.
+        """
+        if self._materialization_error is None and self._private is None:
+            try:
+                self._private = self._map()
+            except (OSError, ValueError, RuntimeError, TypeError, OverflowError) as error:
+                self._materialization_error = f"{type(error).__name__}: {error}"
+        return self._materialization_error
+
+    def _map(self) -> torch.Tensor:
+        nbytes = self._nbytes()
+        if nbytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        if self._shm_handle is None:
+            self._shm_handle = SharedMemory(name=self.shm_name)
+        if sys.platform != "linux":
+            shared = torch.frombuffer(self._shm_handle.buf, dtype=torch.uint8, count=nbytes)
+            return shared.clone().view(self.dtype).reshape(self.shape)
+        # Private and copy-on-write: reading costs no copy, writing stays here. The tensor's storage owns the
+        # mapping, which goes with the last view of it, whatever becomes of the segment meanwhile.
+        options: dict[str, Any] = {"access": mmap.ACCESS_COPY}
+        if sys.version_info >= (3, 13):
+            options["trackfd"] = False
+        mapping = mmap.mmap(_descriptor(self._shm_handle), nbytes, **options)
+        return torch.frombuffer(mapping, dtype=torch.uint8).view(self.dtype).reshape(self.shape)
+
+    def materialize(self) -> torch.Tensor:
+        """Take the feature: a writable CPU tensor of the original shape and dtype, private to this process.
+
+        The segment is unlinked, on failure too. Raises `LostSegment` when it cannot be opened or mapped, and
+        when the feature was taken before.
+        """
+        try:
+            error = self.prepare()
+            if error is not None:
+                raise LostSegment(lost_message([self.shm_name], error))
+            assert self._private is not None
+            return self._private
+        finally:
+            self._materialization_error = self._materialization_error or "already taken here"
+            self.close_and_unlink()
+
+    def close_and_unlink(self) -> None:
+        """Let go of the segment and remove its name; does nothing where that has happened. Never raises."""
+        handle, self._shm_handle = self._shm_handle, None
+        self._private = None
+        self._answerable = 0
+        if not self.shm_name:
+            return
+        try:
+            if handle is None:
+                handle = SharedMemory(name=self.shm_name)
+            try:
+                handle.unlink()
+            finally:
+                handle.close()
+        except FileNotFoundError:
+            return  # a peer was first
+        except (OSError, ValueError) as error:
+            logger.warning("mmlane: could not remove %s from %s: %s", self.shm_name, SHM, error)
+
+    def __del__(self) -> None:
+        if getattr(self, "_answerable", 0) == os.getpid():
+            self.close_and_unlink()
+        elif (handle := getattr(self, "_shm_handle", None)) is not None:
+            handle.close()
+
+
+class _PointerOrTensor(type):
+    """Makes a call of the class give the tensor itself, with one warning a cause, where there is no pointer."""
+
+    def __call__(cls, tensor: torch.Tensor, precomputed_hash: int | None = None) -> Any:
+        try:
+            return super().__call__(tensor, precomputed_hash)
+        except OSError as error:
+            _warn_once(f"errno {error.errno}", error)
+        except NotTransportable as error:
+            _warn_once(str(error), error)
+        return tensor
+
+
+class ShmPointerMMData(SegmentPointer, metaclass=_PointerOrTensor):
+    """`SegmentPointer` as the engine and its message codec know it: by this name, in this module."""
+
+    __module__ = "sglang.srt.managers.mm_utils"
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(cause: str, error: Exception) -> None:
+    if cause not in _warned:
+        _warned.add(cause)
+        logger.warning("mmlane: %s. The feature is sent inline, which is slower; said once per cause.", error)
+
+
+def lost_message(names: list[str], cause: str) -> str:
+    """What a reader says of segments that it cannot read: which, what follows, what to do."""
+    return (
+        f"multimodal features are lost: the shared-memory segment {', '.join(names)} cannot be read ({cause}). "
+        f"Only this request fails; send it again. If it happens again, look for what removes files from {SHM} "
+        "(a cleaner, a restarted container, RemoveIPC of systemd-logind)"
+    )
+
+
+# --- segments -----------------------------------------------------------------------------------------------
+
+
+def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor in row-major order: 1-dim, uint8, on the CPU; a view where they lie so already."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        kind = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+        raise NotTransportable(f"wanted a dense tensor for shared memory, found a {kind} one of {tensor.dtype}")
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # A contiguous tensor of no or one element may have any strides, which `view` minds.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _store(data: torch.Tensor) -> str:
+    """The name of a new segment with the bytes of `data` (1-dim, uint8). `OSError` leaves nothing behind."""
+    nbytes = data.numel()
+    segment = SharedMemory(name=segment_name(), create=True, size=nbytes)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            # A segment gets its pages when they are written, and a full /dev/shm is then a SIGBUS.
+            os.posix_fallocate(_descriptor(segment), 0, nbytes)
+        torch.frombuffer(segment.buf, dtype=torch.uint8, count=nbytes).copy_(data)
+    except BaseException as error:
+        segment.unlink()
+        segment.close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
+            raise OSError(error.errno, no_room_message(nbytes)) from error
+        raise
+    segment.close()
+    return segment.name
+
+
+def _descriptor(segment: SharedMemory) -> int:
+    """The open file behind a segment; the standard library keeps it, but does not publish it."""
+    descriptor: int = segment._fd  # type: ignore[attr-defined]
+    return descriptor
+
+
+def no_room_message(nbytes: int) -> str:
+    stat = os.statvfs(SHM)
+    free, size = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
+    return (
+        f"wanted {nbytes / 2**20:.1f} MiB in {SHM}, found {free / 2**20:.1f} MiB free of {size / 2**20:.1f} MiB; "
+        "enlarge it (docker run --shm-size=..., or a memory-backed emptyDir on Kubernetes)"
+    )
+
+
+def segment_name() -> str:
+    """A fresh name that tells for certain whose it is: mmlane_PID_STARTTIME_PIDNAMESPACE_RANDOM.
+
+    STARTTIME is field 22 of /proc/PID/stat (clock ticks since boot), PIDNAMESPACE the inode of /proc/PID/ns/pid;
+    both are 0 where there is no /proc.
+    """
+    pid = os.getpid()
+    return f"{PREFIX}{pid}_{_identity(pid)}_{secrets.token_hex(8)}"
+
+
+@lru_cache(maxsize=1)
+def _identity(pid: int) -> str:
+    try:
+        # The command name, field 2, is in parentheses and may hold anything.
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return f"{fields[19]}_{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return "0_0"

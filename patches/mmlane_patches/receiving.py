@@ -1,0 +1,127 @@
+"""How the scheduler receives requests: take the features only after all ranks have agreed on them.
+
+The engine's receiving functions stay as they are. While one of them runs, its names `unwrap_shm_features` and
+`has_shm_features` do nothing, so that it neither takes a feature nor waits for one; afterwards (or just before,
+where the function still has the taking to do) we agree, and the features are taken.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from mmlane_patches.agreement import agree
+from mmlane_patches.features import replace_values, single_requests
+from mmlane_patches.pointer import SegmentPointer
+
+SCHEDULER = "sglang.srt.managers.scheduler"
+RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver"
+
+_thread = threading.local()
+
+
+def carrying_groups(receiver: Any) -> list[Any]:
+    """The CPU process groups over which a `Scheduler` or `SchedulerRequestReceiver` was sent its work requests.
+
+    With DP-attention those are its attention TP and CP groups, otherwise the TP group; a group of one is none.
+    """
+    sizes = getattr(receiver, "ps", receiver)
+    if receiver.server_args.enable_dp_attention:
+        candidates = [
+            (sizes.attn_tp_size, receiver.attn_tp_cpu_group),
+            (sizes.attn_cp_size, receiver.attn_cp_cpu_group),
+        ]
+    else:
+        candidates = [(sizes.tp_size, receiver.tp_cpu_group)]
+    return [group for size, group in candidates if size > 1]
+
+
+def take(requests: list[Any]) -> None:
+    """Put tensors in the place of the pointers in `requests`, on which all ranks have agreed."""
+    for request in single_requests(requests):
+        replace_values(request, lambda value: value.materialize() if isinstance(value, SegmentPointer) else value)
+
+
+# --- seams ---
+
+
+def agree_after_deferring(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`Scheduler.recv_requests` of 0.5.9, with `deferrable` in force: agree and take what it returned."""
+
+    @wraps(recv_requests)
+    def receive(self: Any) -> Any:
+        _thread.receiving = True
+        try:
+            received = recv_requests(self)
+        finally:
+            _thread.receiving = False
+        return _finished(self, received)
+
+    return receive
+
+
+def deferrable(unwrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`unwrap_shm_features(obj)` that leaves pointers alone while requests are received in this thread."""
+
+    @wraps(unwrap)
+    def unwrap_shm_features(obj: Any) -> Any:
+        return obj if getattr(_thread, "receiving", False) else unwrap(obj)
+
+    return unwrap_shm_features
+
+
+def agree_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`Scheduler.recv_requests` of 0.5.10 - 0.5.12: without its own barrier and taking, which are ours then."""
+
+    @wraps(recv_requests)
+    def receive(self: Any) -> Any:
+        with _in_place(SCHEDULER, has_shm_features=_nothing, unwrap_shm_features=_untouched):
+            received = recv_requests(self)
+        return _finished(self, received)
+
+    return receive
+
+
+def agree_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """`SchedulerRequestReceiver._finalize_shm_features` of 0.5.13 - 0.5.18, which then takes without a barrier."""
+
+    @wraps(finalize)
+    def finalize_shm_features(self: Any, recv_reqs: list[Any] | None) -> None:
+        if not recv_reqs:
+            return
+        agree(carrying_groups(self), recv_reqs)
+        with _in_place(RECEIVER, has_shm_features=_nothing):
+            finalize(self, recv_reqs)
+
+    return finalize_shm_features
+
+
+def _finished(receiver: Any, received: Any) -> Any:
+    if received:
+        agree(carrying_groups(receiver), received)
+        take(received)
+    return received
+
+
+def _nothing(recv_reqs: Any) -> bool:
+    return False
+
+
+def _untouched(obj: Any) -> Any:
+    return obj
+
+
+@contextmanager
+def _in_place(module: str, **functions: Callable[[Any], Any]) -> Iterator[None]:
+    """While inside, a module's global names stand for other functions. One thread of a scheduler receives."""
+    names = vars(sys.modules[module])
+    kept = {name: names[name] for name in functions}
+    names.update(functions)
+    try:
+        yield
+    finally:
+        names.update(kept)

@@ -1,0 +1,86 @@
+"""shm_pointer: the engine's pointer to a shared-memory segment, replaced; and a lost segment, survived.
+
+Why: on 0.5.9 the pointer unlinks while it is unpickled; up to 0.5.15 a full /dev/shm kills the process
+(SIGBUS); up to 0.5.18 a segment that one rank cannot open ends the server; up to 0.5.20 every rank copies every
+feature.
+Upstream: #21465 (metadata-only state), #30602 (reserve, inline), #37047 (isolation), copy-on-write in 0.5.21.
+How: `ShmPointerMMData` is replaced in `mm_utils`, where the engine finds it by that global name (`pointer`).
+0.5.9 - 0.5.12: the engine's wrapping function is also shown what it leaves (`wrapping`).
+0.5.9 - 0.5.18: ranks agree on what is lost before they take (`agreement`; below 0.5.15 that is part of
+`tp_barrier`), and the two request handlers refuse a request that lost its features.
+When it can go: with the oldest supported engine at 0.5.21; the targets go one by one before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmlane.compat import matrix
+from mmlane.patching import Target
+
+
+def _pointer(original: Any) -> Any:
+    from mmlane_patches.pointer import ShmPointerMMData
+
+    return ShmPointerMMData
+
+
+def _wrap(original: Any) -> Any:
+    from mmlane_patches.wrapping import wrap_everything
+
+    return wrap_everything(original)
+
+
+def _finalize(original: Any) -> Any:
+    from mmlane_patches.receiving import agree_before
+
+    return agree_before(original)
+
+
+def _handle(original: Any) -> Any:
+    from mmlane_patches.agreement import refuse_lost
+
+    return refuse_lost(original)
+
+
+SPEC = matrix().spec(
+    "shm_pointer",
+    targets=(
+        Target(
+            module="sglang.srt.managers.mm_utils",
+            name="ShmPointerMMData",
+            signature=("(self, tensor)", "(self, tensor, precomputed_hash=)"),
+            replace=_pointer,
+            before="0.5.21",
+        ),
+        Target(
+            module="sglang.srt.managers.mm_utils",
+            name="wrap_shm_features",
+            signature="(obj)",
+            replace=_wrap,
+            before="0.5.13",
+        ),
+        Target(
+            module="sglang.srt.managers.scheduler_components.request_receiver",
+            name="SchedulerRequestReceiver._finalize_shm_features",
+            signature="(self, recv_reqs)",
+            replace=_finalize,
+            since="0.5.15",
+            before="0.5.19",
+        ),
+        Target(
+            module="sglang.srt.managers.scheduler",
+            name="Scheduler.handle_generate_request",
+            signature="(self, recv_req)",
+            replace=_handle,
+            before="0.5.19",
+        ),
+        Target(
+            module="sglang.srt.managers.scheduler",
+            name="Scheduler.handle_embedding_request",
+            signature="(self, recv_req)",
+            replace=_handle,
+            before="0.5.19",
+        ),
+    ),
+)

@@ -1,0 +1,64 @@
+"""tp_barrier: no rank takes a feature, and unlinks its segment, before every rank has opened it.
+
+Why: 0.5.9 has no barrier (it needed none, see `deferred_unwrap`); 0.5.10 - 0.5.14 have one on the TP group, and
+none with DP-attention, where the groups that carried the request are others.
+Upstream: #21655, #29543.
+How: the function that receives runs without its own barrier; then the groups that carried the requests agree,
+which is a barrier too and is left out when no request holds a pointer (`receiving`, `agreement`).
+When it can go: with the oldest supported engine at 0.5.15.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmlane.compat import matrix
+from mmlane.patching import Target
+
+
+def _receive_deferred(original: Any) -> Any:
+    from mmlane_patches.receiving import agree_after_deferring
+
+    return agree_after_deferring(original)
+
+
+def _receive(original: Any) -> Any:
+    from mmlane_patches.receiving import agree_after
+
+    return agree_after(original)
+
+
+def _finalize(original: Any) -> Any:
+    from mmlane_patches.receiving import agree_before
+
+    return agree_before(original)
+
+
+SPEC = matrix().spec(
+    "tp_barrier",
+    targets=(
+        Target(
+            module="sglang.srt.managers.scheduler",
+            name="Scheduler.recv_requests",
+            signature="(self)",
+            replace=_receive_deferred,
+            before="0.5.10",
+        ),
+        Target(
+            module="sglang.srt.managers.scheduler",
+            name="Scheduler.recv_requests",
+            signature="(self)",
+            replace=_receive,
+            since="0.5.10",
+            before="0.5.13",
+        ),
+        Target(
+            module="sglang.srt.managers.scheduler_components.request_receiver",
+            name="SchedulerRequestReceiver._finalize_shm_features",
+            signature="(self, recv_reqs)",
+            replace=_finalize,
+            since="0.5.13",
+            before="0.5.15",
+        ),
+    ),
+)

@@ -1,0 +1,188 @@
+"""`mmlane doctor`: what an engine started now would get, and whether this machine is fit for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+from packaging.version import InvalidVersion, Version
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmlane import __version__
+from mmlane.cli.examination import USAGE, Examination, Here, examine, size
+from mmlane.host import PREFIXES, SharedMemory
+from mmlane.report import LANE_MISSING, Report
+from mmlane.settings import SettingsError
+
+STYLES = {
+    "applied": "green",
+    "native": "cyan",
+    "skipped": "yellow",
+    "ok": "green",
+    "missing": "yellow",
+    "problem": "bold red",
+    "note": "yellow",
+}
+
+Row = tuple[str, ...]
+
+
+def _version(text: str) -> Version:
+    try:
+        return Version(text)
+    except InvalidVersion:
+        raise typer.BadParameter(f"{text!r} is not a version; wanted something like 0.5.12.post1") from None
+
+
+def doctor(
+    engine: Annotated[
+        Version | None,
+        typer.Option(
+            parser=_version,
+            metavar="VERSION",
+            help="Ask about this sglang release, installed or not; says nothing about this machine.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for notes, too.")] = False,
+) -> None:
+    """Show what mmlane would do in an engine started now, and whether this machine is fit for it.
+
+    Reads the MMLANE* variables as the engine would. Changes nothing and does not import the engine.
+
+    Exit code: 0 all fine; 1 problems, or a patch that the engine lacks is skipped; 2 a wrong option or
+    MMLANE* variable; 3 no sglang in this environment.
+    """
+    try:
+        found = examine(engine)
+    except SettingsError as error:
+        typer.echo(f"mmlane: {error}", err=True)
+        raise typer.Exit(USAGE) from None
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(strict), indent=2))
+    else:
+        render(found, Console(highlight=False))
+    raise typer.Exit(found.exit_code(strict))
+
+
+def render(found: Examination, console: Console) -> None:
+    """The examination for a person. Every state is a word, so nothing is lost without colour."""
+    _head(found, console)
+    if found.report is not None:
+        _patches(found.report, console)
+    if found.here is not None:
+        _this_machine(found.here, console)
+    _verdict(found, console)
+
+
+def _head(found: Examination, console: Console) -> None:
+    title = Text(f"mmlane {__version__}", style="bold")
+    if found.report is not None:
+        title.append(f" on sglang {found.report.engine}")
+        title.append(f" ({found.untested() or 'tested'})", style="not bold")
+    console.print(title)
+    chosen = found.settings
+    mode = {"arena": f"arena; {LANE_MISSING}", "off": "off: the engine runs as it is"}.get(
+        chosen.mode, chosen.mode
+    )
+    rows = [
+        ("engine", str(found.root) if found.root is not None else "by the table, not checked against its source"),
+        ("mode", mode),
+        ("turned off", ", ".join(sorted(chosen.disable)) or "none"),
+        ("strict", "yes" if chosen.strict else "no"),
+        ("log", chosen.log),
+    ]
+    if found.report is None:
+        rows[0] = ("engine", "none found")
+    _table(console, rows)
+
+
+def _patches(report: Report, console: Console) -> None:
+    _heading(console, "Patches", "in an engine started now, and what this release does by itself")
+    rows = [
+        ("applied" if decision.state == "planned" else decision.state, decision.spec.id, decision.reason)
+        for decision in report.decisions
+    ]
+    _table(console, rows)
+
+
+def _this_machine(here: Here, console: Console) -> None:
+    _heading(console, "Triggers", "how mmlane gets into the engine's processes")
+    line, point = here.triggers.start_file, here.triggers.entry_point
+    ran = "" if here.triggers.ran else " (did not run)"
+    rows: list[Row] = [
+        ("ok" if line else "missing", "start line", f"{line}{ran}" if line else ""),
+        ("ok" if point else "missing", "entry point", point or ""),
+    ]
+    _table(console, rows)
+    _heading(console, "Memory")
+    memory = here.memory
+    limit = f"{size(memory.limit)} by cgroup" if memory.limit is not None else "no cgroup limit"
+    if memory.limit is not None and memory.used is not None:
+        limit += f", {size(memory.used)} of it used"
+    rows = [("machine", f"{size(memory.total)}, {limit}")]
+    if here.shm is None:
+        rows.append(("/dev/shm", "missing"))
+    else:
+        rows.append((str(here.shm.path), f"{size(here.shm.total)}, {size(here.shm.free)} free"))
+        rows += _segments(here.shm)
+    _table(console, rows)
+    _heading(console, "Kernel", "for the lane, which is not part of this release")
+    _table(
+        console,
+        [
+            ("ok" if feature.works else "missing", feature.name, feature.problem or feature.purpose)
+            for feature in here.kernel
+        ],
+    )
+
+
+def _segments(shm: SharedMemory) -> Iterable[Row]:
+    """One row for each kind of segment: how many, how much, and whether their makers run."""
+    for prefix, kind in PREFIXES:
+        mine = [segment for segment in shm.segments if segment.kind == kind]
+        makers = [
+            f"{count} {words}"
+            for words, alive in (("maker runs", True), ("maker gone", False), ("maker unknown", None))
+            if (count := sum(segment.alive is alive for segment in mine))
+        ]
+        held = size(sum(segment.bytes for segment in mine))
+        plural = "" if len(mine) == 1 else "s"
+        text = f"{len(mine)} segment{plural}, {held} ({', '.join(makers)})" if mine else "none"
+        yield f"  {prefix}*", text
+
+
+def _verdict(found: Examination, console: Console) -> None:
+    problems, notes = found.problems(), found.notes()
+    console.print()
+    if not problems and not notes:
+        console.print(Text("All fine.", style="bold green"))
+        return
+    _table(console, [("problem", line) for line in problems] + [("note", line) for line in notes], indent=0)
+    if not problems:
+        console.print(Text("Fine, with the above noted.", style="bold green"))
+
+
+def _heading(console: Console, title: str, explanation: str = "") -> None:
+    console.print()
+    heading = Text(title, style="bold")
+    if explanation:
+        heading.append(f"  {explanation}", style="not bold dim")
+    console.print(heading)
+
+
+def _table(console: Console, rows: Iterable[Row], indent: int = 2) -> None:
+    rows = list(rows)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in range(len(rows[0]) - 1):
+        widest = max(len(row[column]) for row in rows)
+        table.add_column(no_wrap=True, min_width=widest + (indent if column == 0 else 0))
+    table.add_column(overflow="fold", ratio=1)
+    for row in rows:
+        first = Text(" " * indent + row[0], style=STYLES.get(row[0], ""))
+        table.add_row(first, *(Text(cell) for cell in row[1:]))
+    console.print(table)

@@ -1,0 +1,45 @@
+"""Whether mmlane would start in an engine of this interpreter: its two triggers, as they are installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import site
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmlane import bootstrap
+
+GROUP = "sglang.srt.plugins"
+NAME = "mmlane"
+
+
+@dataclass(frozen=True)
+class Triggers:
+    """`start_file` holds the line by which every interpreter watches for the engine, `ran` that it did so here.
+
+    `entry_point` is what the engine itself loads (from 0.5.11 on), as "module:function".
+    """
+
+    start_file: Path | None
+    ran: bool
+    entry_point: str | None
+
+
+def installed() -> Triggers:
+    """The triggers in the interpreter that runs this."""
+    point = next(iter(importlib.metadata.entry_points(group=GROUP, name=NAME)), None)
+    return Triggers(
+        start_file=next((file for file in _candidates() if file.is_file()), None),
+        ran=bootstrap.WATCH in sys.meta_path,
+        entry_point=point.value if point is not None else None,
+    )
+
+
+def _candidates() -> list[Path]:
+    # From 3.15 on Python prefers NAME.start (PEP 829); older ones know only NAME.pth.
+    names = ["mmlane.start", "mmlane.pth"] if sys.version_info >= (3, 15) else ["mmlane.pth"]
+    directories = site.getsitepackages()
+    if site.ENABLE_USER_SITE:
+        directories = [*directories, site.getusersitepackages()]
+    return [Path(directory, name) for directory in directories for name in names]

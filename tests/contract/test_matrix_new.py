@@ -1,0 +1,108 @@
+"""`matrix-new`: releases that we know, as if we did not."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.version import Version
+
+from mmlane.compat import matrix
+from tools.matrix_new import main
+from tools.releases import release
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A copy of the table."""
+    copy = tmp_path / "table.yaml"
+    copy.write_text((ROOT / "compat_matrix.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    return copy
+
+
+def forget(table: Path, release: str, *cells: str) -> None:
+    """Take a release and all later ones out of the table, and these patches' cells from there on."""
+    raw = yaml.safe_load(table.read_text(encoding="utf-8"))
+    raw["engines"] = [v for v in raw["engines"] if Version(v) < Version(release)]
+    for id in cells:
+        kept = {v: cell for v, cell in raw["patches"][id]["cells"].items() if Version(v) < Version(release)}
+        raw["patches"][id]["cells"] = kept
+    table.write_text(yaml.safe_dump(raw), encoding="utf-8")
+
+
+def test_a_release_that_changes_nothing(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forget(table, "0.5.10.post1")
+    assert main(["0.5.10.post1", "--table", str(table)]) == 0
+    told = capsys.readouterr().out
+    assert "sglang 0.5.10.post1: not in the table; compared with 0.5.10" in told
+    assert "add 0.5.10.post1 to `engines`" in told
+
+
+def test_a_release_that_brings_a_fix(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forget(table, "0.5.21", "shm_pointer")
+    assert main(["0.5.21", "--table", str(table)]) == 1
+    told = capsys.readouterr().out
+    assert "shm_pointer: 0.5.19 apply:" in told
+    assert "! the engine has the fix: start a `native` cell" in told
+    assert "! read again, changed: sglang.srt.managers.mm_utils.ShmPointerMMData" in told
+    assert "fan_out: 0.5.13 native: each expanded request owns its items\n    holds" in told
+
+
+def test_a_release_that_moves_a_target(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forget(table, "0.5.13", "fan_out", "shm_pointer")
+    assert main(["0.5.13", "--table", str(table)]) == 1
+    told = capsys.readouterr().out
+    assert "a fault that is gone: embeddings_inline" in told
+    assert "read again, gone: sglang.srt.managers.scheduler.Scheduler.recv_requests" in told
+    assert "a person has to look at: shm_pointer, tp_barrier, fan_out" in told
+
+
+def test_a_release_that_fits_no_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A future engine, unpacked: a function that a patch replaces has another signature, a file is gone."""
+    real = release(matrix().engines[-1])
+    assert real.source is not None
+    for module in ("mm_utils", "io_struct", "scheduler_components.request_receiver"):
+        file = real.source.file(f"sglang.srt.managers.{module}")
+        assert file is not None and real.root is not None
+        copy = tmp_path / file.relative_to(real.root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        text = file.read_text(encoding="utf-8")
+        copy.write_text(
+            text.replace("def _handle_parallel_sampling(self)", "def _handle_parallel_sampling(self, n)")
+        )
+    assert main([str(tmp_path), "--version", "0.9.0"]) == 1
+    told = capsys.readouterr().out
+    assert "sglang 0.9.0: not in the table; compared with" in told
+    assert "! neither fault nor fix was recognised: no sglang.srt.managers.tokenizer_manager" in told
+    assert "_handle_parallel_sampling(self), found (self, n)" in told
+
+
+def test_a_wheel_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The version is read from the wheel; a release of the table is compared with its own record."""
+    real = release(matrix().engines[-1])
+    wheel = tmp_path / f"sglang-{real.version}-py3-none-any.whl"
+    assert real.root is not None
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for folder in ("sglang/srt/managers", "sglang/srt/utils"):
+            for file in (real.root / folder).rglob("*.py"):
+                archive.write(file, file.relative_to(real.root))
+        archive.writestr(f"sglang-{real.version}.dist-info/METADATA", "")
+    assert main([str(wheel)]) == 0
+    told = capsys.readouterr().out
+    assert f"sglang {real.version}: in the table" in told
+    assert "nothing needs a person" in told
+
+
+def test_older_than_supported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sglang").mkdir()
+    assert main([str(tmp_path), "--version", "0.5.8"]) == 1
+    assert "older than the oldest cell" in capsys.readouterr().out
+
+
+def test_neither_version_nor_path() -> None:
+    with pytest.raises(SystemExit, match="newest is neither a version nor a wheel nor a directory"):
+        main(["newest"])

@@ -1,0 +1,67 @@
+"""One unpatched run and one patched server for each engine release, never two at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from devkit.client import Reply
+from devkit.server import EngineServer
+from tests.engine import scenarios
+
+ISOLATED = Version("0.5.19")  # from here on the engine itself fails one request for one lost segment
+FANNED_OUT = Version("0.5.13")  # from here on the engine itself gives each of n samples its own items
+
+
+@dataclass
+class Transcript:
+    """What an engine without the plugin did: its answers, and which faults ended it."""
+
+    answers: dict[str, Reply] = field(default_factory=dict)
+    image_bytes: int = 0
+    several_images: Reply | None = None
+    one_image_n3: Reply | None = None
+    survived_n3: bool = True
+    lost_segment: Reply | None = None
+    survived_lost_segment: bool = True
+
+
+@pytest.fixture(scope="session")
+def unpatched(version: str) -> Transcript:
+    """Run a release without the plugin, through everything that this suite wants to know of it."""
+    seen = Transcript()
+    with EngineServer(version) as server:
+        for name, ask in scenarios.ANSWERED.items():
+            seen.answers[name] = ask(server)
+        before = scenarios.loopback_bytes()
+        scenarios.ANSWERED["larger image"](server)
+        seen.image_bytes = scenarios.loopback_bytes() - before
+        seen.several_images = scenarios.two_images_n2(server)
+        seen.one_image_n3 = scenarios.one_image_n3(server)
+        seen.survived_n3 = survived(server, seen.one_image_n3)
+        if seen.survived_n3:
+            seen.lost_segment = scenarios.ask_and_lose_the_segment(server)
+            seen.survived_lost_segment = survived(server, seen.lost_segment)
+    if not seen.survived_n3:
+        with EngineServer(version) as server:
+            seen.lost_segment = scenarios.ask_and_lose_the_segment(server)
+            seen.survived_lost_segment = survived(server, seen.lost_segment)
+    return seen
+
+
+def survived(server: EngineServer, reply: Reply) -> bool:
+    """Whether the engine goes on serving; waits for its end when the connection broke."""
+    if reply.status == 0:
+        scenarios.wait_for(lambda: not server.alive(), "the engine's end")
+    return server.alive() and scenarios.ANSWERED["text only"](server).status == 200
+
+
+@pytest.fixture(scope="session")
+def patched(version: str, unpatched: Transcript, plugin_wheel: Path) -> Iterator[EngineServer]:
+    """A release with the plugin installed, serving; it starts when the unpatched run is over."""
+    with EngineServer(version, plugin=plugin_wheel, env={"MMLANE_LOG": "debug"}) as server:
+        yield server

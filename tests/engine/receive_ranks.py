@@ -1,0 +1,204 @@
+"""The engine's own receive function in four real processes on real gloo groups, one of them held up. A test runs:
+
+    PYTHON_OF_AN_ENGINE receive_ranks.py --groups {tp,attn} [--without-agreement]
+
+The model cannot run on a CPU with DP-attention, but receiving can. Rank 0 gets a request from a real ZeroMQ socket
+and broadcasts it; rank 3 is held in the middle of unpickling it until rank 0 has come out of `recv_requests`, or
+until HOLD_S have passed, which is what happens when rank 0 rightly waits for it. Four ranks, because gloo
+broadcasts along a tree: rank 0 waits for its children 1 and 2 when it next broadcasts, and only rank 2 for rank 3.
+Prints one JSON object: for each rank "ok", or the error that it got.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+from datetime import timedelta
+from multiprocessing.synchronize import Event
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import zmq
+
+HOLD_S = 5.0
+TIMEOUT = timedelta(seconds=60)  # of a collective; only a fault takes that long
+RANKS = range(4)
+HELD = 3
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+FEATURE = torch.arange(300_000, dtype=torch.float32)
+
+_rank = -1
+_released: Event | None = None
+
+
+def _hold() -> Hold:
+    """Runs while a request is unpickled: the held rank waits here. Rank 0 pickles the result for the others."""
+    if _rank == HELD and _released is not None:
+        _released.wait(HOLD_S)
+    return Hold()
+
+
+class Hold:
+    """Travels in a request, ahead of its features."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_hold, ())
+
+
+def make_request() -> Any:
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
+
+    item = MultimodalDataItem(modality=Modality.IMAGE, feature=FEATURE.clone())
+    request = TokenizedGenerateReqInput.__new__(TokenizedGenerateReqInput)
+    request.rid = "r"
+    request.trace_context = Hold()
+    try:
+        from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
+
+        request.mm_inputs = MultimodalProcessorOutput(mm_items=[item])
+    except ImportError:
+        request.mm_inputs = {"mm_items": [item]}
+    return mm_utils.wrap_shm_features(request)
+
+
+def serve_settings(groups: str) -> None:
+    """What the engine's wrap and unwrap ask of the global server arguments."""
+    from sglang.srt import server_args
+    from sglang.srt.managers import mm_utils, scheduler  # noqa: F401 - the rest of what a rank imports
+
+    mm_utils._is_default_tensor_transport = False
+    server_args._global_server_args = settings(groups)
+
+
+def settings(groups: str) -> Any:
+    return SimpleNamespace(
+        skip_tokenizer_init=False,
+        enable_dp_attention=groups == "attn",
+        enable_dp_attention_local_control_broadcast=False,
+        language_only=False,
+        encoder_transfer_backend="",
+        enable_trace=False,
+    )
+
+
+def make_receiver(rank: int, groups: str, socket: Any) -> Any:
+    """The engine's receiver with four ranks: one TP group, or one attention-TP group inside DP-attention."""
+    group = dist.new_group(list(RANKS), backend="gloo")
+    alone = [dist.new_group([r], backend="gloo") for r in RANKS][rank]
+    all_ranks = SimpleNamespace(rank=rank, ranks=list(RANKS), rank_in_group=rank, cpu_group=group)
+    parallel = {
+        "pp_rank": 0,
+        "tp_rank": rank,
+        "tp_size": len(RANKS),
+        "attn_tp_rank": rank,
+        "attn_tp_size": len(RANKS),
+        "attn_cp_rank": 0,
+        "attn_cp_size": 1,
+        "attn_dp_rank": 0,
+        "attn_dp_size": 1,
+    }
+    attributes = {
+        "recv_from_tokenizer": socket,
+        "recv_from_rpc": socket,
+        "recv_skipper": None,
+        "input_blocker": None,
+        "mm_receiver": None,
+        "scripted_scheduler_hook": None,
+        "max_recv_per_poll": -1,
+        "enable_trace": False,
+        "server_args": settings(groups),
+        "model_config": SimpleNamespace(is_multimodal=True),
+        "tp_group": all_ranks,
+        "tp_cpu_group": group,
+        "attn_tp_group": all_ranks,
+        "attn_tp_cpu_group": group,
+        "attn_cp_group": SimpleNamespace(rank=rank, ranks=[rank], cpu_group=alone),
+        "attn_cp_cpu_group": alone,
+        "world_group": all_ranks,
+        "ps": SimpleNamespace(**parallel),
+        **parallel,
+    }
+    try:
+        from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver as Receiver
+    except ImportError:
+        from sglang.srt.managers.scheduler import Scheduler as Receiver
+    receiver = Receiver.__new__(Receiver)
+    declared = getattr(Receiver, "__dataclass_fields__", attributes)
+    for name, value in attributes.items():
+        if name in declared:
+            object.__setattr__(receiver, name, value)  # a frozen dataclass on some releases
+    return receiver
+
+
+def run_rank(rank: int, groups: str, agreement: bool, directory: str, released: Event, results: Any) -> None:
+    global _rank, _released
+    _rank, _released = rank, released
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=len(RANKS), timeout=TIMEOUT
+        )
+        serve_settings(groups)
+        if not agreement:
+            without_agreement()
+        socket = zmq.Context.instance().socket(zmq.PULL)
+        if rank == 0:
+            socket.connect(f"ipc://{directory}/requests")
+        receiver = make_receiver(rank, groups, socket)
+        requests: list[Any] = []
+        while not requests:
+            requests = receiver.recv_requests()
+        mm_inputs = requests[0].mm_inputs
+        items = mm_inputs["mm_items"] if isinstance(mm_inputs, dict) else mm_inputs.mm_items
+        assert torch.equal(items[0].feature, FEATURE)
+        results.put((rank, "ok"))
+    except BaseException as error:  # noqa: BLE001 - it is what this rank has to report
+        results.put((rank, f"{type(error).__name__}: {error}"))
+    finally:
+        if rank == 0:
+            released.set()
+
+
+def without_agreement() -> None:
+    """Take the collective out of our own patch, as a test of what it is there for."""
+    from mmlane_patches import agreement
+
+    agreement.all_reduce = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--groups", choices=("tp", "attn"), required=True)
+    parser.add_argument("--without-agreement", action="store_true")
+    options = parser.parse_args()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # Imported once, before the ranks are forked: it is most of the time that this takes.
+    serve_settings(options.groups)
+    fork = multiprocessing.get_context("fork")
+    released, results = fork.Event(), fork.Queue()
+    with tempfile.TemporaryDirectory() as directory:
+        agreement = not options.without_agreement
+        ranks = [
+            fork.Process(target=run_rank, args=(rank, options.groups, agreement, directory, released, results))
+            for rank in RANKS
+        ]
+        for process in ranks:
+            process.start()
+        sender = zmq.Context.instance().socket(zmq.PUSH)
+        sender.bind(f"ipc://{directory}/requests")
+        sender.send_pyobj(make_request())
+        found = dict(results.get(timeout=180) for _ in ranks)
+        for process in ranks:
+            process.join(30)
+            process.kill()
+    print(json.dumps({str(rank): result for rank, result in sorted(found.items())}))
+
+
+if __name__ == "__main__":
+    main()

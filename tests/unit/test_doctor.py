@@ -1,0 +1,224 @@
+"""`mmlane doctor` as a user runs it: what it says, in which form, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+from mmlane import __version__, compat, host
+from mmlane.cli.examination import size
+from mmlane.engine import Engine
+from mmlane.settings import Settings
+
+ENGINES = [str(version) for version in compat.matrix().engines]
+
+
+def mmlane(*words: str, path: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, without what the developer's shell says."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MMLANE", "PYTHON"))}
+    env.update({"COLUMNS": "80", **environ})
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-c", "from mmlane.cli import main; main()", *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def doctor(*words: str, code: int = 0, path: Path | None = None, **environ: str) -> dict[str, Any]:
+    """What it says as JSON, after a check of its exit code."""
+    done = mmlane("doctor", "--json", *words, path=path, **environ)
+    assert done.returncode == code, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["exit_code"] == code
+    return found
+
+
+def stand_in(path: Path, version: str) -> Path:
+    """An engine with a version and no code: nothing that a patch wants is there."""
+    (path / "sglang").mkdir()
+    (path / "sglang" / "__init__.py").write_text("raise RuntimeError('the doctor imported the engine')")
+    metadata = path / f"sglang-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
+    return path
+
+
+# --- about a release, without any engine ---
+
+
+@pytest.mark.parametrize("release", ENGINES)
+def test_every_release_gets_the_plan_of_the_table(release: str) -> None:
+    specs, _ = compat.contributed()
+    plan = compat.plan(specs, Engine(Version(release), None), Settings())
+    found = doctor("--engine", release)
+    states = {"planned": "applied", "native": "native", "skipped": "skipped"}
+    assert [(p["id"], p["state"], p["reason"]) for p in found["patches"]] == [
+        (id, states[decision.state], decision.reason) for id, decision in plan.items()
+    ]
+    assert found["engine"] == {"version": release, "untested": "", "root": None}
+    assert found["problems"] == found["notes"] == []
+    assert found["shm"] is found["kernel"] is found["triggers"] is found["memory"] is None
+
+
+def test_a_release_that_is_newer_than_the_table_is_a_note_and_strict_makes_it_count() -> None:
+    newest = ENGINES[-1]
+    found = doctor("--engine", "99.0")
+    assert found["notes"] == [f"sglang 99.0 is untested: newer than {newest}"]
+    doctor("--engine", "99.0", "--strict", code=1)
+
+
+def test_a_release_that_is_too_old_is_a_problem() -> None:
+    found = doctor("--engine", "0.5.8", code=1)
+    assert {patch["state"] for patch in found["patches"]} == {"skipped"}
+    assert any("older than 0.5.9" in line for line in found["problems"])
+
+
+def test_what_the_user_turned_off_is_no_problem() -> None:
+    found = doctor("--engine", "0.5.12", MMLANE_DISABLE="fan_out")
+    (fan_out,) = [patch for patch in found["patches"] if patch["id"] == "fan_out"]
+    assert fan_out["state"] == "skipped" and fan_out["chosen"]
+    assert found["settings"]["disable"] == ["fan_out"]
+
+
+def test_off_applies_nothing_and_is_no_problem() -> None:
+    found = doctor("--engine", "0.5.12", MMLANE="off")
+    assert {patch["state"] for patch in found["patches"]} == {"skipped", "native"}
+    assert found["settings"]["mode"] == "off"
+
+
+# --- usage ---
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MMLANE", "on", "MMLANE=on is not one of: arena, backport, off"),
+        ("MMLANE_STRICT", "yes", "MMLANE_STRICT=yes is not one of: 0, 1"),
+        ("MMLANE_LOG", "loud", "MMLANE_LOG=loud is not one of: debug, info, warning"),
+        ("MMLANE_DISABLE", "nonsense", "MMLANE_DISABLE=nonsense: no such patch; there are: shm_pointer"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_the_right_ones(variable: str, value: str, message: str) -> None:
+    done = mmlane("doctor", "--engine", "0.5.12", path=None, **{variable: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_wrong_setting_is_refused_where_an_engine_is_installed(tmp_path: Path) -> None:
+    done = mmlane("doctor", path=stand_in(tmp_path, "0.5.12"), MMLANE="on")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == "mmlane: MMLANE=on is not one of: arena, backport, off"
+
+
+def test_a_word_that_is_no_version_is_refused() -> None:
+    done = mmlane("doctor", "--engine", "newest")
+    assert done.returncode == 2 and "is not a version" in done.stderr
+
+
+def test_version() -> None:
+    done = mmlane("--version")
+    assert (done.returncode, done.stdout) == (0, f"mmlane {__version__}\n")
+
+
+# --- about this interpreter and machine ---
+
+
+def test_no_engine_has_its_own_exit_code_and_the_machine_is_told_all_the_same() -> None:
+    found = doctor(code=3)
+    assert found["engine"] is None and found["patches"] == []
+    assert found["problems"][0].startswith("no engine: this Python cannot import sglang")
+    assert {feature["name"] for feature in found["kernel"]} >= {"memfd_create", "SCM_RIGHTS"}
+    assert found["shm"]["total"] > 0
+
+
+def test_an_installed_engine_is_checked_and_not_imported(tmp_path: Path) -> None:
+    found = doctor(path=stand_in(tmp_path, "0.5.12"), code=1)
+    assert found["engine"] == {"version": "0.5.12", "untested": "", "root": str(tmp_path)}
+    states = {patch["id"]: patch["state"] for patch in found["patches"]}
+    assert states["deferred_unwrap"] == "native"
+    assert states["shm_pointer"] == states["fan_out"] == "skipped"
+    assert any("skipped fan_out: wanted sglang." in line for line in found["problems"])
+
+
+def test_strict_for_the_engine_does_not_stop_the_doctor(tmp_path: Path) -> None:
+    found = doctor(path=stand_in(tmp_path, "0.5.12"), code=1, MMLANE_STRICT="1")
+    assert found["settings"]["strict"] is True
+
+
+def test_the_triggers_of_this_installation() -> None:
+    found = doctor(code=3)["triggers"]
+    assert Path(found["start_file"]).name in ("mmlane.pth", "mmlane.start")
+    assert found["ran"] is True
+    assert found["entry_point"] == "mmlane.entry:register"
+
+
+def test_a_start_line_that_python_passed_over_is_a_problem() -> None:
+    """Without `site`, no .pth file is read, and nothing of mmlane runs in the engine's processes."""
+    code = "import sys; sys.path[:0] = sys.argv.pop(1).split(':'); from mmlane.cli import main; main()"
+    path = ":".join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, path, "doctor", "--json"], capture_output=True, text=True, check=False
+    )
+    found = json.loads(done.stdout)
+    assert any("start line" in line or "did not run" in line for line in found["problems"])
+
+
+def test_leftovers_in_the_real_dev_shm_are_counted() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    file = host.SHM / f"sgl_shm_mm_{gone.pid}_{os.urandom(4).hex()}"
+    file.write_bytes(b"x" * 12345)
+    try:
+        found = doctor(code=3)
+        shown = mmlane("doctor").stdout
+    finally:
+        file.unlink()
+    (segment,) = [s for s in found["shm"]["segments"] if s["name"] == file.name]
+    assert segment == {"name": file.name, "kind": "engine", "bytes": 16384, "pid": gone.pid, "alive": False}
+    assert any("name a maker that does not run" in note for note in found["notes"])
+    assert "maker gone" in shown
+
+
+# --- for a person ---
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_it_fits_the_terminal_and_says_every_state_as_a_word(columns: str, tmp_path: Path) -> None:
+    engine = stand_in(tmp_path, "0.5.12")
+    shown = mmlane("doctor", path=engine, COLUMNS=columns).stdout
+    assert max(len(line) for line in shown.splitlines()) <= int(columns)
+    assert "\x1b" not in shown  # not a terminal: no colour
+    assert shown.startswith(f"mmlane {__version__} on sglang 0.5.12 (tested)")
+    for word in (
+        "skipped  shm_pointer",
+        "native   deferred_unwrap",
+        "memfd_create",
+        "/dev/shm",
+        "problem  skipped",
+    ):
+        assert word in shown
+
+
+def test_fine_is_said() -> None:
+    assert mmlane("doctor", "--engine", "0.5.12").stdout.rstrip().endswith("All fine.")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (64 << 20, "64 MiB"),
+        (3 << 29, "1.5 GiB"),
+        (5 << 40, "5 TiB"),
+        (1 << 52, "4096 TiB"),
+    ],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text

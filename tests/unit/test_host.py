@@ -1,0 +1,176 @@
+"""Facts about the machine: segments in the real /dev/shm, kernel features really tried, cgroup limits."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mmlane import host
+
+
+@pytest.fixture
+def segment() -> Iterator[Callable[[str, int], Path]]:
+    """Makes files in the real /dev/shm and deletes them afterwards."""
+    made: list[Path] = []
+
+    def make(name: str, size: int) -> Path:
+        file = host.SHM / name
+        assert not file.exists()
+        made.append(file)
+        file.write_bytes(b"x" * size)
+        return file
+
+    yield make
+    for file in made:
+        file.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def our_name(pid: int, started: int | None = None, namespace: int | None = None) -> str:
+    """The name that our pointer gives a segment of a process, by default of one that runs here."""
+    if started is None:
+        started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    if namespace is None:
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    return f"mmlane_{pid}_{started}_{namespace}_{os.urandom(8).hex()}"
+
+
+def test_segments_of_every_kind_are_listed_and_others_are_not(
+    segment: Callable[[str, int], Path], dead_pid: int
+) -> None:
+    suffix = os.urandom(4).hex()
+    ours = segment(our_name(os.getpid()), 5000)
+    alive = segment(f"sgl_shm_mm_{os.getpid()}_{suffix}", 100)
+    dead = segment(f"sgl_shm_mm_{dead_pid}_{suffix}", 70000)
+    python = segment(f"psm_{suffix}", 4096)
+    stranger = segment(f"stranger_{suffix}", 10)
+
+    shm = host.shared_memory()
+    assert shm is not None and shm.writable and 0 < shm.free < shm.total
+    found = {s.name: s for s in shm.segments}
+    assert stranger.name not in found
+    assert found[ours.name] == host.Segment(ours.name, "mmlane", 8192, os.getpid(), True)
+    assert found[alive.name] == host.Segment(alive.name, "engine", 4096, os.getpid(), True)
+    assert found[dead.name] == host.Segment(dead.name, "engine", 73728, dead_pid, False)
+    assert found[python.name] == host.Segment(python.name, "python", 4096, None, None)
+    assert found[dead.name] in shm.abandoned()
+    assert not {found[ours.name], found[alive.name], found[python.name]} & set(shm.abandoned())
+
+
+def test_our_names_tell_the_maker_for_certain(dead_pid: int) -> None:
+    here = os.getpid()
+    assert host.maker(our_name(here)) == (here, True)
+    assert host.maker(our_name(here, started=1)) == (here, False)  # the number was given to another process
+    assert host.maker(our_name(dead_pid, started=1)) == (dead_pid, False)
+    assert host.maker(our_name(here, namespace=1)) == (here, None)  # a container's: cannot be known from here
+
+
+def test_the_names_are_those_that_our_pointer_gives() -> None:
+    pytest.importorskip("torch")
+    from mmlane_patches.pointer import segment_name
+
+    assert host.maker(segment_name()) == (os.getpid(), True)
+
+
+@pytest.mark.parametrize(
+    ("name", "pid"),
+    [
+        ("sgl_shm_mm_1_0a1b2c3d", 1),
+        ("sgl_shm_some_kind_1_0a1b2c3d", 1),
+        ("sgl_shm_mm_99999999999999999999_0a1b2c3d", 99999999999999999999),
+        ("sgl_shm_mm_0_0a1b2c3d", None),
+        ("sgl_shm_mm", None),
+        ("psm_12345678", None),
+        ("mmlane_something", None),
+    ],
+)
+def test_pids_in_names(name: str, pid: int | None) -> None:
+    found, alive = host.maker(name)
+    assert found == pid
+    assert alive is (None if pid is None else pid == 1)
+
+
+def test_without_a_dev_shm(tmp_path: Path) -> None:
+    assert host.shared_memory(tmp_path / "missing") is None
+
+
+def descriptors() -> int:
+    """How many file descriptors this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_kernel_features_are_tried() -> None:
+    found = {feature.name: feature for feature in host.kernel_features()}
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    for name, feature in found.items():
+        assert feature.works or feature.problem, name
+        if not name.startswith("MADV_POPULATE") or release >= (5, 14):
+            assert feature.works, feature.problem
+    assert len(found) == 9
+
+
+def test_a_feature_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "fcntl", lambda fd, command, argument: 0)  # seals that do not hold
+    monkeypatch.delattr(os, "posix_fallocate")
+    before = descriptors()
+    found = {feature.name: feature for feature in host.kernel_features()}
+    assert found["F_ADD_SEALS"].problem == "a sealed memfd could be shrunk"
+    assert "built without it" in found["posix_fallocate"].problem
+    assert not found["F_ADD_SEALS"].works and not found["posix_fallocate"].works
+    assert descriptors() == before
+
+
+def test_nothing_is_left_open_or_bound() -> None:
+    before = descriptors()
+    host.kernel_features()
+    assert descriptors() == before
+    assert "mmlane-doctor" not in Path("/proc/net/unix").read_text()
+
+
+def proc(path: Path, cgroup: str, mount: str) -> Path:
+    (path / "proc").mkdir()
+    (path / "proc" / "cgroup").write_text(cgroup)
+    (path / "proc" / "mountinfo").write_text(mount)
+    return path / "proc"
+
+
+def test_the_tightest_limit_of_a_version_2_group_counts(tmp_path: Path) -> None:
+    top = tmp_path / "cgroup"
+    inner = top / "pod" / "container"
+    inner.mkdir(parents=True)
+    for directory, limit, used in ((top / "pod", "1048576", "4096"), (inner, "max", "2048")):
+        (directory / "memory.max").write_text(f"{limit}\n")
+        (directory / "memory.current").write_text(f"{used}\n")
+    mount = f"30 20 0:26 / {top} rw - cgroup2 cgroup2 rw\n31 20 0:27 / /proc rw - proc proc rw\n"
+    found = host.memory(proc(tmp_path, "0::/pod/container\n", mount))
+    assert (found.limit, found.used) == (1048576, 4096)
+    assert found.total > 1048576
+
+
+def test_a_version_1_group_and_its_way_of_saying_no_limit(tmp_path: Path) -> None:
+    top = tmp_path / "memory"
+    (top / "job").mkdir(parents=True)
+    (top / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (top / "job" / "memory.limit_in_bytes").write_text("2097152\n")
+    (top / "job" / "memory.usage_in_bytes").write_text("1024\n")
+    mount = f"30 20 0:26 /docker/x {top} rw - cgroup cgroup rw,memory\n"
+    found = host.memory(proc(tmp_path, "4:memory:/docker/x/job\n0::/\n", mount))
+    assert (found.limit, found.used) == (2097152, 1024)
+    (top / "job" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert host.memory(tmp_path / "proc").limit is None
+
+
+def test_without_cgroups(tmp_path: Path) -> None:
+    assert host.memory(tmp_path / "missing").limit is None

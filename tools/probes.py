@@ -1,0 +1,301 @@
+"""What is wrong in an engine's source, fault by fault: this is what a cell of compat_matrix.yaml claims.
+
+A probe says yes when it sees the fault, no when it sees the fix, and raises `Unknown` when it sees neither:
+then a person has to read the engine. Each fault has the phrase by which the reasons in the matrix name it, so that
+the text of a cell is itself what is checked.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from mmlane.patching import Cell, EngineSource
+from tools.steps import Function, Step, steps, steps_in
+
+MM_UTILS = "sglang.srt.managers.mm_utils"
+TOKENIZER = "sglang.srt.managers.tokenizer_manager"
+REQUESTS = "sglang.srt.managers.io_struct"
+# Where requests are received: from 0.5.13, and before.
+RECEIVERS = (
+    ("sglang.srt.managers.scheduler_components.request_receiver", "SchedulerRequestReceiver"),
+    ("sglang.srt.managers.scheduler", "Scheduler"),
+)
+
+# Where pointers are made; the latter two exist from 0.5.13 and 0.5.16.
+WRAPPERS = ("wrap_shm_features", "_wrap_tensor_or_list", "_wrap_shm_or_inline")
+
+
+class Unknown(Exception):
+    """Neither the fault nor its fix was found; the message says what was looked for."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that can be wrong: its name, what a cell's reason says where it is, and how it is seen."""
+
+    name: str
+    phrase: str
+    shown_by: Callable[[EngineSource], bool]
+
+
+def faults(source: EngineSource, patch: str) -> frozenset[str]:
+    """The names of the faults that this engine has, among those that the patch mends. Raises `Unknown`."""
+    return frozenset(fault.name for fault in FAULTS[patch] if fault.shown_by(source))
+
+
+def claimed(patch: str, cell: Cell) -> frozenset[str]:
+    """The names of the faults that a cell says are there: none where the engine has the fix."""
+    if cell.state == "native":
+        return frozenset()
+    return frozenset(fault.name for fault in FAULTS[patch] if fault.phrase in cell.reason)
+
+
+# --- shm_pointer: the class, and who survives a lost segment -----------------------------------------------
+
+# All that the constructor calls while it does not reserve its pages. Another name might reserve them.
+_PLAIN_COPY = (
+    {"SharedMemory", "make_shm_name", "close", "unlink", "cpu", "contiguous", "is_contiguous", "copy_", "view"}
+    | {"element_size", "numel", "frombuffer", "ndarray", "numpy", "flatten", "reshape"}
+)  # fmt: skip
+
+
+def unlinks_in_setstate(source: EngineSource) -> bool:
+    if "unlink" in _names(_pointer(source, "__setstate__")):
+        return True
+    _found("unlink" in _names(_pointer(source, "materialize")), "no unlink in __setstate__ or materialize")
+    return False
+
+
+def clones_on_receipt(source: EngineSource) -> bool:
+    made = _pointer(source, "materialize", otherwise="__setstate__")
+    if any(step.name == "mmap" and (step.keyword("access") or "").endswith("ACCESS_COPY") for step in made):
+        return False
+    _found("clone" in _names(made), "neither a copy-on-write mapping nor a clone in materialize")
+    return True
+
+
+def no_reserve(source: EngineSource) -> bool:
+    made = _names(_pointer(source, "__init__"))
+    _found("SharedMemory" in made, "no SharedMemory in __init__")
+    if "posix_fallocate" in made:
+        before_copy = "copy_" in made and made.index("posix_fallocate") < made.index("copy_")
+        _found(before_copy, "posix_fallocate in __init__, but not before copy_")
+        return False
+    _found(set(made) <= _PLAIN_COPY, f"unfamiliar calls in __init__: {set(made) - _PLAIN_COPY}")
+    return True
+
+
+def no_inline(source: EngineSource) -> bool:
+    wrappers = [source.find(MM_UTILS, name) for name in WRAPPERS]
+    made = [step for node in wrappers if isinstance(node, Function) for step in steps(node)]
+    makers = [step for step in made if step.name == "ShmPointerMMData"]
+    return not _every([step.caught("OSError") for step in makers], "place where pointers are made")
+
+
+def embeddings_inline(source: EngineSource) -> bool:
+    wrap = _need(source, MM_UTILS, "wrap_shm_features")
+    read = {node.attr for node in ast.walk(wrap) if isinstance(node, ast.Attribute)}
+    _found("feature" in read, "wrap_shm_features does not read `feature`")
+    return "precomputed_embeddings" not in read
+
+
+def open_raises_in_setstate(source: EngineSource) -> bool:
+    opened = [step for step in _pointer(source, "__setstate__") if step.name == "SharedMemory"]
+    if not opened:
+        _found("SharedMemory" in _names(_pointer(source, "materialize")), "no SharedMemory in __setstate__")
+        return False
+    return not _every([step.caught() for step in opened], "place where segments are opened")
+
+
+def no_isolation(source: EngineSource) -> bool:
+    received = _received(source)
+    unwraps = [step for step in received if step.name == "unwrap_shm_features"]
+    if not _every([step.caught() for step in unwraps], "unwrap_shm_features in recv_requests"):
+        return True
+    agreed = _names(received[received.index(unwraps[-1]) :])
+    _found("all_reduce" in agreed, "failures are caught, but no all_reduce tells the other ranks")
+    return False
+
+
+def _pointer(source: EngineSource, method: str, otherwise: str | None = None) -> tuple[Step, ...]:
+    owner = source.find(MM_UTILS, "ShmPointerMMData")
+    function = source.find(MM_UTILS, f"ShmPointerMMData.{method}")
+    if function is None and otherwise is not None:
+        return _pointer(source, otherwise)
+    if not isinstance(owner, ast.ClassDef) or not isinstance(function, Function):
+        raise Unknown(f"no ShmPointerMMData.{method}")
+    return steps(function, owner)
+
+
+# --- deferred_unwrap, tp_barrier: the order of things in the receiver --------------------------------------
+
+
+def unwraps_before_broadcast(source: EngineSource) -> bool:
+    broadcasts, unwraps = _exchange(source)
+    if max(unwraps) < min(broadcasts):
+        return True
+    _found(max(broadcasts) < min(unwraps), "unwrap_shm_features both before and after a broadcast")
+    return False
+
+
+def no_barrier(source: EngineSource) -> bool:
+    return not _barrier_groups(source)
+
+
+def barrier_on_tp_only(source: EngineSource) -> bool:
+    return _barrier_groups(source) == {"tp"}
+
+
+def _barrier_groups(source: EngineSource) -> set[str]:
+    """The kinds of group that wait for each other between the last broadcast and the first unwrap."""
+    received = _received(source)
+    broadcasts, unwraps = _exchange(source)
+    groups = set()
+    for i, step in enumerate(received):
+        if step.name == "barrier":
+            _found(max(broadcasts) < i < min(unwraps), "a barrier, but not between broadcast and unwrap")
+            group = step.keyword("group") or ""
+            groups.add(next((kind for kind in ("attn_tp", "attn_cp", "tp") if kind in group), group))
+    known = groups in (set(), {"tp"}, {"tp", "attn_tp", "attn_cp"})
+    _found(known, f"barriers on unfamiliar groups: {sorted(groups)}")
+    between = received[max(broadcasts) + 1 : min(unwraps)]
+    strange = [step.name for step in between if step.name != "barrier" and step.keyword("group")]
+    _found(bool(groups) or not strange, f"no barrier, but {strange}")
+    return groups
+
+
+def _exchange(source: EngineSource) -> tuple[list[int], list[int]]:
+    """At which steps of receiving requests are broadcast, and at which unwrapped."""
+    names = _names(_received(source))
+    broadcasts = [i for i, name in enumerate(names) if name.endswith("broadcast_pyobj")]
+    unwraps = [i for i, name in enumerate(names) if name == "unwrap_shm_features"]
+    _found(bool(broadcasts and unwraps), "no broadcast_pyobj, or no unwrap_shm_features, in recv_requests")
+    return broadcasts, unwraps
+
+
+def _received(source: EngineSource) -> tuple[Step, ...]:
+    for module, name in RECEIVERS:
+        owner = source.find(module, name)
+        function = source.find(module, f"{name}.recv_requests")
+        if isinstance(owner, ast.ClassDef) and isinstance(function, Function):
+            return steps(function, owner)
+    raise Unknown("no recv_requests in the scheduler's receiver")
+
+
+# --- fan_out, fan_out_images: n > 1 ------------------------------------------------------------------------
+
+
+def shares_items(source: EngineSource) -> bool:
+    function = _need(source, TOKENIZER, "TokenizerManager._handle_batch_request")
+    loops = [node.body for node in ast.walk(function) if isinstance(node, ast.For)]
+    owned = [owns for body in loops for owns in _sent_copies(body)]
+    return not _every(owned, "copied request that is sent")
+
+
+def _sent_copies(loop: list[ast.stmt]) -> Iterator[bool]:
+    """For each request that this loop copies and sends: whether it gets its own items in between."""
+    copied: dict[str, int] = {}
+    for i, statement in enumerate(loop):
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.value).startswith("copy.copy("):
+            copied.update({ast.unparse(target): i for target in statement.targets})
+        for step in steps_in([] if isinstance(statement, ast.For) else [statement]):
+            # 0.5.9 sends the request, then its tokenized form; later releases the latter alone.
+            sent = [word for word in map(ast.unparse, step.call.args) if word in copied]
+            if step.name == "_send_one_request" and sent:
+                yield _owns_items(sent[-1], loop[copied[sent[-1]] + 1 : i])
+
+
+def _owns_items(request: str, prepared: list[ast.stmt]) -> bool:
+    targets = {
+        ast.unparse(t) for s in prepared for n in ast.walk(s) if isinstance(n, ast.Assign) for t in n.targets
+    }
+    if f"{request}.mm_inputs.mm_items" in targets:
+        return True
+    given = {step.name for step in steps_in(prepared) if request in map(ast.unparse, step.call.args)}
+    _found(
+        given <= {"hasattr", "getattr", "isinstance"},
+        f"{request} is given to {sorted(given)} before it is sent",
+    )
+    return False
+
+
+def images_as_batch(source: EngineSource) -> bool:
+    if not _flat(source, "image_data"):
+        return False
+    counted = (
+        node
+        for node in ast.walk(_need(source, REQUESTS, "GenerateReqInput._normalize_image_data"))
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "len(self.image_data) != self.batch_size"
+    )
+    _found(any(isinstance(s, ast.Raise) for node in counted for s in node.body), "no refusal by number of images")
+    return True
+
+
+def videos_cut(source: EngineSource) -> bool:
+    fields = ("video_data", "audio_data")
+    for field in fields:
+        normalized = _need(source, REQUESTS, f"GenerateReqInput._normalize_{field}")
+        repeated = f"self.{field} = self.{field} * self.parallel_sample_num"
+        _found(repeated in ast.unparse(normalized), f"the list of {field} is not repeated as it is")
+    return any(_flat(source, field) for field in fields)
+
+
+def _flat(source: EngineSource, field: str) -> bool:
+    """Whether a list of inputs stays as it is while the one prompt beside it is made a batch of one."""
+    request = _need(source, REQUESTS, "GenerateReqInput")
+    assigned = {ast.unparse(node) for node in ast.walk(request) if isinstance(node, ast.Assign)}
+    _found("self.text = [self.text]" in assigned, "the prompt of n > 1 is not made a batch of one")
+    return f"self.{field} = [self.{field}]" not in assigned
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def _found(evidence: bool, otherwise: str) -> None:
+    if not evidence:
+        raise Unknown(otherwise)
+
+
+def _need(source: EngineSource, module: str, name: str) -> ast.AST:
+    node = source.find(module, name)
+    if node is None:
+        raise Unknown(f"no {module}.{name}")
+    return node
+
+
+def _every(answers: list[bool], what: str) -> bool:
+    _found(bool(answers), f"found no {what}")
+    return all(answers)
+
+
+def _names(of: tuple[Step, ...]) -> list[str]:
+    return [step.name for step in of]
+
+
+# --- the faults of each patch ------------------------------------------------------------------------------
+
+FAULTS: Mapping[str, tuple[Fault, ...]] = {
+    "shm_pointer": (
+        Fault("unlinks_in_setstate", "unlinks while unpickling", unlinks_in_setstate),
+        Fault("clones_on_receipt", "clones on receipt", clones_on_receipt),
+        Fault("no_reserve", "SIGBUS when /dev/shm is full", no_reserve),
+        Fault("no_inline", "SIGBUS when /dev/shm is full", no_inline),
+        Fault("open_raises_in_setstate", "a lost segment ends the server", open_raises_in_setstate),
+        Fault("embeddings_inline", "embeddings travel by pickle", embeddings_inline),
+        Fault("no_isolation", "a lost segment ends the server", no_isolation),
+    ),
+    "deferred_unwrap": (
+        Fault("unwraps_before_broadcast", "unwraps before the broadcast", unwraps_before_broadcast),
+    ),
+    "tp_barrier": (
+        Fault("no_barrier", "no barrier", no_barrier),
+        Fault("barrier_on_tp_only", "a barrier on the TP group only", barrier_on_tp_only),
+    ),
+    "fan_out": (Fault("shares_items", "their items are shared", shares_items),),
+    "fan_out_images": (
+        Fault("images_as_batch", "400 for several images with n > 1", images_as_batch),
+        Fault("videos_cut", "only the first of several videos or audios", videos_cut),
+    ),
+}
