@@ -149,6 +149,11 @@ class EngineServer:
         """Whether the main process runs."""
         return self._process is not None and self._process.poll() is None
 
+    def exit_signal(self) -> str | None:
+        """The name of the signal that ended the main process; None while it runs, or when it exited by itself."""
+        code = self._process.poll() if self._process is not None else None
+        return signal.Signals(-code).name if code is not None and code < 0 else None
+
     def processes(self) -> list[Process]:
         """Every process of this server, with the title it gave itself (`sglang::scheduler_TP1`)."""
         if self._process is not None:

@@ -8,11 +8,14 @@ How: `ShmPointerMMData` is replaced in `mm_utils`, where the engine finds it by 
 0.5.9 - 0.5.12: the engine's wrapping function is also shown what it leaves (`wrapping`).
 0.5.9 - 0.5.18: ranks agree on what is lost before they take (`agreement`; below 0.5.15 that is part of
 `tp_barrier`), and the two request handlers refuse a request that lost its features.
+0.5.9: a refused request has no `prompt_tokens` in its answer, which the chat stream breaks off over; it gets one.
 When it can go: with the oldest supported engine at 0.5.21; the targets go one by one before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from mmlane.compat import matrix
@@ -43,6 +46,17 @@ def _handle(original: Any) -> Any:
     return refuse_lost(original)
 
 
+def _answer_abort(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    @wraps(original)
+    def handle_abort_req(self: Any, recv_obj: Any) -> None:
+        state = self.rid_to_state.get(recv_obj.rid)
+        original(self, recv_obj)
+        if state is not None and state.out_list:
+            state.out_list[-1]["meta_info"].setdefault("prompt_tokens", 0)
+
+    return handle_abort_req
+
+
 SPEC = matrix().spec(
     "shm_pointer",
     targets=(
@@ -59,6 +73,13 @@ SPEC = matrix().spec(
             signature="(obj)",
             replace=_wrap,
             before="0.5.13",
+        ),
+        Target(
+            module="sglang.srt.managers.tokenizer_manager",
+            name="TokenizerManager._handle_abort_req",
+            signature="(self, recv_obj)",
+            replace=_answer_abort,
+            before="0.5.10",
         ),
         Target(
             module="sglang.srt.managers.scheduler_components.request_receiver",

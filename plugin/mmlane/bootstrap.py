@@ -20,10 +20,10 @@ ENGINE = "sglang"
 class ImportWatch:
     """A meta path finder that calls back around the import of a few named modules.
 
-    It finds nothing itself. `before[name]` runs once, ahead of the search for module `name`;
-    `after[name]` runs once, when the module's body has run and before its importer continues, so that a
-    later `from name import x` sees what the callback put there. An exception in a callback fails the
-    import: callbacks that must not do so handle their own errors.
+    It finds nothing itself. `before[name]` runs once, ahead of the module's body; `after[name]` runs once, when
+    the body has run and before the importer continues, so that a later `from name import x` sees what the
+    callback put there. Merely looking for a module (`importlib.util.find_spec`) calls nobody. An exception in a
+    callback fails the import: callbacks that must not do so handle their own errors.
     """
 
     def __init__(self) -> None:
@@ -35,9 +35,7 @@ class ImportWatch:
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
         """Return the spec that the other finders give for a watched module, else None."""
-        if fullname in self.before:
-            self.before.pop(fullname)()
-        if fullname not in self.after or fullname in self._searching:
+        if fullname in self._searching or not (fullname in self.before or fullname in self.after):
             return None
         import importlib.util
 
@@ -47,10 +45,10 @@ class ImportWatch:
         finally:
             self._searching.discard(fullname)
         if spec is not None and spec.loader is not None:
-            self._call_after(spec)
+            self._surround(spec)
         return spec
 
-    def _call_after(self, spec: "ModuleSpec") -> None:
+    def _surround(self, spec: "ModuleSpec") -> None:
         # The loader stays the engine's own (inspect, runpy and resources ask it for more than exec_module);
         # only this one method is shadowed on the instance, and uncovered when it has run.
         loader = spec.loader
@@ -58,12 +56,14 @@ class ImportWatch:
         run = loader.exec_module
 
         def exec_module(module: "ModuleType") -> None:
+            if module.__name__ != spec.name:
+                return run(module)
+            vars(loader).pop("exec_module", None)
+            if before := self.before.pop(spec.name, None):
+                before()
             run(module)
-            if module.__name__ == spec.name:
-                vars(loader).pop("exec_module", None)
-                callback = self.after.pop(spec.name, None)
-                if callback is not None:
-                    callback(module)
+            if after := self.after.pop(spec.name, None):
+                after(module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
 

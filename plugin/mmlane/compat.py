@@ -124,6 +124,8 @@ def _decide(spec: PatchSpec, engine: Engine, settings: Settings) -> Decision:
         return Decision(spec, "skipped", f"sglang {engine.version} is older than {oldest}, the oldest supported")
     if cell.state == "native":
         return Decision(spec, "native", cell.reason)
+    if settings.mode == "off":
+        return Decision(spec, "skipped", "MMLANE=off", chosen=True)
     if spec.id in settings.disable:
         return Decision(spec, "skipped", "turned off by MMLANE_DISABLE", chosen=True)
     targets = spec.targets_on(engine.version)

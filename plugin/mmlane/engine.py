@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import multiprocessing
+import multiprocessing.process
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,3 +71,16 @@ def role() -> str:
 def is_unstarted_child() -> bool:
     """Whether this is a spawned child whose `Process` object is still being unpickled."""
     return getattr(multiprocessing.current_process(), "_inheriting", False) is True
+
+
+def when_child_runs(callback: Callable[[], None]) -> None:
+    """In an unstarted child: call back once, when its `Process` object is there and about to run its target."""
+    process = multiprocessing.process.BaseProcess
+    run = process.run
+
+    def run_after_callback(self: multiprocessing.process.BaseProcess) -> None:
+        process.run = run  # type: ignore[method-assign]
+        callback()
+        run(self)
+
+    process.run = run_after_callback  # type: ignore[method-assign]

@@ -6,7 +6,6 @@ Triggers: the entry point `sglang.srt.plugins` (`register`), and the import hook
 
 from __future__ import annotations
 
-import multiprocessing.util
 import os
 import sys
 import traceback
@@ -67,7 +66,7 @@ class Session:
         if bootstrap.WATCH not in sys.meta_path:
             sys.meta_path.insert(0, bootstrap.WATCH)
         if engine.is_unstarted_child():
-            multiprocessing.util.register_after_fork(self, Session.tell)
+            engine.when_child_runs(self.tell)
 
     def module_ready(self, module: ModuleType) -> None:
         """Called with each watched module of the engine, as soon as its body has run."""
@@ -177,9 +176,11 @@ def untested(version: Version) -> str:
     known = compat.matrix()
     if known.knows(version):
         return ""
-    newest = max(known.engines)
+    oldest, newest = min(known.engines), max(known.engines)
     if version > newest:
         return f"untested: newer than {newest}, checked by signature"
+    if version < oldest:
+        return f"unsupported: older than {oldest}"
     return "untested: not a published release, checked by signature"
 
 

@@ -2,7 +2,7 @@
 
 A package adds patches by an entry point in the group `mmlane` that names a module (or object) with this in it:
 
-    from mmlane import hookimpl
+    from mmlane.hookspecs import hookimpl
 
     @hookimpl
     def mmlane_patches():

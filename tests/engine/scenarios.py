@@ -14,7 +14,7 @@ from devkit.client import Reply
 from devkit.images import jpeg
 from devkit.server import EngineServer
 
-WAIT_S = 120.0  # for what happens at once when it happens at all; only a fault takes that long
+WAIT_S = 60.0  # for what happens at once when it happens at all; only a fault takes that long
 TEXT = "Describe it."
 IMAGE = (320, 240)
 
@@ -66,12 +66,12 @@ def in_background(call: Callable[[], Any]) -> concurrent.futures.Future[Any]:
     return concurrent.futures.ThreadPoolExecutor(1).submit(call)
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
+def wait_for(condition: Callable[[], bool], what: str | Callable[[], str]) -> None:
     """Wait for something outside this process that gives no event, as a file or a process elsewhere."""
     deadline = time.monotonic() + WAIT_S
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {WAIT_S:.0f} s for {what}")
+            raise TimeoutError(f"waited {WAIT_S:.0f} s for {what if isinstance(what, str) else what()}")
         time.sleep(0.01)
 
 

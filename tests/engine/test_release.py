@@ -162,7 +162,12 @@ def test_tensors_do_not_cross_the_loopback(version: str, unpatched: Transcript, 
 
 def test_nothing_is_left_in_shared_memory(patched: EngineServer) -> None:
     """After everything above, while the engine still runs and when it has ended."""
-    scenarios.wait_for(lambda: scenarios.segments(patched) == {}, "the last segments to go")
+
+    def features() -> list[str]:
+        # Not every segment: the engine keeps queues between its processes there, named psm_ on older releases.
+        return [name for name in patched.shm_listing() if name.startswith(("mmlane_", "sgl_shm_mm"))]
+
+    scenarios.wait_for(lambda: features() == [], lambda: f"{features()} to go")
     patched.stop()
-    assert scenarios.segments(patched) == {}
+    assert features() == []
     assert patched.processes() == []

@@ -97,3 +97,16 @@ def test_a_flag_is_taken_off_even_when_the_variable_says_off(tmp_path: Path) -> 
         MMLANE="off",
     )
     assert result.stdout.strip() == "['--tp', '2'] backport", result.stderr
+
+
+def test_looking_for_the_engine_starts_nothing(tmp_path: Path) -> None:
+    package(tmp_path, "sglang")
+    result = run(
+        "import importlib.util, sys, mmlane.bootstrap as b; b.install()\n"
+        "assert importlib.util.find_spec('sglang') is not None\n"
+        "assert 'mmlane.entry' not in sys.modules\n"
+        "import sglang\n"
+        "assert 'mmlane.entry' in sys.modules",
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr

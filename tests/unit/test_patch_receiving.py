@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mmlane_patches import receiving  # noqa: E402
+from mmlane_patches import receiving, shm_pointer  # noqa: E402
 from mmlane_patches.agreement import LostFeatures, agree, pointers, refuse_lost  # noqa: E402
 from mmlane_patches.pointer import SegmentPointer  # noqa: E402
 from mmlane_patches.wrapping import wrap_everything  # noqa: E402
@@ -121,6 +122,21 @@ def test_a_request_that_lost_its_features_is_answered_with_a_500(monkeypatch: py
     assert answer.finished_reason["status_code"] is HTTPStatus.INTERNAL_SERVER_ERROR
     whole = SimpleNamespace(rid="s", mm_inputs=None)
     assert handle(None, whole) is None and handled == [whole]
+
+
+def test_on_0_5_9_a_refused_request_has_a_number_of_prompt_tokens() -> None:
+    (target,) = (t for t in shm_pointer.SPEC.targets if t.name.endswith("_handle_abort_req"))
+    state = SimpleNamespace(out_list=[])
+    manager = SimpleNamespace(rid_to_state={"r": state})
+
+    def original(self: Any, recv_obj: Any) -> None:
+        if recv_obj.rid in self.rid_to_state:
+            self.rid_to_state[recv_obj.rid].out_list.append({"meta_info": {"id": recv_obj.rid}})
+
+    handle = target.replace(original)
+    handle(manager, SimpleNamespace(rid="r"))
+    handle(manager, SimpleNamespace(rid="HEALTH_CHECK"))
+    assert state.out_list == [{"meta_info": {"id": "r", "prompt_tokens": 0}}]
 
 
 # --- the seams ----------------------------------------------------------------------------------------------
@@ -296,7 +312,11 @@ def _rank(rank: int, world: int, port: int, events: Any, queue: Any, function: A
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
-        queue.put((rank, function(rank, events, *arguments)))
+        try:
+            answer = function(rank, events, *arguments)
+        except Exception:  # noqa: BLE001 - shown by the test that compares the answers
+            answer = traceback.format_exc()
+        queue.put((rank, answer))
         store.wait(["all done"])  # leaving earlier would cut off a peer in the middle of its collective
     finally:
         dist.destroy_process_group()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
-from mmlane import __version__, bootstrap, engine, entry, host, settings
+from mmlane import __version__, engine, entry, host, settings
 from mmlane.cli import triggers
 from mmlane.report import LANE_MISSING, Report
 
@@ -118,8 +118,6 @@ def examine(asked: Version | None, environ: Mapping[str, str] | None = None) -> 
     if asked is not None:
         return Examination(chosen, _report(chosen, engine.Engine(asked, None)), None, None)
     installed = triggers.installed()
-    # Looking for the engine is what the import watch waits for; here it must not start mmlane.
-    bootstrap.WATCH.before.pop(bootstrap.ENGINE, None)
     found = engine.installed()
     return Examination(
         settings=chosen,
@@ -131,16 +129,7 @@ def examine(asked: Version | None, environ: Mapping[str, str] | None = None) -> 
 
 def _report(chosen: settings.Settings, found: engine.Engine) -> Report:
     """What an engine process that starts now would report."""
-    report = entry.Session(chosen, found, "doctor").report()
-    if chosen.mode != "off":
-        return report
-    off = [
-        replace(decision, state="skipped", reason="MMLANE=off", chosen=True)
-        if decision.state == "planned"
-        else replace(decision, chosen=decision.state == "skipped")
-        for decision in report.decisions
-    ]
-    return replace(report, decisions=tuple(off))
+    return entry.Session(chosen, found, "doctor").report()
 
 
 def _trigger_problems(found: triggers.Triggers, chosen: settings.Settings) -> list[str]:
