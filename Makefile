@@ -2,13 +2,15 @@
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 V ?= 0.5.12.post1
 
 .PHONY: demo test lint unit contract engine matrix matrix-new fingerprints table bench clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
-demo: $(READY)
+demo: $(INSTALLED)
 	$(RUN) -m devkit.demo --engine $(V)
 
 # Everything that has to hold: checks, unit and contract tests, and six engine releases for real.
@@ -45,10 +47,14 @@ table: $(READY)
 bench: $(READY)
 	$(RUN) bench/startup.py
 
-$(READY): requirements-dev.txt pyproject.toml
+# What a user gets, and what the checks need on top of that.
+$(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) -e .
+	touch $@
+
+$(READY): $(INSTALLED) requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 clean:

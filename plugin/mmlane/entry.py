@@ -47,7 +47,7 @@ class Session:
             untested=untested(self.engine.version),
             settings=self.settings,
             decisions=tuple(self.patcher.decisions.values()),
-            problems=self.problems,
+            problems=(*self.problems, *self.patcher.overridden()),
         )
 
     def watched(self) -> set[str]:
@@ -90,6 +90,7 @@ class Session:
         if self.told:
             return
         self.told = True
+        self.stop_if_strict()
         report = self.report()
         role = engine.role()
         if role == "main":

@@ -202,6 +202,11 @@ class Replacement:
             current = getattr(current, "__wrapped__", None)
         return current is self.installed
 
+    def successor(self) -> str:
+        """Who put what is there now in our place."""
+        module = sys.modules[self.target.module]
+        return replaced_by(vars(self.owner).get(self.attribute), module) or "the engine's own object"
+
     def undo(self) -> None:
         """Put the very object back that was there, unless somebody else has replaced ours meanwhile."""
         if vars(self.owner).get(self.attribute) is self.installed:
@@ -315,6 +320,17 @@ class Patcher:
             else:
                 if decision.replaced:
                     decision.state = "applied"
+
+    def overridden(self) -> list[str]:
+        """Read every target back: one line for each of ours that somebody has taken out again."""
+        return [
+            f"{replacement.target.path}, patched by {decision.spec.id}, has since been replaced by "
+            f"{replacement.successor()}; so {decision.spec.consequence}; silence this with "
+            f"MMLANE_DISABLE={decision.spec.id}"
+            for decision in self.standing("applied")
+            for replacement in decision.replaced
+            if not replacement.in_force()
+        ]
 
     def drop_group(self, group: str, reason: str) -> None:
         """Undo and skip every patch of a group, because one of them cannot be applied."""

@@ -159,6 +159,17 @@ def test_strict_ends_the_engine_when_another_plugin_holds_the_target(stand_in: P
     assert "already replaced by taker:other" in result.stderr
 
 
+def test_somebody_who_takes_a_patch_out_later_is_named(stand_in: Path) -> None:
+    taking = "import sglang.srt.managers.target as t\ndef other(x): return x\nt.function = other\n"
+    (stand_in / "taker.py").write_text(taking)
+    code = f"{STEPS['pth']}\nimport taker\n{STEPS['engine']}\nprint('served')"
+    result = run(stand_in, code)
+    assert result.returncode == 0 and "served" in result.stdout
+    assert "target.function, patched by theirs, has since been replaced by taker:other" in result.stderr
+    strict = run(stand_in, code, MMLANE_STRICT="1")
+    assert strict.returncode == 1 and "served" not in strict.stdout
+
+
 def test_a_package_whose_patches_cannot_be_loaded_is_named(stand_in: Path) -> None:
     (stand_in / "theirs.py").write_text("raise RuntimeError('mine')")
     result = run(stand_in, f"{STEPS['pth']}\n{STEPS['engine']}\nprint('served')")
