@@ -56,8 +56,9 @@ def unpatched(version: str) -> Transcript:
 def survived(server: EngineServer, reply: Reply) -> bool:
     """Whether the engine goes on serving; waits for its end when the connection broke."""
     if reply.status == 0:
-        scenarios.wait_for(lambda: not server.alive(), "the engine's end")
-    return server.alive() and scenarios.ANSWERED["text only"](server).status == 200
+        scenarios.wait_for(lambda: len(server.find("sglang::scheduler")) < server.tp, "a scheduler's end")
+        return False
+    return scenarios.ANSWERED["text only"](server).status == 200
 
 
 @pytest.fixture(scope="session")
