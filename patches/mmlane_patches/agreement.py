@@ -50,7 +50,8 @@ def agree(groups: Sequence[Any], requests: list[Any]) -> None:
     if not holders:
         return
     errors = [_error(request) for request in holders]
-    failed = torch.tensor([error is not None for error in errors], dtype=torch.int32)
+    # On the CPU whatever torch's default device: so are the groups.
+    failed = torch.tensor([error is not None for error in errors], dtype=torch.int32, device="cpu")
     for group in groups:
         torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX, group=group)
     if not failed.any():

@@ -126,7 +126,7 @@ class SegmentPointer:
     def _map(self) -> torch.Tensor:
         nbytes = self._nbytes()
         if nbytes == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         if self._shm_handle is None:
             self._shm_handle = SharedMemory(name=self.shm_name)
         if sys.platform != "linux":

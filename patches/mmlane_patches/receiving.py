@@ -1,25 +1,25 @@
 """How the scheduler receives requests: take the features only after all ranks have agreed on them.
 
-The engine's receiving functions stay as they are. While one of them runs, its names `unwrap_shm_features` and
-`has_shm_features` do nothing, so that it neither takes a feature nor waits for one; afterwards (or just before,
-where the function still has the taking to do) we agree, and the features are taken.
+The engine's receiving functions stay as they are. Where one of them receives, waits and takes (up to 0.5.12), its
+names `unwrap_shm_features` and `has_shm_features` do nothing meanwhile, and we agree and take afterwards. Where
+waiting and taking have a function of their own, we agree and take before it, and it finds nothing left to do.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+from mmlane.patching import Refusal
 from mmlane_patches.agreement import agree
 from mmlane_patches.features import replace_values, single_requests
 from mmlane_patches.pointer import SegmentPointer
 
 SCHEDULER = "sglang.srt.managers.scheduler"
-RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver"
 
 _thread = threading.local()
 
@@ -75,11 +75,18 @@ def deferrable(unwrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def agree_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`Scheduler.recv_requests` of 0.5.10 - 0.5.12: without its own barrier and taking, which are ours then."""
+    """`Scheduler.recv_requests` of 0.5.10 - 0.5.12: without its own barrier and taking, which are ours then.
+
+    Raises `Refusal` where the scheduler's module lacks a name that has to do nothing meanwhile.
+    """
+    meanwhile = {"has_shm_features": _nothing, "unwrap_shm_features": _untouched}
+    missing = sorted(meanwhile.keys() - vars(sys.modules[SCHEDULER]).keys())
+    if missing:
+        raise Refusal(f"wanted {' and '.join(missing)} in {SCHEDULER}, found none")
 
     @wraps(recv_requests)
     def receive(self: Any) -> Any:
-        with _in_place(SCHEDULER, has_shm_features=_nothing, unwrap_shm_features=_untouched):
+        with _in_place(SCHEDULER, meanwhile):
             received = recv_requests(self)
         return _finished(self, received)
 
@@ -87,15 +94,12 @@ def agree_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def agree_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """`SchedulerRequestReceiver._finalize_shm_features` of 0.5.13 - 0.5.18, which then takes without a barrier."""
+    """`SchedulerRequestReceiver._finalize_shm_features` of 0.5.13 - 0.5.18, which finds nothing left to do."""
 
     @wraps(finalize)
     def finalize_shm_features(self: Any, recv_reqs: list[Any] | None) -> None:
-        if not recv_reqs:
-            return
-        agree(carrying_groups(self), recv_reqs)
-        with _in_place(RECEIVER, has_shm_features=_nothing):
-            finalize(self, recv_reqs)
+        _finished(self, recv_reqs)
+        finalize(self, recv_reqs)
 
     return finalize_shm_features
 
@@ -116,7 +120,7 @@ def _untouched(obj: Any) -> Any:
 
 
 @contextmanager
-def _in_place(module: str, **functions: Callable[[Any], Any]) -> Iterator[None]:
+def _in_place(module: str, functions: Mapping[str, Callable[[Any], Any]]) -> Iterator[None]:
     """While inside, a module's global names stand for other functions. One thread of a scheduler receives."""
     names = vars(sys.modules[module])
     kept = {name: names[name] for name in functions}

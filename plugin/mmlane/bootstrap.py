@@ -89,6 +89,11 @@ def _flagged() -> bool:
 
 
 def _start() -> None:
-    from mmlane import entry
-
+    try:
+        from mmlane import entry
+    except ImportError as error:  # a dependency was not installed, or uninstalled; the engine is not to pay for it
+        if os.environ.get("MMLANE_STRICT") == "1" or "--mmlane-strict" in sys.argv:
+            raise SystemExit(f"mmlane: could not start: {error}") from error
+        print(f"mmlane: is off, the engine runs without it: {error}; reinstall it with pip", file=sys.stderr)
+        return
     entry.start("import hook")

@@ -126,7 +126,8 @@ def start(trigger: str) -> None:
     """Start mmlane in this process, once; a second call does nothing.
 
     Raises `SystemExit` for a setting that means nothing, and in strict mode for a patch that cannot be applied.
-    Any other failure leaves the engine as it is, with one line that says so.
+    Any other failure leaves the engine as it is, with one line that says so, in this process and in its children. A
+    child that fails where its parent did not is ended: its peers would wait for it in their collectives.
     """
     global session, _started
     if _started:
@@ -148,12 +149,14 @@ def start(trigger: str) -> None:
         if session is not None:
             session.undo()
             session = None
+        cause = f"{type(error).__name__}: {error}"
         if os.environ.get("MMLANE_STRICT") == "1":
-            raise SystemExit(f"mmlane: could not start: {type(error).__name__}: {error}") from error
-        say(
-            f"is off in this process, the engine runs without it: {type(error).__name__}: {error}; "
-            "please report this; silence it with MMLANE=off"
-        )
+            raise SystemExit(f"mmlane: could not start: {cause}") from error
+        if engine.is_unstarted_child():
+            where = "in this process, whose peers may count on it"
+            raise SystemExit(f"mmlane: could not start {where}: {cause}") from error
+        os.environ["MMLANE"] = "off"
+        say(f"is off, the engine runs without it: {cause}; please report this; silence it with MMLANE=off")
         if os.environ.get("MMLANE_LOG") == "debug":
             traceback.print_exc()
 

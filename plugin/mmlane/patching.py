@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
+from types import CellType, ModuleType
 from typing import Any, Literal
 
 from packaging.version import Version
@@ -197,10 +197,11 @@ class Replacement:
 
     def in_force(self) -> bool:
         """Whether the engine would run ours: it is in place, or someone has wrapped it further."""
-        current = vars(self.owner).get(self.attribute)
-        while current is not None and current is not self.installed:
-            current = getattr(current, "__wrapped__", None)
-        return current is self.installed
+        ours = _function(self.installed)
+        current = _function(vars(self.owner).get(self.attribute))
+        while current is not None and current is not ours:
+            current = _wrapped(current)
+        return current is ours
 
     def successor(self) -> str:
         """Who put what is there now in our place."""
@@ -216,7 +217,8 @@ class Replacement:
 def apply(target: Target, module: ModuleType) -> Replacement:
     """Replace a target in an imported module, and wherever the engine holds it by `from module import name`.
 
-    Raises `Refusal` when the object is missing or is no longer the engine's own.
+    Raises `Refusal` when the object is missing or is no longer the engine's own, and when nothing can be made to
+    take its place.
     """
     *outer, attribute = target.name.split(".")
     owner: Any = module
@@ -230,17 +232,42 @@ def apply(target: Target, module: ModuleType) -> Replacement:
     foreign = replaced_by(original, module)
     if foreign is not None:
         raise Refusal(f"{target.path} is already replaced by {foreign}")
-    if isinstance(original, staticmethod):
-        installed: Any = staticmethod(target.replace(original.__func__))
-    else:
-        installed = target.replace(original)
+    try:
+        if isinstance(original, staticmethod):
+            installed: Any = staticmethod(target.replace(original.__func__))
+        else:
+            installed = target.replace(original)
+    except Refusal:
+        raise
+    except Exception as error:  # a patch's code, perhaps somebody else's; the engine's import must not fail of it
+        raise Refusal(f"nothing to replace {target.path} with: {type(error).__name__}: {error}") from error
     _rebind(owner, attribute, original, installed)
     return Replacement(target, owner, attribute, original, installed)
 
 
+def _function(value: Any) -> Any:
+    return value.__func__ if isinstance(value, staticmethod | classmethod) else value
+
+
+def _wrapped(function: Any) -> Any:
+    """What a function calls in turn, or None.
+
+    The engine's hooks, and others', set `__wrapped__` on a plain replacement too, which never calls what it names.
+    """
+    inner = getattr(function, "__wrapped__", None)
+    held = _held(function)
+    return inner if held is None or any(value is inner for value in held) else None
+
+
+def _held(function: Any) -> list[Any] | None:
+    """What a function holds from the scope that it was defined in; None for what is no such function."""
+    cells = getattr(function, "__closure__", None)
+    return None if cells is None else [cell.cell_contents for cell in cells if cell != CellType()]
+
+
 def replaced_by(value: Any, module: ModuleType) -> str | None:
     """Who put `value` in an engine module in place of the engine's own object, or None when nobody did."""
-    function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+    function = _function(value)
     engine = module.__name__.partition(".")[0]
     if isinstance(function, type):
         home = function.__module__
@@ -250,14 +277,16 @@ def replaced_by(value: Any, module: ModuleType) -> str | None:
         return f"a {type(function).__name__} object"
     # A decorator copies __module__ and __qualname__, so only the code tells where a function comes from.
     for name, candidate in list(sys.modules.items()):
-        if getattr(candidate, "__file__", None) == code.co_filename:
-            outside = name.partition(".")[0] != engine
-            hooked = name.startswith(f"{engine}.srt.plugins")
-            return (
-                f"{name}:{code.co_qualname if sys.version_info >= (3, 11) else code.co_name}"
-                if (outside or hooked)
-                else None
-            )
+        if isinstance(candidate, ModuleType) and vars(candidate).get("__file__") == code.co_filename:
+            if name.startswith(f"{engine}.srt.plugins"):
+                # The engine's own way to hook; whose hook it is tells what its wrapper holds.
+                functions = [held for held in _held(function) or () if hasattr(held, "__qualname__")]
+                homes = [(held.__module__ or name, held.__qualname__) for held in functions]
+                theirs = [f"{home}.{qualname}" for home, qualname in homes if home.partition(".")[0] != engine]
+                return ", ".join(theirs) or name
+            if name.partition(".")[0] == engine:
+                return None
+            return f"{name}:{code.co_qualname if sys.version_info >= (3, 11) else code.co_name}"
     return None if code.co_filename == getattr(module, "__file__", None) else code.co_filename
 
 

@@ -170,6 +170,47 @@ def test_somebody_who_takes_a_patch_out_later_is_named(stand_in: Path) -> None:
     assert strict.returncode == 1 and "served" not in strict.stdout
 
 
+FAIL = "import mmlane.compat\ndef plan(*arguments): raise OSError('made to fail')\nmmlane.compat.plan = plan\n"
+
+
+def test_a_failure_of_its_own_leaves_the_engine_and_its_children_alone(stand_in: Path) -> None:
+    code = f"{FAIL}{STEPS['pth']}\n{STEPS['engine']}\nimport os\nprint('served', os.environ['MMLANE'])"
+    result = run(stand_in, code)
+    assert (result.returncode, result.stdout) == (0, "served off\n"), result.stderr
+    assert result.stderr.startswith("mmlane: is off, the engine runs without it: OSError: made to fail")
+    strict = run(stand_in, code, MMLANE_STRICT="1")
+    assert (strict.returncode, strict.stdout) == (1, "")
+
+
+def test_a_failure_in_a_child_alone_ends_it(stand_in: Path) -> None:
+    """The other ranks would wait for it in a collective that it knows nothing of."""
+    (stand_in / "failing.py").write_text(FAIL)
+    (stand_in / "worker.py").write_text(
+        "import multiprocessing\n"
+        "if multiprocessing.current_process().name != 'MainProcess': import failing\n"
+        f"{STEPS['engine']}\n"
+        "def work(): print('served')\n"
+    )
+    code = (
+        f"import multiprocessing as m\n{STEPS['pth']}\nimport worker\n"
+        "process = m.get_context('spawn').Process(target=worker.work)\n"
+        "process.start(); process.join(); print(process.exitcode)\n"
+    )
+    result = run(stand_in, code)
+    assert result.stdout == "1\n", result.stderr
+    assert "could not start in this process, whose peers may count on it: OSError: made to fail" in result.stderr
+
+
+def test_a_missing_dependency_leaves_the_engine_alone(stand_in: Path) -> None:
+    (stand_in / "pluggy.py").write_text("raise ModuleNotFoundError('no pluggy')")
+    code = f"{STEPS['pth']}\n{STEPS['engine']}\nprint('served')"
+    result = run(stand_in, code)
+    assert (result.returncode, result.stdout) == (0, "served\n"), result.stderr
+    assert "the engine runs without it: no pluggy" in result.stderr
+    strict = run(stand_in, code, MMLANE_STRICT="1")
+    assert (strict.returncode, strict.stdout) == (1, "")
+
+
 def test_a_package_whose_patches_cannot_be_loaded_is_named(stand_in: Path) -> None:
     (stand_in / "theirs.py").write_text("raise RuntimeError('mine')")
     result = run(stand_in, f"{STEPS['pth']}\n{STEPS['engine']}\nprint('served')")

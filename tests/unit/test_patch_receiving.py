@@ -21,6 +21,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mmlane.patching import Refusal  # noqa: E402
 from mmlane_patches import receiving, shm_pointer  # noqa: E402
 from mmlane_patches.agreement import LostFeatures, agree, pointers, refuse_lost  # noqa: E402
 from mmlane_patches.pointer import SegmentPointer  # noqa: E402
@@ -210,21 +211,42 @@ def test_on_0_5_9_unwrapping_waits_for_the_end_of_receiving() -> None:
     assert torch.equal(features(unwrap(other))[0], torch.ones(2))
 
 
-def test_from_0_5_13_the_original_takes_but_does_not_wait(engine_module: Callable[[str, str], ModuleType]) -> None:
-    module = engine_module(
-        receiving.RECEIVER,
-        NATIVE + "def finalize(self, reqs):\n    has_shm_features(reqs) and calls.append('barrier')\n"
-        "    for r in reqs: unwrap_shm_features(r)\n",
-    )
+# The engine waits and takes where it finds a pointer; the later form leaves at once where it finds none.
+FINALIZE = """
+from mmlane_patches.pointer import SegmentPointer
+calls = []
+def has_shm_features(reqs):
+    return any(isinstance(i.feature, SegmentPointer) for r in reqs if r.mm_inputs for i in r.mm_inputs.mm_items)
+def up_to_0_5_18(self, reqs):
+    if has_shm_features(reqs or []): calls.append("barrier")
+    for r in reqs or []: calls.append("unwrap")
+def isolating(self, reqs):
+    if not has_shm_features(reqs or []): return
+    calls.append("barrier")
+"""
+
+
+@pytest.mark.parametrize(("form", "calls"), [("up_to_0_5_18", ["unwrap", "unwrap"]), ("isolating", [])])
+def test_from_0_5_13_the_original_finds_nothing_left_to_do(
+    engine_module: Callable[[str, str], ModuleType], form: str, calls: list[str]
+) -> None:
+    """Also where a development version has the later form already under the same signature."""
+    module = engine_module("sample_receiver", FINALIZE)
     receiver = SimpleNamespace(
         server_args=SimpleNamespace(enable_dp_attention=False), ps=SimpleNamespace(tp_size=1), tp_cpu_group=None
     )
-    finalize = receiving.agree_before(vars(module)["finalize"])
+    finalize = receiving.agree_before(vars(module)[form])
     good, bad = request(received(torch.ones(2))), request(lost(torch.ones(2)))
     finalize(receiver, [good, bad])
-    assert vars(module)["calls"] == ["unwrap", "unwrap"] and isinstance(bad.mm_inputs, LostFeatures)
+    assert vars(module)["calls"] == calls and isinstance(bad.mm_inputs, LostFeatures)
+    assert torch.equal(features(good)[0], torch.ones(2))
     finalize(receiver, None)
-    receiving.take([good])
+
+
+def test_a_scheduler_without_the_names_is_refused(engine_module: Callable[[str, str], ModuleType]) -> None:
+    module = engine_module(receiving.SCHEDULER, "def recv_requests(self): return []\n")
+    with pytest.raises(Refusal, match="wanted has_shm_features and unwrap_shm_features in sglang"):
+        receiving.agree_after(vars(module)["recv_requests"])
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,54 @@ def test_somebody_who_wraps_ours_later_is_let_be(package: str, tmp_path: Path) -
     assert defining.function is outer
 
 
+# As the engine's own registry hooks a target: also a replacement says that it wraps what it never calls.
+HOOKS = """
+import functools
+def around(original, hook):
+    @functools.wraps(original)
+    def wrapper(*args, **kwargs): return hook(original, *args, **kwargs)
+    return wrapper
+def replace(original, hook):
+    @functools.wraps(original)
+    def wrapper(*args, **kwargs): return hook(*args, **kwargs)
+    return wrapper
+"""
+
+
+@pytest.mark.parametrize(("kind", "in_force"), [("around", True), ("replace", False)])
+def test_a_hook_of_another_plugin_on_ours(package: str, tmp_path: Path, kind: str, in_force: bool) -> None:
+    (tmp_path / package / "srt").mkdir()
+    (tmp_path / package / "srt" / "plugins.py").write_text(HOOKS)
+    hooks = importlib.import_module(f"{package}.srt.plugins")
+    defining = importlib.import_module(f"{package}.defining")
+    replacement = apply(target(package, "function"), defining)
+    vars(defining)["function"] = getattr(hooks, kind)(defining.function, a_plugins_hook)
+    assert replacement.in_force() is in_force
+    assert in_force or replacement.successor() == f"{__name__}.a_plugins_hook"
+
+
+def a_plugins_hook(*args: Any, **kwargs: Any) -> Any:
+    return ("another plugin", args)
+
+
+def test_a_replacement_that_cannot_be_made_skips_its_group_alone(package: str, tmp_path: Path) -> None:
+    def broken(original: Any) -> Any:
+        raise ValueError("no such parameter")
+
+    defining = importlib.import_module(f"{package}.defining")
+    before = defining.function
+    patcher = planned(
+        package,
+        tmp_path,
+        spec("broken", target(package, "function", replace=broken)),
+        spec("alone", target(package, "Thing.method", "(self, x)")),
+    )
+    patcher.module_ready(defining)
+    assert {i: d.state for i, d in patcher.decisions.items()} == {"broken": "skipped", "alone": "applied"}
+    assert "ValueError: no such parameter" in patcher.decisions["broken"].reason
+    assert defining.function is before
+
+
 def test_who_replaced_it(package: str) -> None:
     defining = importlib.import_module(f"{package}.defining")
     assert replaced_by(defining.function, defining) is None
