@@ -126,8 +126,8 @@ def start(trigger: str) -> None:
     """Start mmlane in this process, once; a second call does nothing.
 
     Raises `SystemExit` for a setting that means nothing, and in strict mode for a patch that cannot be applied.
-    Any other failure leaves the engine as it is, with one line that says so, in this process and in its children. A
-    child that fails where its parent did not is ended: its peers would wait for it in their collectives.
+    Any other failure leaves the engine as it is, with one line that says so, in this process and in its children.
+    A child that fails where its parent did not is ended: its peers would wait for it in their collectives.
     """
     global session, _started
     if _started:
