@@ -18,6 +18,7 @@ import mmap
 import os
 import secrets
 import sys
+from contextvars import ContextVar
 from functools import lru_cache
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -28,6 +29,9 @@ import torch
 logger = logging.getLogger("mmlane")
 
 PREFIX = "mmlane_"
+
+# While a request is sent: the pointers that were made for it (see `sending`).
+made_here: ContextVar[list[SegmentPointer] | None] = ContextVar("made_here", default=None)
 SHM = Path("/dev/shm")
 
 
@@ -63,6 +67,8 @@ class SegmentPointer:
         if data.numel():
             self.shm_name = _store(data)
             self._answerable = os.getpid()
+            if (made := made_here.get()) is not None:
+                made.append(self)
 
     def _clear(self) -> None:
         self.shm_name = ""
@@ -77,6 +83,13 @@ class SegmentPointer:
         self._answerable = 0
 
     # --- travelling ---
+
+    def __copy__(self) -> SegmentPointer:
+        """The same pointer: a segment is taken once, and a second object would unlink it when dropped."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SegmentPointer:
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         self._answerable = 0  # now the receiver's
@@ -172,7 +185,7 @@ class SegmentPointer:
                 handle.close()
         except FileNotFoundError:
             return  # a peer was first
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             logger.warning("mmlane: could not remove %s from %s: %s", self.shm_name, SHM, error)
 
     def __del__(self) -> None:

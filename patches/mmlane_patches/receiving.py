@@ -88,7 +88,10 @@ def agree_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def receive(self: Any) -> Any:
         with _in_place(SCHEDULER, meanwhile):
             received = recv_requests(self)
-        return _finished(self, received)
+        _finished(self, received)
+        for request in received or ():
+            vars(sys.modules[SCHEDULER])["unwrap_shm_features"](request)  # pointers that are not ours, if any
+        return received
 
     return receive
 

@@ -40,6 +40,12 @@ def _finalize(original: Any) -> Any:
     return agree_before(original)
 
 
+def _send(original: Any) -> Any:
+    from mmlane_patches.sending import unlink_if_unsent
+
+    return unlink_if_unsent(original)
+
+
 def _handle(original: Any) -> Any:
     from mmlane_patches.agreement import refuse_lost
 
@@ -80,6 +86,13 @@ SPEC = matrix().spec(
             signature="(self, recv_obj)",
             replace=_answer_abort,
             before="0.5.10",
+        ),
+        Target(
+            module="sglang.srt.managers.tokenizer_manager",
+            name="TokenizerManager._send_one_request",
+            signature=("(self, obj, tokenized_obj, created_time=)", "(self, tokenized_obj)"),
+            replace=_send,
+            before="0.5.21",
         ),
         Target(
             module="sglang.srt.managers.scheduler_components.request_receiver",

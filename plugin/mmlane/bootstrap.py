@@ -7,6 +7,7 @@ raise: an exception in a .pth line would be printed by every Python process of t
 # No `from __future__ import annotations`: it is a module too, a fifth of what this costs. Hence the quotes below.
 import os
 import sys
+from _thread import get_ident  # built in, unlike threading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,21 +30,22 @@ class ImportWatch:
     def __init__(self) -> None:
         self.before: dict[str, Callable[[], None]] = {}
         self.after: dict[str, Callable[[ModuleType], None]] = {}
-        self._searching: set[str] = set()
+        self._searching: set[tuple[int, str]] = set()
 
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
         """Return the spec that the other finders give for a watched module, else None."""
-        if fullname in self._searching or not (fullname in self.before or fullname in self.after):
+        search = (get_ident(), fullname)
+        if search in self._searching or not (fullname in self.before or fullname in self.after):
             return None
         import importlib.util
 
-        self._searching.add(fullname)
+        self._searching.add(search)
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            self._searching.discard(fullname)
+            self._searching.discard(search)
         if spec is not None and spec.loader is not None:
             self._surround(spec)
         return spec

@@ -81,9 +81,11 @@ def contributed() -> tuple[tuple[PatchSpec, ...], tuple[str, ...]]:
         try:
             manager.register(plugin, name)
             theirs = [spec for contribution in manager.hook.mmlane_patches() for spec in contribution]
-            taken = [spec.id for spec in theirs if spec.id in specs]
-            if taken:
-                raise ValueError(f"a patch called {taken[0]} is there already")
+            for spec in theirs:
+                if spec.id in specs:
+                    raise ValueError(f"a patch called {spec.id} is there already")
+                if not spec.cells or not spec.targets:
+                    raise ValueError(f"{spec.id} has no cells, or no targets")
         except Exception as error:  # somebody else's code: named, and the engine starts without it
             if plugin is mmlane_patches:
                 raise
@@ -107,30 +109,30 @@ def plan(specs: Iterable[PatchSpec], engine: Engine, settings: Settings) -> dict
     A group of which one patch cannot be applied, or was turned off, is skipped as a whole.
     """
     decisions = {spec.id: _decide(spec, engine, settings) for spec in specs}
-    for decision in list(decisions.values()):
-        if decision.state == "skipped" and not decision.reason.startswith("needs "):
-            for other in decisions.values():
-                if other.spec.group == decision.spec.group and other.state == "planned":
-                    other.state = "skipped"
-                    other.reason = f"needs {decision.spec.id}: {decision.reason}"
-                    other.chosen = decision.chosen
+    for culprit in [decision for decision in decisions.values() if decision.state == "skipped"]:
+        for decision in decisions.values():
+            if decision.spec.group == culprit.spec.group and decision.state == "planned":
+                decision.state = "skipped"
+                decision.reason, decision.chosen, decision.needs = culprit.reason, culprit.chosen, culprit.spec.id
     return decisions
 
 
 def _decide(spec: PatchSpec, engine: Engine, settings: Settings) -> Decision:
-    cell = spec.cell(engine.version)
+    # An engine of unknown version is a checkout: more likely new than old. Its source decides what fits.
+    version = engine.version if engine.version_known else max(matrix().engines)
+    cell = spec.cell(version)
     if cell is None:
         oldest = min(cell.since for cell in spec.cells)
-        return Decision(spec, "skipped", f"sglang {engine.version} is older than {oldest}, the oldest supported")
+        return Decision(spec, "skipped", f"sglang {version} is older than {oldest}, the oldest supported")
     if cell.state == "native":
         return Decision(spec, "native", cell.reason)
     if settings.mode == "off":
         return Decision(spec, "skipped", "MMLANE=off", chosen=True)
     if spec.id in settings.disable:
         return Decision(spec, "skipped", "turned off by MMLANE_DISABLE", chosen=True)
-    targets = spec.targets_on(engine.version)
+    targets = spec.targets_on(version)
     if not targets:
-        return Decision(spec, "skipped", f"no target is known on sglang {engine.version}")
+        return Decision(spec, "skipped", f"no target is known on sglang {version}")
     if engine.source is not None:
         for target in targets:
             try:

@@ -6,9 +6,11 @@ import functools
 import importlib.metadata
 import importlib.util
 import multiprocessing.process
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -17,6 +19,7 @@ from mmlane.patching import EngineSource
 
 DISTRIBUTION = "sglang"
 PACKAGE = "sglang"
+UNKNOWN = Version("0")
 
 # The functions by which the engine starts its processes, and what we call those processes.
 ROLES = {
@@ -35,6 +38,11 @@ class Engine:
     version: Version
     root: Path | None
 
+    @property
+    def version_known(self) -> bool:
+        """Whether the version says anything: a checkout without tags calls itself 0.0.0.dev0 or 0.1.dev1."""
+        return self.version >= Version("0.1")
+
     @cached_property
     def source(self) -> EngineSource | None:
         return EngineSource(self.root) if self.root is not None else None
@@ -46,11 +54,26 @@ def installed() -> Engine | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     root = Path(next(iter(spec.submodule_search_locations))).parent
-    try:
-        version = Version(importlib.metadata.version(DISTRIBUTION))
-    except (importlib.metadata.PackageNotFoundError, InvalidVersion):
-        version = Version("0")  # a source tree without metadata: every patch will say what it could not tell
-    return Engine(version, root)
+    return Engine(_version(root), root)
+
+
+def _version(root: Path) -> Version:
+    """The version of the engine in `root`, from what lies nearest to it; UNKNOWN when nothing tells."""
+    beside = (d.version for d in importlib.metadata.distributions(name=DISTRIBUTION, path=[str(root)]))
+    anywhere = (d.version for d in importlib.metadata.distributions(name=DISTRIBUTION))
+    for text in chain(beside, _written_version(root), anywhere):
+        try:
+            return Version(text)
+        except InvalidVersion:
+            continue
+    return UNKNOWN
+
+
+def _written_version(root: Path) -> Iterator[str]:
+    """What setuptools_scm wrote into the package when it was built."""
+    file = root / PACKAGE / "_version.py"
+    if file.is_file():
+        yield from re.findall(r"""^__version__\s*=.*?['"]([^'"]+)['"]""", file.read_text(encoding="utf-8"), re.M)
 
 
 def role() -> str:

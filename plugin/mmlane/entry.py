@@ -6,20 +6,24 @@ Triggers: the entry point `sglang.srt.plugins` (`register`), and the import hook
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from types import ModuleType
-
-from packaging.version import Version
+from typing import Any
 
 from mmlane import bootstrap, compat, engine, settings
 from mmlane.engine_help import HELP
-from mmlane.patching import Patcher, Refusal, Replacement, apply
+from mmlane.patching import Patcher, Refusal, Replacement, Target, apply
 from mmlane.report import Report, skip_line
 
+# The engine's own way for plugins to replace things runs late: in schedulers, after everything is imported.
+HOOKS_MODULE = "sglang.srt.plugins.hook_registry"
 # When this module has been imported, so has every module of the engine that a main or tokenizer process uses.
 LAST_MODULE = "sglang.srt.entrypoints.engine"
+NOT_STARTED = "mmlane: MMLANE_STRICT=1 and the engine would run without the above: not started"
 
 
 class Session:
@@ -29,7 +33,7 @@ class Session:
         specs, problems = compat.contributed()
         ids = [spec.id for spec in specs]
         unknown = sorted(chosen.disable.difference(ids))
-        if unknown:
+        if unknown and not problems:  # else it may well be a patch of a package that could not be loaded
             raise settings.SettingsError(
                 f"MMLANE_DISABLE={','.join(unknown)}: no such patch; there are: {', '.join(ids)}"
             )
@@ -38,13 +42,14 @@ class Session:
         self.trigger = trigger
         self.problems = problems
         self.patcher = Patcher(compat.plan(specs, here, chosen))
-        self.help: Replacement | None = None
+        self.extras: list[Replacement] = []
         self.told = False
+        self.said: set[str] = set()
 
     def report(self) -> Report:
         return Report(
             engine=str(self.engine.version),
-            untested=untested(self.engine.version),
+            untested=untested(self.engine),
             settings=self.settings,
             decisions=tuple(self.patcher.decisions.values()),
             problems=(*self.problems, *self.patcher.overridden()),
@@ -52,7 +57,7 @@ class Session:
 
     def watched(self) -> set[str]:
         """The engine modules whose import means something here."""
-        return self.patcher.modules() | {HELP.module, LAST_MODULE}
+        return self.patcher.modules() | {HELP.module, HOOKS_MODULE, LAST_MODULE}
 
     def begin(self) -> None:
         """Patch what is imported, wait for the rest, and arrange for the report."""
@@ -76,14 +81,42 @@ class Session:
         if dropped:
             self.stop_if_strict()
             say(skip_line(dropped))
-        if module.__name__ == HELP.module and self.help is None:
-            try:
-                self.help = apply(HELP, module)
-            except Refusal:
-                # Nothing follows but a shorter --help; the flags work all the same.
-                self.help = None
+        for extra in (HELP, self.after_hooks()):
+            if module.__name__ == extra.module:
+                self.add(extra, module)
         if module.__name__ == LAST_MODULE and not engine.is_unstarted_child():
             self.tell()
+
+    def add(self, extra: Target, module: ModuleType) -> None:
+        """Replace something of the engine that no patch needs; where it is not there, only this is missing."""
+        try:
+            self.extras.append(apply(extra, module))
+        except Refusal as refusal:
+            if self.settings.log == "debug":
+                say(str(refusal))
+
+    def after_hooks(self) -> Target:
+        """Look at our targets again when the engine has applied the hooks of all plugins."""
+
+        def looking_again(apply_hooks: Callable[[Any], None]) -> Callable[[Any], None]:
+            @functools.wraps(apply_hooks)
+            def apply_hooks_and_look(cls: Any) -> None:
+                apply_hooks(cls)
+                self.look_again()
+
+            return apply_hooks_and_look
+
+        return Target(HOOKS_MODULE, "HookRegistry.apply_hooks", "(cls)", looking_again)
+
+    def look_again(self) -> None:
+        """Say which of our targets somebody has taken since; with MMLANE_STRICT=1, that ends the process."""
+        lines = self.patcher.overridden()
+        for line in lines:
+            if line not in self.said:
+                self.said.add(line)
+                say(line)
+        if lines and self.settings.strict:
+            raise SystemExit(NOT_STARTED)
 
     def tell(self) -> None:
         """Print this process's report, once: the block in the main process, a line in others when debugging."""
@@ -92,6 +125,7 @@ class Session:
         self.told = True
         self.stop_if_strict()
         report = self.report()
+        self.said.update(report.problems)
         role = engine.role()
         if role == "main":
             lines = report.block() if self.settings.log != "warning" else report.trouble()
@@ -106,14 +140,13 @@ class Session:
         if self.settings.strict and (report.unwanted() or report.problems):
             for line in report.trouble():
                 say(line)
-            raise SystemExit("mmlane: MMLANE_STRICT=1 and the engine would run without the above: not started")
+            raise SystemExit(NOT_STARTED)
 
     def undo(self) -> None:
         """Put every object of the engine back and stop watching."""
         self.patcher.undo()
-        if self.help is not None:
-            self.help.undo()
-            self.help = None
+        while self.extras:
+            self.extras.pop().undo()
         for name in self.watched():
             bootstrap.WATCH.after.pop(name, None)
 
@@ -175,11 +208,13 @@ def register() -> None:
     start("entry point")
 
 
-def untested(version: Version) -> str:
-    """Why an engine version counts as untested, in a few words; "" when it is in the table."""
-    known = compat.matrix()
+def untested(here: engine.Engine) -> str:
+    """Why an engine counts as untested, in a few words; "" when its version is in the table."""
+    known, version = compat.matrix(), here.version
     if known.knows(version):
         return ""
+    if not here.version_known:
+        return f"untested: of unknown version, taken for {max(known.engines)}, checked by signature"
     oldest, newest = min(known.engines), max(known.engines)
     if version > newest:
         return f"untested: newer than {newest}, checked by signature"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -214,11 +214,11 @@ class Replacement:
             _rebind(self.owner, self.attribute, self.installed, self.original)
 
 
-def apply(target: Target, module: ModuleType) -> Replacement:
+def apply(target: Target, module: ModuleType, ours: Collection[Replacement] = ()) -> Replacement:
     """Replace a target in an imported module, and wherever the engine holds it by `from module import name`.
 
-    Raises `Refusal` when the object is missing or is no longer the engine's own, and when nothing can be made to
-    take its place.
+    `ours` are replacements that may be wrapped again. Raises `Refusal` when the object is missing, or is neither
+    the engine's own nor one of those, and when nothing can be made to take its place.
     """
     *outer, attribute = target.name.split(".")
     owner: Any = module
@@ -229,12 +229,13 @@ def apply(target: Target, module: ModuleType) -> Replacement:
     original = vars(owner).get(attribute)
     if original is None:
         raise Refusal(f"wanted {target.path}, found no {attribute} there")
-    foreign = replaced_by(original, module)
+    stacked = any(replacement.installed is original for replacement in ours)
+    foreign = None if stacked else replaced_by(original, module)
     if foreign is not None:
         raise Refusal(f"{target.path} is already replaced by {foreign}")
     try:
-        if isinstance(original, staticmethod):
-            installed: Any = staticmethod(target.replace(original.__func__))
+        if isinstance(original, staticmethod | classmethod):
+            installed: Any = type(original)(target.replace(original.__func__))
         else:
             installed = target.replace(original)
     except Refusal:
@@ -304,14 +305,23 @@ def _rebind(owner: Any, attribute: str, old: Any, new: Any) -> None:
 
 @dataclass
 class Decision:
-    """What became of one patch here, and why. `chosen`: it is skipped because the user said so."""
+    """What became of one patch here, and why.
+
+    `chosen`: it is skipped because the user said so. `needs`: it is skipped because that patch of its group is.
+    """
 
     spec: PatchSpec
     state: Literal["planned", "applied", "native", "skipped"]
     reason: str
     targets: tuple[Target, ...] = ()
     chosen: bool = False
+    needs: str = ""
     replaced: list[Replacement] = field(default_factory=list)
+
+    @property
+    def explanation(self) -> str:
+        """The reason, and whose it is where it is another patch's."""
+        return f"needs {self.needs}: {self.reason}" if self.needs else self.reason
 
 
 class Patcher:
@@ -319,6 +329,7 @@ class Patcher:
 
     def __init__(self, decisions: Mapping[str, Decision]) -> None:
         self.decisions = dict(decisions)
+        self._in_order: list[tuple[Decision, Replacement]] = []
 
     def standing(self, state: str) -> list[Decision]:
         """The decisions that are in a state now."""
@@ -342,13 +353,13 @@ class Patcher:
                 if target.module != module.__name__ or any(r.target is target for r in decision.replaced):
                     continue
                 try:
-                    decision.replaced.append(apply(target, module))
+                    replacement = apply(target, module, [ours for _, ours in self._in_order])
                 except Refusal as refusal:
-                    self.drop_group(decision.spec.group, str(refusal))
+                    self._drop_group(decision, str(refusal))
                     break
-            else:
-                if decision.replaced:
-                    decision.state = "applied"
+                decision.replaced.append(replacement)
+                decision.state = "applied"
+                self._in_order.append((decision, replacement))
 
     def overridden(self) -> list[str]:
         """Read every target back: one line for each of ours that somebody has taken out again."""
@@ -361,22 +372,22 @@ class Patcher:
             if not replacement.in_force()
         ]
 
-    def drop_group(self, group: str, reason: str) -> None:
-        """Undo and skip every patch of a group, because one of them cannot be applied."""
+    def _drop_group(self, culprit: Decision, reason: str) -> None:
+        """Skip every patch of a group, because one of them cannot be applied; what others had put on top stays."""
+        modules = {replacement.target.module for _, replacement in self._in_order}
+        self.undo()
         for decision in self.decisions.values():
-            if decision.spec.group == group and decision.state in ("planned", "applied"):
-                self._undo(decision)
+            if decision.spec.group == culprit.spec.group and decision.state == "planned":
                 decision.state = "skipped"
                 decision.reason = reason
+                decision.needs = "" if decision is culprit else culprit.spec.id
+        for module in modules:
+            self.module_ready(sys.modules[module])
 
     def undo(self) -> None:
-        """Put back every object of the engine; the plan can then be applied again."""
-        for decision in reversed(self.decisions.values()):
-            if decision.state == "applied":
-                self._undo(decision)
-                decision.state = "planned"
-
-    @staticmethod
-    def _undo(decision: Decision) -> None:
-        while decision.replaced:
-            decision.replaced.pop().undo()
+        """Put back every object of the engine, the last first; the plan can then be applied again."""
+        while self._in_order:
+            decision, replacement = self._in_order.pop()
+            replacement.undo()
+            decision.replaced.clear()
+            decision.state = "planned"

@@ -79,7 +79,7 @@ class Report:
                 {
                     "id": d.spec.id,
                     "state": "applied" if d.state == "planned" else d.state,
-                    "reason": d.reason,
+                    "reason": d.explanation,
                     "chosen": d.chosen,
                     "group": d.spec.group,
                     "upstream": list(d.spec.upstream),
@@ -95,7 +95,7 @@ def skip_line(decisions: Iterable[Decision]) -> str:
     """What is skipped, why, what follows, and how to mend or silence it."""
     decisions = list(decisions)
     ids = ",".join(d.spec.id for d in decisions)
-    cause = next((d for d in decisions if not d.reason.startswith("needs ")), decisions[0])
+    cause = next((d for d in decisions if not d.needs), decisions[0])
     return (
         f"skipped {ids}: {cause.reason}; so {cause.spec.consequence}; "
         f"look for a newer mmlane, or silence this with MMLANE_DISABLE={ids}"

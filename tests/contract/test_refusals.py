@@ -84,7 +84,7 @@ def test_a_group_mate_says_whom_it_needs(tmp_path: Path) -> None:
     file = engine.source.file(pointer.module)
     assert file is not None
     rename_a_parameter(file, pointer)
-    reasons = {id: decision.reason for id, decision in plan(specs, engine, Settings()).items()}
+    reasons = {id: decision.explanation for id, decision in plan(specs, engine, Settings()).items()}
     assert reasons.pop("shm_pointer").startswith(f"wanted {pointer.path}(self, tensor)")
     assert reasons
     assert all(reason.startswith("needs shm_pointer: wanted ") for reason in reasons.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
+from devkit.images import jpeg
 from devkit.server import EngineServer
 from mmlane import compat
 from mmlane.engine import Engine
@@ -94,8 +95,12 @@ def test_several_images_with_n_2(patched: EngineServer) -> None:
     assert reply.status == 200, reply.body
     once = patched.chat([scenarios.image(5), scenarios.image(6)], scenarios.TEXT)
     assert reply.texts == once.texts * 2
-    # Both images count: with another second one the prompt is another.
-    assert reply.body["usage"]["prompt_tokens"] >= once.body["usage"]["prompt_tokens"]
+    # Both images count: without the second, or with a larger one, the prompt has another length.
+    lengths = [
+        patched.chat(images, scenarios.TEXT, n=2).body["usage"]["prompt_tokens"]
+        for images in ([scenarios.image(5)], [scenarios.image(5), jpeg(640, 480, seed=6)])
+    ]
+    assert lengths[0] < once.body["usage"]["prompt_tokens"] < lengths[1]
 
 
 def test_a_lost_segment_fails_its_own_request(patched: EngineServer) -> None:
@@ -147,7 +152,8 @@ def test_hanging_up_in_mid_flight(patched: EngineServer) -> None:
         request = scenarios.in_background(lambda: patched.generate([scenarios.image(9)], scenarios.TEXT, n=2))
         scenarios.wait_for(lambda: bool(set(scenarios.segments(patched)) - set(before)), "the segment")
         assert patched.client.post("/abort_request", {"abort_all": True}).status == 200
-    assert request.result(scenarios.WAIT_S).status in (200, 400, 500, 503)
+    reply = request.result(scenarios.WAIT_S)
+    assert "abort" in str(reply.body).lower(), reply
     assert patched.generate([scenarios.image()], scenarios.TEXT).status == 200
 
 

@@ -29,7 +29,11 @@ def everything_is_answered(server: EngineServer) -> None:
     lost = scenarios.ask_and_lose_the_segment(server)
     assert lost.status == 500, lost.body
     assert scenarios.ANSWERED["one image"](server).status == 200
-    assert [name for name in server.shm_listing() if name.startswith(("mmlane_", "sgl_shm_mm"))] == []
+
+    def features() -> list[str]:
+        return [name for name in server.shm_listing() if name.startswith(("mmlane_", "sgl_shm_mm"))]
+
+    scenarios.wait_for(lambda: features() == [], lambda: f"{features()} to go")
 
 
 def test_data_parallel(plugin_wheel: Path) -> None:

@@ -163,7 +163,7 @@ def test_a_group_goes_in_whole_or_not_at_all(package: str, tmp_path: Path) -> No
         "alone": "applied",
     }
     assert "found (self, a, b=)" in patcher.decisions["bad"].reason
-    assert patcher.decisions["good"].reason.startswith("needs bad: wanted")
+    assert patcher.decisions["good"].explanation.startswith("needs bad: wanted")
     assert defining.function is before["function"]
 
 
@@ -298,3 +298,39 @@ def test_targets_and_cells_choose_by_version() -> None:
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize("dropped", ["lower", "upper"])
+def test_two_patches_on_one_target_stack_and_each_can_go(package: str, tmp_path: Path, dropped: str) -> None:
+    """A patch wraps another's replacement; when a group turns out to be impossible, the other stays, alone."""
+    defining = importlib.import_module(f"{package}.defining")
+    original = defining.function
+    late = Target(f"{package}.using", "function", "(x, *, y=)", shout)  # imported, not defined there
+    specs = {
+        "lower": spec("lower", target(package, "function")),
+        "upper": spec("upper", target(package, "function")),
+    }
+    patcher = planned(package, tmp_path, *specs.values())
+    patcher.module_ready(defining)
+    assert defining.function(1) == ("mmlane", ("mmlane", ("engine", 1)))
+    assert patcher.overridden() == []
+
+    def fails(original: Any) -> Any:
+        raise RuntimeError("mine")
+
+    patcher.decisions[dropped].targets += (Target(late.module, late.name, "", fails),)
+    patcher.module_ready(importlib.import_module(f"{package}.using"))
+    kept = ({"lower", "upper"} - {dropped}).pop()
+    assert {i: d.state for i, d in patcher.decisions.items()} == {dropped: "skipped", kept: "applied"}
+    assert defining.function(1) == ("mmlane", ("engine", 1))
+    patcher.undo()
+    assert defining.function is original
+
+
+def test_a_class_method(package: str) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    defining.Thing.made = classmethod(eval(compile("lambda cls, x: (cls, x)", str(defining.__file__), "eval")))
+    replacement = apply(target(package, "Thing.made", "(cls, x)"), defining)
+    assert defining.Thing.made(1) == ("mmlane", (defining.Thing, 1))
+    replacement.undo()
+    assert defining.Thing.made(1) == (defining.Thing, 1)

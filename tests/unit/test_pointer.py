@@ -113,7 +113,7 @@ def strided(draw: st.DrawFn) -> Any:
         step = draw(st.integers(1, 3))
         start = draw(st.integers(0, tensor.shape[dim]))
         tensor = tensor.narrow(dim, start, tensor.shape[dim] - start)
-        tensor = tensor[(*[slice(None)] * dim, slice(None, None, step))]
+        tensor = tensor[tuple([slice(None)] * dim + [slice(None, None, step)])]
     tensor = tensor.permute(draw(st.permutations(range(tensor.dim()))))
     if draw(st.booleans()):
         tensor = tensor.unsqueeze(0).expand(draw(st.integers(0, 3)), *tensor.shape)

@@ -104,7 +104,7 @@ def _head(found: Examination, console: Console) -> None:
 def _patches(report: Report, console: Console) -> None:
     _heading(console, "Patches", "in an engine started now, and what this release does by itself")
     rows = [
-        ("applied" if decision.state == "planned" else decision.state, decision.spec.id, decision.reason)
+        ("applied" if decision.state == "planned" else decision.state, decision.spec.id, decision.explanation)
         for decision in report.decisions
     ]
     _table(console, rows)
