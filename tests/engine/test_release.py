@@ -149,7 +149,9 @@ def test_hanging_up_in_mid_flight(patched: EngineServer) -> None:
     events.close()  # type: ignore[attr-defined]
     with scenarios.schedulers_stopped(patched):
         before = scenarios.segments(patched)
-        request = scenarios.in_background(lambda: patched.generate([scenarios.image(9)], scenarios.TEXT, n=2))
+        request = scenarios.in_background(
+            lambda: patched.generate([scenarios.image(9)], scenarios.TEXT, max_new_tokens=2000)
+        )
         scenarios.wait_for(lambda: bool(set(scenarios.segments(patched)) - set(before)), "the segment")
         assert patched.client.post("/abort_request", {"abort_all": True}).status == 200
     reply = request.result(scenarios.WAIT_S)
