@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -84,7 +85,7 @@ class EngineServer:
         logs.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f"{self.version}-", suffix=".log", dir=logs)
         self.log_path = Path(name)
-        command = self._command(port)
+        command = [*dies_with_us(), *self._command(port)]
         private = can_be_private()
         if private:
             command = privately(command, self._shm_bytes or _DEFAULT_SHM_BYTES)
@@ -247,6 +248,11 @@ class EngineServer:
                 return False
             time.sleep(_POLL_S)
         return True
+
+
+def dies_with_us() -> list[str]:
+    """The words before a command that end it when the process that started it ends, however that does."""
+    return ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
 
 
 def _free_port() -> int:

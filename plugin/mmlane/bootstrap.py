@@ -4,7 +4,7 @@ Standard library only, and of that only what the interpreter has loaded by itsel
 raise: an exception in a .pth line would be printed by every Python process of the user's machine.
 """
 
-# No `from __future__ import annotations`: it is a module too, a fifth of what this costs. Hence the quotes below.
+# No `from __future__ import annotations`: it is a module too and would cost more than the rest. Hence the quotes.
 import os
 import sys
 from _thread import get_ident  # built in, unlike threading

@@ -41,8 +41,9 @@ def shows_the_flags(shown: subprocess.CompletedProcess[str]) -> None:
         assert flag in shown.stdout
 
 
-def test_a_wrong_value_is_refused_with_the_right_ones(plugin_wheel: Path) -> None:
-    refused = run(ONE, plugin_wheel, "-m", "sglang.launch_server", "--model-path", "x", "--mmlane", "on")
+@pytest.mark.parametrize("command", [["-m", "sglang.launch_server"], ["-c", SERVE, "serve"]])
+def test_a_wrong_value_is_refused_with_the_right_ones(plugin_wheel: Path, command: list[str]) -> None:
+    refused = run(ONE, plugin_wheel, *command, "--model-path", "x", "--mmlane", "on")
     assert refused.returncode == 1
     assert "MMLANE=on is not one of: arena, backport, off" in refused.stderr
 

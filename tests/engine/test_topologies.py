@@ -61,8 +61,12 @@ def test_64_mib_of_shared_memory(plugin_wheel: Path) -> None:
         assert reply.status == 0
         scenarios.wait_for(lambda: not server.alive(), "the engine's end")
         assert server.exit_signal() == "SIGBUS"
-    with EngineServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=64 << 20) as server:
+    flags = ["--mmlane", "backport", "--mmlane-strict"]
+    with EngineServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=64 << 20, args=flags, env=DEBUG) as server:
         reply = server.generate(four, scenarios.TEXT)
         assert reply.status == 200, reply.body
+        # The flags did not disturb the engine's parser, and reached every process.
+        assert set(re.findall(r"mmlane: \[\d+\] \w+: sglang \S+, mode (\w+)", server.log())) == {"backport"}
+        assert len(roles(server)) == 4
         assert server.log().count("docker run --shm-size") == 1
         assert scenarios.ANSWERED["one image"](server).status == 200
