@@ -30,7 +30,10 @@ def carrying_groups(receiver: Any) -> list[Any]:
     With DP-attention those are its attention TP and CP groups, otherwise the TP group; a group of one is none.
     """
     sizes = getattr(receiver, "ps", receiver)
-    if receiver.server_args.enable_dp_attention:
+    # 0.5.17 and 0.5.18 may decide for DP-attention after parsing, and ask this; it is asked where they ask it.
+    get_parallel = vars(sys.modules[type(receiver).__module__]).get("get_parallel")
+    decided = receiver.server_args if get_parallel is None else get_parallel()
+    if decided.enable_dp_attention:
         candidates = [
             (sizes.attn_tp_size, receiver.attn_tp_cpu_group),
             (sizes.attn_cp_size, receiver.attn_cp_cpu_group),

@@ -12,9 +12,12 @@ Prints one JSON object: for each rank "ok", or what it got instead.
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 from datetime import timedelta
 from multiprocessing.synchronize import Event
@@ -51,30 +54,43 @@ class Hold:
 
 
 def make_request() -> Any:
+    """A request with one tensor, wrapped as the tokenizer does; what is not said is None."""
     from sglang.srt.managers import mm_utils
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
     item = MultimodalDataItem(modality=Modality.IMAGE, feature=FEATURE.clone())
-    request = TokenizedGenerateReqInput.__new__(TokenizedGenerateReqInput)
-    request.rid = "r"
-    request.trace_context = Hold()
     try:
         from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
 
-        request.mm_inputs = MultimodalProcessorOutput(mm_items=[item])
+        mm_inputs: Any = MultimodalProcessorOutput(mm_items=[item])
     except ImportError:
-        request.mm_inputs = {"mm_items": [item]}
+        mm_inputs = {"mm_items": [item]}
+    parameters = inspect.signature(TokenizedGenerateReqInput).parameters.values()
+    required = {parameter.name: None for parameter in parameters if parameter.default is parameter.empty}
+    # The text comes before the inputs in every release, and so is unpickled before them.
+    request = TokenizedGenerateReqInput(**{**required, "input_text": Hold(), "mm_inputs": mm_inputs})
     return mm_utils.wrap_shm_features(request)
 
 
 def serve_settings(groups: str) -> None:
-    """What the engine's wrap and unwrap ask of the global server arguments."""
+    """What the engine asks of its global arguments on the way of a request, on each release in its own manner."""
     from sglang.srt import server_args
-    from sglang.srt.managers import mm_utils, scheduler  # noqa: F401 - the rest of what a rank imports
+    from sglang.srt.managers import mm_utils, scheduler
 
     mm_utils._is_default_tensor_transport = False
     server_args._global_server_args = settings(groups)
+    modules = [
+        mm_utils,
+        scheduler,
+        sys.modules.get(f"{scheduler.__package__}.scheduler_components.request_receiver"),
+    ]
+    for module in filter(None, modules):
+        for name in ("get_global_server_args", "get_server_args", "get_serving", "get_parallel", "get_disagg"):
+            if hasattr(module, name):
+                setattr(module, name, functools.partial(settings, groups))
+        if hasattr(module, "is_ep_scale_joiner"):
+            module.is_ep_scale_joiner = bool  # False
 
 
 def settings(groups: str) -> Any:
@@ -176,6 +192,7 @@ def main() -> None:
     parser.add_argument("--without-agreement", action="store_true")
     options = parser.parse_args()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["SGLANG_USE_PICKLE_IPC"] = "1"  # read when the engine is imported
     # Imported once, before the ranks are forked: it is most of the time that this takes.
     serve_settings(options.groups)
     fork = multiprocessing.get_context("fork")
@@ -190,8 +207,8 @@ def main() -> None:
             process.start()
         sender = zmq.Context.instance().socket(zmq.PUSH)
         sender.bind(f"ipc://{directory}/requests")
-        sender.send_pyobj(make_request())
-        found = dict(results.get(timeout=180) for _ in ranks)
+        sender.send_pyobj(make_request())  # as the engine itself does with SGLANG_USE_PICKLE_IPC
+        found = dict(results.get(timeout=60) for _ in ranks)
         for process in ranks:
             process.join(30)
             process.kill()
