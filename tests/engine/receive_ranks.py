@@ -1,12 +1,12 @@
 """The engine's own receive function in four real processes on real gloo groups, one of them held up. A test runs:
 
-    PYTHON_OF_AN_ENGINE receive_ranks.py --groups {tp,attn} [--without-agreement]
+    PYTHON_OF_AN_ENGINE receive_ranks.py {attn,tp,tp-without-agreement}...
 
 The model cannot run on a CPU with DP-attention, but receiving can. Rank 0 gets a request from a real ZeroMQ socket
 and broadcasts it; rank 3 is held in the middle of unpickling it until rank 0 has come out of `recv_requests`, or
 until HOLD_S have passed, which is what happens when rank 0 rightly waits for it. Four ranks, because gloo
 broadcasts along a tree: rank 0 waits for its children 1 and 2 when it next broadcasts, and only rank 2 for rank 3.
-Prints one JSON object: for each rank "ok", or what it got instead.
+Prints one JSON object: for each scenario and rank "ok", or what it got instead.
 """
 
 from __future__ import annotations
@@ -186,33 +186,36 @@ def without_agreement() -> None:
     dist.all_reduce = lambda *args, **kwargs: None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--groups", choices=("tp", "attn"), required=True)
-    parser.add_argument("--without-agreement", action="store_true")
-    options = parser.parse_args()
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    os.environ["SGLANG_USE_PICKLE_IPC"] = "1"  # read when the engine is imported
-    # Imported once, before the ranks are forked: it is most of the time that this takes.
-    serve_settings(options.groups)
+def scenario(groups: str, agreement: bool) -> dict[str, str]:
+    """What each rank got when its requests came over these groups."""
+    serve_settings(groups)
     fork = multiprocessing.get_context("fork")
     released, results = fork.Event(), fork.Queue()
     with tempfile.TemporaryDirectory() as directory:
-        agreement = not options.without_agreement
         ranks = [
-            fork.Process(target=run_rank, args=(rank, options.groups, agreement, directory, released, results))
+            fork.Process(target=run_rank, args=(rank, groups, agreement, directory, released, results))
             for rank in RANKS
         ]
         for process in ranks:
             process.start()
-        sender = zmq.Context.instance().socket(zmq.PUSH)
-        sender.bind(f"ipc://{directory}/requests")
-        sender.send_pyobj(make_request())  # as the engine itself does with SGLANG_USE_PICKLE_IPC
-        found = dict(results.get(timeout=60) for _ in ranks)
+        with zmq.Context() as context, context.socket(zmq.PUSH) as sender:
+            sender.bind(f"ipc://{directory}/requests")
+            sender.send_pyobj(make_request())  # as the engine itself does with SGLANG_USE_PICKLE_IPC
+            found = dict(results.get(timeout=60) for _ in ranks)
         for process in ranks:
             process.join(30)
             process.kill()
-    print(json.dumps({str(rank): result for rank, result in sorted(found.items())}))
+    return {str(rank): result for rank, result in sorted(found.items())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("scenarios", nargs="+", choices=("attn", "tp", "tp-without-agreement"))
+    chosen = parser.parse_args().scenarios
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["SGLANG_USE_PICKLE_IPC"] = "1"  # read when the engine is imported
+    # The engine is imported once, before any rank is forked: that is most of the time that this takes.
+    print(json.dumps({name: scenario(name.partition("-")[0], "without" not in name) for name in chosen}))
 
 
 if __name__ == "__main__":
