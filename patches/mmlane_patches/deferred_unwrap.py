@@ -9,17 +9,8 @@ When it can go: with the oldest supported engine at 0.5.10.
 
 from __future__ import annotations
 
-from typing import Any
-
 from mmlane.compat import matrix
 from mmlane.patching import Target
-
-
-def _unwrap(original: Any) -> Any:
-    from mmlane_patches.receiving import deferrable
-
-    return deferrable(original)
-
 
 SPEC = matrix().spec(
     "deferred_unwrap",
@@ -28,7 +19,7 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.mm_utils",
             name="unwrap_shm_features",
             signature="(obj)",
-            replace=_unwrap,
+            replace="mmlane_patches.receiving:deferrable",
             before="0.5.10",
         ),
     ),

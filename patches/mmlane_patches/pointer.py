@@ -214,6 +214,11 @@ class ShmPointerMMData(SegmentPointer, metaclass=_PointerOrTensor):
     __module__ = "sglang.srt.managers.mm_utils"
 
 
+def in_its_place(engines_own: type) -> type:
+    """The class that takes the place of the engine's."""
+    return ShmPointerMMData
+
+
 _warned: set[str] = set()
 
 

@@ -22,36 +22,6 @@ from mmlane.compat import matrix
 from mmlane.patching import Target
 
 
-def _pointer(original: Any) -> Any:
-    from mmlane_patches.pointer import ShmPointerMMData
-
-    return ShmPointerMMData
-
-
-def _wrap(original: Any) -> Any:
-    from mmlane_patches.wrapping import wrap_everything
-
-    return wrap_everything(original)
-
-
-def _finalize(original: Any) -> Any:
-    from mmlane_patches.receiving import agree_before
-
-    return agree_before(original)
-
-
-def _send(original: Any) -> Any:
-    from mmlane_patches.sending import unlink_if_unsent
-
-    return unlink_if_unsent(original)
-
-
-def _handle(original: Any) -> Any:
-    from mmlane_patches.agreement import refuse_lost
-
-    return refuse_lost(original)
-
-
 def _answer_abort(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     @wraps(original)
     def handle_abort_req(self: Any, recv_obj: Any) -> None:
@@ -70,14 +40,14 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.mm_utils",
             name="ShmPointerMMData",
             signature=("(self, tensor)", "(self, tensor, precomputed_hash=)"),
-            replace=_pointer,
+            replace="mmlane_patches.pointer:in_its_place",
             before="0.5.21",
         ),
         Target(
             module="sglang.srt.managers.mm_utils",
             name="wrap_shm_features",
             signature="(obj)",
-            replace=_wrap,
+            replace="mmlane_patches.wrapping:wrap_everything",
             before="0.5.13",
         ),
         Target(
@@ -91,14 +61,14 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.tokenizer_manager",
             name="TokenizerManager._send_one_request",
             signature=("(self, obj, tokenized_obj, created_time=)", "(self, tokenized_obj)"),
-            replace=_send,
+            replace="mmlane_patches.sending:unlink_if_unsent",
             before="0.5.21",
         ),
         Target(
             module="sglang.srt.managers.scheduler_components.request_receiver",
             name="SchedulerRequestReceiver._finalize_shm_features",
             signature="(self, recv_reqs)",
-            replace=_finalize,
+            replace="mmlane_patches.receiving:agree_before",
             since="0.5.15",
             before="0.5.19",
         ),
@@ -106,14 +76,14 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.scheduler",
             name="Scheduler.handle_generate_request",
             signature="(self, recv_req)",
-            replace=_handle,
+            replace="mmlane_patches.agreement:refuse_lost",
             before="0.5.19",
         ),
         Target(
             module="sglang.srt.managers.scheduler",
             name="Scheduler.handle_embedding_request",
             signature="(self, recv_req)",
-            replace=_handle,
+            replace="mmlane_patches.agreement:refuse_lost",
             before="0.5.19",
         ),
     ),

@@ -10,29 +10,8 @@ When it can go: with the oldest supported engine at 0.5.15.
 
 from __future__ import annotations
 
-from typing import Any
-
 from mmlane.compat import matrix
 from mmlane.patching import Target
-
-
-def _receive_deferred(original: Any) -> Any:
-    from mmlane_patches.receiving import agree_after_deferring
-
-    return agree_after_deferring(original)
-
-
-def _receive(original: Any) -> Any:
-    from mmlane_patches.receiving import agree_after
-
-    return agree_after(original)
-
-
-def _finalize(original: Any) -> Any:
-    from mmlane_patches.receiving import agree_before
-
-    return agree_before(original)
-
 
 SPEC = matrix().spec(
     "tp_barrier",
@@ -41,14 +20,14 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.scheduler",
             name="Scheduler.recv_requests",
             signature="(self)",
-            replace=_receive_deferred,
+            replace="mmlane_patches.receiving:agree_after_deferring",
             before="0.5.10",
         ),
         Target(
             module="sglang.srt.managers.scheduler",
             name="Scheduler.recv_requests",
             signature="(self)",
-            replace=_receive,
+            replace="mmlane_patches.receiving:agree_after",
             since="0.5.10",
             before="0.5.13",
         ),
@@ -56,7 +35,7 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.scheduler_components.request_receiver",
             name="SchedulerRequestReceiver._finalize_shm_features",
             signature="(self, recv_reqs)",
-            replace=_finalize,
+            replace="mmlane_patches.receiving:agree_before",
             since="0.5.13",
             before="0.5.15",
         ),

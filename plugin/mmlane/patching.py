@@ -8,6 +8,7 @@ one engine comes to the same decision, and so that the same code serves wheels t
 from __future__ import annotations
 
 import ast
+import pkgutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,14 +38,15 @@ class Target:
     `name` is dotted inside `module` ("Scheduler.recv_requests"). `signature` lists the parameter lists that
     the replacement can live with, as in "(self, recv_reqs)": names and kinds, no annotations, no default
     values (`x=` marks a default). For a class it is that of its `__init__`.
-    `replace` is given the engine's object and returns what takes its place.
+    `replace` is given the engine's object and returns what takes its place; as a string, "module:function", it is
+    imported when the target's module is there, so that a patch file need not import what the engine is yet to.
     `since` and `before` bound the engine versions on which this target is the right place.
     """
 
     module: str
     name: str
     signature: str | tuple[str, ...]
-    replace: Callable[[Any], Any]
+    replace: Callable[[Any], Any] | str
     since: str = "0"
     before: str | None = None
 
@@ -55,6 +57,11 @@ class Target:
     @property
     def signatures(self) -> tuple[str, ...]:
         return (self.signature,) if isinstance(self.signature, str) else self.signature
+
+    def build(self, original: Any) -> Any:
+        """What takes the place of the engine's `original`."""
+        replace = pkgutil.resolve_name(self.replace) if isinstance(self.replace, str) else self.replace
+        return replace(original)
 
     def serves(self, version: Version) -> bool:
         """Whether this is a target on that engine version. A pre-release counts as before its release."""
@@ -235,9 +242,9 @@ def apply(target: Target, module: ModuleType, ours: Collection[Replacement] = ()
         raise Refusal(f"{target.path} is already replaced by {foreign}")
     try:
         if isinstance(original, staticmethod | classmethod):
-            installed: Any = type(original)(target.replace(original.__func__))
+            installed: Any = type(original)(target.build(original.__func__))
         else:
-            installed = target.replace(original)
+            installed = target.build(original)
     except Refusal:
         raise
     except Exception as error:  # a patch's code, perhaps somebody else's; the engine's import must not fail of it

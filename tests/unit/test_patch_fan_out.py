@@ -64,7 +64,7 @@ def test_without_the_patch_the_second_sends_a_pointer_to_a_pointer(as_dict: bool
 @pytest.mark.parametrize("as_dict", [True, False], ids=["0.5.9", "later"])
 def test_each_sample_has_its_own(as_dict: bool) -> None:
     manager = Manager()
-    send = TARGET.replace(Manager.new)
+    send = TARGET.build(Manager.new)
     tokenized = fan_out(lambda sample: send(manager, sample), 3, as_dict)
     assert [[item.feature for item in items(sample)] for sample in manager.sent] == [
         ["pointer to a", "pointer to b"]
@@ -85,7 +85,7 @@ def test_each_sample_has_its_own(as_dict: bool) -> None:
 def test_the_signature_of_0_5_9(call: Callable[..., Any]) -> None:
     manager, tokenized, first = Manager(), request(True), request(True)
     shared = items(tokenized)
-    assert call(TARGET.replace(Manager.old), manager, first, tokenized) == "state"
+    assert call(TARGET.build(Manager.old), manager, first, tokenized) == "state"
     assert items(tokenized) is not shared and items(first)[0].feature == "a"
 
 
@@ -94,5 +94,5 @@ def test_the_signature_of_0_5_9(call: Callable[..., Any]) -> None:
 )
 def test_a_request_without_features(value: Any) -> None:
     before = dict(vars(value))
-    TARGET.replace(lambda self, tokenized_obj: None)(None, value)
+    TARGET.build(lambda self, tokenized_obj: None)(None, value)
     assert vars(value) == before

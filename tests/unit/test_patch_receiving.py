@@ -134,7 +134,7 @@ def test_on_0_5_9_a_refused_request_has_a_number_of_prompt_tokens() -> None:
         if recv_obj.rid in self.rid_to_state:
             self.rid_to_state[recv_obj.rid].out_list.append({"meta_info": {"id": recv_obj.rid}})
 
-    handle = target.replace(original)
+    handle = target.build(original)
     handle(manager, SimpleNamespace(rid="r"))
     handle(manager, SimpleNamespace(rid="HEALTH_CHECK"))
     assert state.out_list == [{"meta_info": {"id": "r", "prompt_tokens": 0}}]
