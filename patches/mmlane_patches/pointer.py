@@ -11,6 +11,7 @@ having been taken or handed on unlinks it, so that no error path leaks.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import math
@@ -20,6 +21,7 @@ import secrets
 import sys
 from contextvars import ContextVar
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,7 @@ class SegmentPointer:
             self.dtype = state["dtype"]
             self.precomputed_hash = state.get("precomputed_hash")
             if self._nbytes():
+                _tell_tracker()
                 self._shm_handle = SharedMemory(name=self.shm_name)
                 self._answerable = os.getpid()
         except Exception as error:  # noqa: BLE001 - kept for materialize(), which reports it
@@ -189,9 +192,14 @@ class SegmentPointer:
             logger.warning("mmlane: could not remove %s from %s: %s", self.shm_name, SHM, error)
 
     def __del__(self) -> None:
+        # The garbage collector may run this while this very thread holds the resource tracker's lock: no unlink()
+        # of the segment, which takes it. The tracker hears of it later.
         if getattr(self, "_answerable", 0) == os.getpid():
-            self.close_and_unlink()
-        elif (handle := getattr(self, "_shm_handle", None)) is not None:
+            file = SHM / self.shm_name
+            if file.exists():  # else a peer was first, and has told the tracker
+                file.unlink(missing_ok=True)
+                _removed.append(self.shm_name)
+        if (handle := getattr(self, "_shm_handle", None)) is not None:
             handle.close()
 
 
@@ -250,8 +258,19 @@ def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
+_removed: list[str] = []
+
+
+@atexit.register
+def _tell_tracker() -> None:
+    """Have Python's resource tracker forget the segments that were removed behind its back."""
+    while _removed:
+        resource_tracker.unregister(f"/{_removed.pop()}", "shared_memory")
+
+
 def _store(data: torch.Tensor) -> str:
     """The name of a new segment with the bytes of `data` (1-dim, uint8). `OSError` leaves nothing behind."""
+    _tell_tracker()
     nbytes = data.numel()
     segment = SharedMemory(name=segment_name(), create=True, size=nbytes)
     try:

@@ -408,3 +408,29 @@ def test_without_reserving_a_full_shm_kills_the_process() -> None:
     """What the test above guards against does happen here."""
     run = in_small_shm(WITHOUT_RESERVING)
     assert run.returncode == -7, (run.returncode, run.stderr)  # SIGBUS
+
+
+DROPPED = """
+    import gc, pickle, threading, torch
+    from multiprocessing import resource_tracker
+    from mmlane_patches.pointer import SHM, SegmentPointer
+
+    sent = SegmentPointer(torch.ones(4))
+    state = pickle.dumps(sent)
+    cycle = [SegmentPointer(torch.ones(4)), pickle.loads(state)]
+    names = [pointer.shm_name for pointer in cycle]
+    cycle.append(cycle)
+    with resource_tracker._resource_tracker._lock:
+        del cycle
+        gc.collect()
+    assert not any((SHM / name).exists() for name in names)
+    SegmentPointer(torch.ones(4)).close_and_unlink()
+"""
+
+
+def test_a_pointer_may_be_collected_while_the_resource_tracker_is_busy() -> None:
+    """The collector runs where it likes: also where this thread holds the lock that removing a segment takes."""
+    command = [sys.executable, "-c", textwrap.dedent(DROPPED)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "resource_tracker" not in run.stderr  # it has nothing to complain of either
