@@ -18,8 +18,9 @@ PLUGIN = Path(__file__).resolve().parent.parent / "plugin"
 SAMPLE = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
+line = open(sys.argv[1] + "/mmlane.pth").read()
 a = time.perf_counter()
-import mmlane.bootstrap; mmlane.bootstrap.install()
+exec(line)
 b = time.perf_counter()
 import colorsys
 c = time.perf_counter()
