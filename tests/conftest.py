@@ -45,3 +45,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         every = [str(version) for version in matrix().engines]
         versions = every if chosen == "all" else chosen.split(",")
         metafunc.parametrize("version", versions, scope="session")
+    releases = metafunc.definition.get_closest_marker("releases")
+    if releases is not None:
+        usual, *others = releases.args
+        every = metafunc.config.getoption("--engines") == "all"
+        metafunc.parametrize("release", [usual, *others] if every else [usual])

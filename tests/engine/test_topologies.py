@@ -36,17 +36,19 @@ def everything_is_answered(server: EngineServer) -> None:
     scenarios.wait_for(lambda: features() == [], lambda: f"{features()} to go")
 
 
-def test_data_parallel(plugin_wheel: Path) -> None:
+@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
+def test_data_parallel(release: str, plugin_wheel: Path) -> None:
     """The data-parallel controller unpickles every pointer and pickles it again."""
-    with EngineServer("0.5.12.post1", plugin=plugin_wheel, tp=1, args=["--dp", "2"], env=DEBUG) as server:
+    with EngineServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], env=DEBUG) as server:
         everything_is_answered(server)
         assert roles(server) == ["detokenizer", "dp_controller", "main", "scheduler", "scheduler"]
 
 
-def test_two_tokenizer_workers(plugin_wheel: Path) -> None:
+@pytest.mark.releases("0.5.18", "0.5.9", "0.5.12.post1", "0.5.23")
+def test_two_tokenizer_workers(release: str, plugin_wheel: Path) -> None:
     """Two producers, and a main process that only manages them. 0.5.18 is the newest with every kind of patch."""
     arguments = ["--tokenizer-worker-num", "2"]
-    with EngineServer("0.5.18", plugin=plugin_wheel, args=arguments, env=DEBUG) as server:
+    with EngineServer(release, plugin=plugin_wheel, args=arguments, env=DEBUG) as server:
         # One worker is enough for the server to be ready; both shall serve.
         scenarios.wait_for(lambda: roles(server).count("tokenizer") == 2, lambda: f"both workers: {roles(server)}")
         everything_is_answered(server)
