@@ -136,8 +136,10 @@ class Session:
 
     def stop_if_strict(self) -> None:
         """With MMLANE_STRICT=1, end the process when a patch that the engine lacks cannot be applied."""
+        if not self.settings.strict:
+            return
         report = self.report()
-        if self.settings.strict and (report.unwanted() or report.problems):
+        if report.unwanted() or report.problems:
             for line in report.trouble():
                 say(line)
             raise SystemExit(NOT_STARTED)
