@@ -135,24 +135,42 @@ def _started(pid: int) -> int | None:
 class Memory:
     """The machine's memory, and the tightest cgroup limit on this process and its use, in bytes; None: no limit.
 
-    What lies in /dev/shm or in a memfd counts towards the limit.
+    `available` is what may still be taken, from the machine and from each of its control groups, before somebody
+    is killed for it; file caches that can be dropped count as available. What lies in /dev/shm or in a memfd is
+    not such a cache.
     """
 
     total: int
     limit: int | None
     used: int | None
+    available: int
 
 
-def memory(proc: Path = Path("/proc/self")) -> Memory:
+def memory(proc: Path = Path("/proc/self"), meminfo: Path = Path("/proc/meminfo")) -> Memory:
     """Memory of the machine and the cgroup limit that holds for this process, of version 1 or 2."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found: list[tuple[int, int | None]] = []
+    available = _fields(meminfo).get("MemAvailable:", total // 1024) * 1024
     for directory, limit_file, use_file in _memory_groups(proc):
         limit = _number(directory / limit_file)
         if limit is not None and limit < total:  # version 1 writes "no limit" as a very large number
-            found.append((limit, _number(directory / use_file)))
+            used = _number(directory / use_file)
+            found.append((limit, used))
+            stat = _fields(directory / "memory.stat")
+            prefix = "total_" if "total_inactive_file" in stat else ""
+            cache = stat.get(f"{prefix}inactive_file", 0) + stat.get(f"{prefix}active_file", 0)
+            available = min(available, limit - (used or 0) + cache)
     limit, used = min(found, key=lambda pair: pair[0], default=(None, None))
-    return Memory(total, limit, used)
+    return Memory(total, limit, used, max(available, 0))
+
+
+def _fields(file: Path) -> dict[str, int]:
+    """The numbers in a file of lines `NAME NUMBER [UNIT]`; empty when it cannot be read."""
+    try:
+        lines = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
 
 
 def _memory_groups(proc: Path) -> Iterator[tuple[Path, str, str]]:

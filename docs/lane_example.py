@@ -1,0 +1,52 @@
+"""One process sends tensors to two others by lane: python docs/lane_example.py"""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+
+import torch
+
+from mmlane.lane import Lane, Reader, Refused
+
+
+def read(address: str, tickets: Connection) -> None:
+    """A reading process: take the tensor of each ticket that comes, until None does."""
+    with Reader(group="tp") as reader:
+        reader.join(address)
+        while (ticket := tickets.recv()) is not None:
+            tensor = reader.take(ticket, mode="view")
+            total = float(tensor.sum())
+            del tensor  # gives it back
+            tickets.send(total)
+
+
+def main() -> None:
+    """The producing process."""
+    spawn = multiprocessing.get_context("spawn")
+    with Lane(readers={"tp": 2}) as lane:
+        pipes = []
+        for _ in range(2):
+            here, there = spawn.Pipe()
+            spawn.Process(target=read, args=(lane.address, there), daemon=True).start()
+            pipes.append(here)
+        lane.wait_open(timeout=60)
+
+        pixels = torch.rand(3, 1024, 1024)
+        ticket = lane.put(pixels)
+        if isinstance(ticket, Refused):  # send the tensor some other way
+            raise SystemExit(f"refused, {ticket.cause}: {ticket.detail}")
+        print(f"{pixels.nbytes} bytes behind a ticket of {len(ticket)}, sum {float(pixels.sum()):.1f}")
+        for pipe in pipes:
+            pipe.send(ticket)
+            print(f"a reader's sum {pipe.recv():.1f}")
+        for pipe in pipes:
+            pipe.send(None)
+
+        del pixels
+        stats = lane.stats()
+        print(f"{stats.puts} put, {stats.tickets} tickets out, {stats.taken} bytes taken, {stats.warm} committed")
+
+
+if __name__ == "__main__":
+    main()

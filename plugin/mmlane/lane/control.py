@@ -1,0 +1,287 @@
+"""The producer's control thread: lets readers in, notices their death, and looks after memory now and then.
+
+It sleeps unless somebody joins or dies, memory is wanted ahead of need, or a look is due. Give-backs do not wake
+it: they wait in the readers' sockets until the producer drains them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from mmlane.lane import points, wire
+
+logger = logging.getLogger("mmlane.lane")
+
+_PENDING = 64  # connections that have not said yet who they are
+_PATIENCE = 10.0  # seconds they have for it
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Host(Protocol):
+    """What the control thread needs of a lane."""
+
+    expected: dict[str, int]
+
+    def joined(self, reader: int, group: str, connection: socket.socket) -> None: ...
+    def drain(self) -> None: ...
+    def grow(self) -> None: ...
+    def look(self) -> None: ...
+    def ended(self, problem: str) -> None: ...
+
+
+@dataclass
+class _Guest:
+    """A connection that is not a reader yet."""
+
+    connection: socket.socket
+    deadline: float
+    group: str = ""
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user at the other end of a Unix connection, as the kernel knows it."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    return int(uid)
+
+
+class Control:
+    """Sockets and thread of one lane.
+
+    address: what to listen at, in the abstract namespace. welcome, descriptor: what a reader gets. period:
+    seconds between looks while there is something to look after. Raises OSError when the address cannot be had.
+    """
+
+    def __init__(self, host: Host, address: str, welcome: bytes, descriptor: int, period: float) -> None:
+        self._host = host
+        self._welcome = welcome
+        self._descriptor = descriptor
+        self._period = period
+        self._guests: dict[int, _Guest] = {}
+        self._readers: dict[
+            int, socket.socket
+        ] = {}  # by file descriptor, which is the reader's number while it lives
+        self._next_look: float | None = None
+        self._deaf_until: float | None = None
+        self._grow = self._stop = False
+        self.strangers = 0
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            self._listener.bind(f"\0{address}")
+            self._listener.listen(_PENDING)
+            self._listener.setblocking(False)
+            self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError:
+            self._listener.close()
+            raise
+        self._events = select.epoll()  # what wakes the thread
+        self._events.register(self._listener, select.EPOLLIN)
+        self._events.register(self._bell, select.EPOLLIN)
+        self._inbox = select.epoll()  # what `received` reads
+        self._thread = threading.Thread(target=self._run, name=address, daemon=True)
+
+    def start(self) -> None:
+        """Let readers in from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Have the thread end; its sockets are closed by then."""
+        self._stop = True
+        self._ring()
+
+    def join(self) -> None:
+        """Wait for the thread's end, unless this is the thread."""
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def abandon(self) -> None:
+        """In a forked child: close what was inherited, lest it hide the parent's death. Unregisters nothing."""
+        for connection in (self._listener, *self._readers.values()):
+            connection.close()
+        os.close(self._bell)
+        for guest in list(self._guests.values()):
+            guest.connection.close()
+        self._events.close()
+        self._inbox.close()
+
+    # --- called with the lane's lock held ------------------------------------------------------------------
+
+    def admit(self, reader: int, connection: socket.socket) -> None:
+        """A guest has become a reader."""
+        self._readers[reader] = connection
+        self._inbox.register(connection, select.EPOLLIN | select.EPOLLRDHUP)
+
+    def received(self) -> list[tuple[int, bytes]]:
+        """(reader, message) for all that has arrived, in order; an empty message is the reader's end."""
+        heard: list[tuple[int, bytes]] = []
+        for number, events in self._inbox.poll(0):
+            connection = self._readers[number]
+            try:
+                while message := connection.recv(wire.LIMIT, socket.MSG_DONTWAIT):
+                    heard.append((number, message))
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                logger.debug("reader %d: %s", number, error)  # a reset is an end too
+            if events & (select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR):
+                heard.append((number, b""))
+                self._part(number, connection)
+            else:
+                heard.append((number, b"\0"))  # an empty message looks like an end, but is only nonsense
+        if heard:
+            points.reached("drain.received")
+        return heard
+
+    def _part(self, number: int, connection: socket.socket) -> None:
+        self._inbox.unregister(connection)
+        self._events.unregister(connection)
+        del self._readers[number]
+        connection.close()
+
+    def send(self, kind: int, items: Iterable[tuple[int, int]], readers: Iterable[int] | None = None) -> bool:
+        """Send pairs to these readers, or all; False when one of them is too far behind to hear them now."""
+        items = list(items)
+        reached = True
+        for number in list(self._readers if readers is None else readers):
+            for at in range(0, len(items), wire.PAIRS):
+                try:
+                    self._readers[number].send(wire.pairs(kind, items[at : at + wire.PAIRS]), socket.MSG_DONTWAIT)
+                except OSError:  # full; or dead, which `received` will tell
+                    reached = False
+        return reached
+
+    def watch(self) -> None:
+        """There is something to look after: look once a period, until `rest`."""
+        if self._next_look is None:
+            self._next_look = time.monotonic() + self._period
+            self._ring()
+
+    def rest(self) -> None:
+        """There is nothing to look after any more."""
+        self._next_look = None
+
+    def wants_memory(self) -> None:
+        """Have the thread call `grow`."""
+        if not self._grow:
+            self._grow = True
+            self._ring()
+
+    def _ring(self) -> None:
+        os.eventfd_write(self._bell, 1)
+
+    # --- the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        problem = "the lane's control thread has failed"
+        try:
+            while not self._stop:
+                self._turn()
+            problem = ""
+        finally:
+            self._host.ended(problem)
+            self.abandon()
+
+    def _turn(self) -> None:
+        deadlines = [guest.deadline for guest in self._guests.values()]
+        deadlines += [at for at in (self._next_look, self._deaf_until) if at is not None]
+        timeout = max(min(deadlines) - time.monotonic(), 0.0) if deadlines else None
+        for number, _ in self._events.poll(timeout):
+            if number == self._listener.fileno():
+                self._accept()
+            elif number == self._bell:
+                os.eventfd_read(self._bell)
+            elif number in self._guests:
+                self._hear(number)
+            else:
+                self._host.drain()  # a reader has hung up; what it said before counts
+        now = time.monotonic()
+        for number, guest in list(self._guests.items()):
+            if guest.deadline <= now:
+                self._dismiss(number, f"nothing heard for {_PATIENCE:g} s")
+        if self._deaf_until is not None and self._deaf_until <= now:
+            self._deaf_until = None
+            self._events.modify(self._listener, select.EPOLLIN)
+        if self._grow:
+            self._grow = False
+            self._host.grow()
+        if self._next_look is not None and self._next_look <= now:
+            self._next_look = now + self._period
+            self._host.look()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # out of descriptors: the visitor stays in the queue
+            logger.warning(
+                "a lane could not let a reader in (%s): trying again in a second; raise `ulimit -n`", error
+            )
+            self._deaf_until = time.monotonic() + 1.0
+            self._events.modify(self._listener, 0)
+            return
+        points.reached("accept.connected")
+        connection.setblocking(False)
+        if peer_uid(connection) != os.geteuid() or len(self._guests) >= _PENDING:
+            self.strangers += 1
+            connection.close()
+            return
+        self._guests[connection.fileno()] = _Guest(connection, time.monotonic() + _PATIENCE)
+        self._events.register(connection, select.EPOLLIN | select.EPOLLRDHUP)
+
+    def _hear(self, number: int) -> None:
+        guest = self._guests[number]
+        try:
+            message = guest.connection.recv(wire.LIMIT)
+            kind = wire.kind(message)
+            if kind == wire.HELLO and not guest.group:
+                self._greet(guest, *wire.read_hello(message))
+            elif kind == wire.MAPPED and guest.group:
+                self._admit(number)
+            elif kind == wire.SORRY:
+                self._dismiss(number, f"it could not join: {wire.read_sorry(message)}")
+            else:
+                raise wire.ProtocolError(f"message {kind} was not expected")
+        except BlockingIOError:
+            return
+        except (OSError, wire.ProtocolError) as error:
+            self._dismiss(number, str(error))
+
+    def _greet(self, guest: _Guest, version: int, group: str) -> None:
+        if version != wire.VERSION:
+            raise wire.ProtocolError(
+                f"protocol {version}, this lane speaks {wire.VERSION}: run one version of mmlane"
+            )
+        if group not in self._host.expected:
+            raise wire.ProtocolError(
+                f"unknown group {group!r}, expected {', '.join(map(repr, self._host.expected))}"
+            )
+        guest.group = group
+        socket.send_fds(guest.connection, [self._welcome], [self._descriptor], socket.MSG_DONTWAIT)
+        points.reached("accept.welcomed")
+
+    def _admit(self, number: int) -> None:
+        guest = self._guests.pop(number)
+        # From now on only its end wakes the thread.
+        self._events.modify(guest.connection, select.EPOLLRDHUP)
+        self._host.joined(number, guest.group, guest.connection)
+        points.reached("accept.joined")
+
+    def _dismiss(self, number: int, reason: str) -> None:
+        guest = self._guests.pop(number)
+        self.strangers += 1
+        logger.info("a visitor of a lane was sent away: %s", reason)
+        self._events.unregister(guest.connection)
+        with suppress(OSError):  # gone already
+            guest.connection.send(wire.sorry(reason), socket.MSG_DONTWAIT)
+        guest.connection.close()

@@ -1,0 +1,207 @@
+"""Shared memory without a name: a sparse file that lives in memory only, and mappings of it.
+
+The kernel reports a lack of memory in three ways: as an error where memory is reserved beforehand, as SIGBUS
+where it is first touched, and as the OOM killer where a control group is at its limit. Only the first can be
+handled, so everything that will be written is reserved first (`Backing.reserve`), and never beyond what is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from mmlane import host
+from mmlane.lane.errors import LaneUnavailable
+
+PAGE = mmap.PAGESIZE
+
+_MADV_POPULATE_READ = 22  # Python names them from 3.14 on
+_MADV_POPULATE_WRITE = 23
+_MAP_NORESERVE = 0x4000
+_SMALL = 1 << 20  # bytes below which torch's machinery costs more than the copy, and its threads bring nothing
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_O_TMPFILE = getattr(os, "O_TMPFILE", 0)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+# ctypes, since Python's own mmap gives no address of a read-only mapping and holds the GIL in madvise and munmap.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+# One type for any length: ctypes makes a type per array length, and types are only freed by the garbage collector.
+# It allocates nothing; whoever reads through it says how many bytes.
+Owner = ctypes.c_ubyte * (1 << 46)
+
+
+def _fail() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
+
+
+def round_up(nbytes: int, unit: int = PAGE) -> int:
+    """`nbytes` rounded up to a multiple of `unit`."""
+    return -(-nbytes // unit) * unit
+
+
+class Mapping:
+    """A file's bytes in this process's address space, unmapped when the object dies.
+
+    writable: the producer's way, changes are everybody's. private: an edit is seen by nobody else and costs a
+    page. Neither: an edit ends the process with SIGSEGV.
+
+    Raises OSError when the kernel does not map it (ENOMEM: address space, or too many mappings).
+    """
+
+    def __init__(
+        self, fd: int, nbytes: int, *, offset: int = 0, writable: bool = False, private: bool = False
+    ) -> None:
+        self.address = 0
+        self.nbytes = nbytes
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable or private else 0)
+        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE if private else mmap.MAP_SHARED
+        address = _libc.mmap(None, nbytes, protection, flags, fd, offset)
+        if address is None or address == _MAP_FAILED:
+            raise _fail()
+        self.address = address
+
+    def owner(self, offset: int = 0) -> ctypes.Array[ctypes.c_ubyte]:
+        """An object at a place in the mapping, for a storage to hold: it can be watched by a weak reference."""
+        return Owner.from_address(self.address + offset)
+
+    def words(self, count: int) -> ctypes.Array[ctypes.c_uint64]:
+        """The first `count` unsigned 64-bit numbers. Valid while the mapping is."""
+        return (ctypes.c_uint64 * count).from_address(self.address)
+
+    def populate(self, offset: int, nbytes: int, *, write: bool = False) -> bool:
+        """Fill page tables (write: and pages) now, without the GIL; False where the kernel does not know how."""
+        advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+        return bool(_libc.madvise(self.address + offset, nbytes, advice) == 0)
+
+    def unmap(self) -> None:
+        """Let the range go. Whatever still looks at it would crash: only for who knows that nothing does."""
+        address, self.address = self.address, 0
+        if address:
+            _libc.munmap(address, self.nbytes)
+
+    def __del__(self) -> None:
+        self.unmap()
+
+
+class Descriptor:
+    """A file descriptor, closed when the object dies: whoever may still use the number holds the object."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+def tensor_at(owner: ctypes.Array[ctypes.c_ubyte], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A contiguous tensor over what `owner` points to; its storage holds `owner`, unless it has no elements."""
+    count = prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(owner, dtype=dtype, count=count).view(shape)
+
+
+def copy(tensor: torch.Tensor, owner: ctypes.Array[ctypes.c_ubyte]) -> None:
+    """Copy a CPU tensor to a place, contiguously, without the GIL."""
+    nbytes = tensor.numel() * tensor.itemsize
+    if nbytes < _SMALL and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        ctypes.memmove(owner, tensor.data_ptr(), nbytes)
+    else:
+        tensor_at(owner, tensor.dtype, tensor.shape).copy_(tensor.detach())
+
+
+class Backing:
+    """A lane's memory: `nbytes` of address room in an anonymous file. Nothing is committed before `reserve`.
+
+    Attributes: `fd` (to write), `shared_fd` (what readers get), `degraded` (one line for each thing that this
+    kernel or sandbox lacks). Raises LaneUnavailable when there is no way at all.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.degraded: list[str] = []
+        self.fd = self._create()
+        self.shared_fd = self.fd
+        try:
+            os.ftruncate(self.fd, nbytes)
+            self._seal()
+            self.shared_fd = self._read_only()
+        except OSError as error:
+            self.close()
+            raise LaneUnavailable(
+                f"a lane of {nbytes} bytes could not be set up ({error}): ask for a smaller capacity,"
+                " or raise `ulimit -f`"
+            ) from error
+
+    def _create(self) -> int:
+        try:
+            return os.memfd_create("mmlane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except (OSError, AttributeError) as error:
+            self.degraded.append(f"memfd_create: {error}; an unnamed file in /dev/shm serves, bound by its size")
+        try:
+            return os.open(host.SHM, _O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LaneUnavailable(
+                f"no shared memory without a name: {self.degraded[0].partition(';')[0]}, and O_TMPFILE in"
+                f" {host.SHM}: {error}. Allow memfd_create in the sandbox"
+            ) from error
+
+    def _seal(self) -> None:
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except (OSError, AttributeError) as error:
+            self.degraded.append(f"F_ADD_SEALS: {error}; nothing but good manners keeps the memory from shrinking")
+
+    def _read_only(self) -> int:
+        try:
+            return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self.degraded.append(f"read-only descriptor: {error}; readers could write to the memory")
+            return self.fd
+
+    def check(self, nbytes: int) -> None:
+        """Raises OSError(ENOMEM) unless that much memory may be committed: at its limit a control group kills."""
+        available = host.memory().available
+        if nbytes > available - _margin(available):
+            raise OSError(errno.ENOMEM, f"{nbytes} bytes wanted, {available} left for this process")
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Commit memory for a range, so that writing to it cannot fail. Raises OSError when there is none."""
+        os.posix_fallocate(self.fd, offset, nbytes)
+
+    def hand_back(self, offset: int, nbytes: int) -> None:
+        """Give a range's memory back to the system; it reads as zeros until reserved again. Raises OSError."""
+        if _libc.fallocate(self.fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, nbytes) != 0:
+            raise _fail()
+
+    def close(self) -> None:
+        """Close the descriptors; the memory goes when the last mapping does."""
+        for fd in {self.fd, self.shared_fd} - {-1}:
+            os.close(fd)
+        self.fd = self.shared_fd = -1
+
+
+def _margin(available: int) -> int:
+    """What the lane leaves to everybody else: it must not be the one that takes the last page."""
+    return min(available // 16, 256 << 20)
+
+
+def default_capacity() -> int:
+    """A quarter of the memory of the machine or of its control group, in bytes: address room, not committed."""
+    facts = host.memory()
+    return round_up(min(facts.total, facts.limit or facts.total) // 4, 1 << 20)

@@ -1,0 +1,561 @@
+"""The producing side of a lane: the arena, the readers that have joined it, and `put`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from types import TracebackType
+
+import torch
+
+from mmlane.lane import memory, points, wire
+from mmlane.lane.control import Control
+from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused
+from mmlane.lane.ledger import Extent, Ledger
+from mmlane.lane.sources import Sources
+from mmlane.lane.space import Space
+from mmlane.lane.ticket import NAMES, Content, digest, read, write
+
+logger = logging.getLogger("mmlane.lane")
+
+SEGMENT = 4 << 20
+SLOTS = 1 << 16  # tickets that can be out at a time
+_AHEAD = 8 << 20  # bytes at most to commit ahead of need
+_DRAIN = 16  # puts after which give-backs are handled, needed or not
+_GLANCE = 8  # idle extents to look at in one put
+_AT_A_TIME = 4096  # segments to hand back in one look: more would not fit into the readers' sockets
+
+_lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class LaneStats:
+    """A lane at one moment. All sizes in bytes.
+
+    capacity: address room. warm: memory committed. taken: in extents, of which `kept` hold no ticket and wait
+    for their tensor to be put again. expected, readers: by group. puts: tickets issued. shared: puts that needed
+    no copy.
+    refused: puts refused, by cause. orphans: tickets that no reader ever saw, reclaimed. strays: messages from
+    readers that made no sense. strangers: visitors sent away. degraded: one line for each thing this kernel or
+    sandbox lacks.
+    """
+
+    address: str
+    is_open: bool
+    capacity: int
+    warm: int
+    taken: int
+    kept: int
+    extents: int
+    tickets: int
+    expected: dict[str, int]
+    readers: dict[str, int]
+    puts: int
+    shared: int
+    refused: dict[Cause, int]
+    orphans: int
+    strays: int
+    strangers: int
+    degraded: tuple[str, ...]
+
+
+class Lane:
+    """One producer's arena. Open it, hand `address` to the readers, put tensors, send the tickets.
+
+    Thread-safe. Not usable in a forked child. `put` never waits for anybody.
+
+    Args:
+        readers: group -> number of readers expected. A group is the readers that receive the same tickets.
+        capacity: address room in bytes, rounded up to segments; by default a quarter of the memory of the machine
+        or control
+            group. Memory is committed only as it is used.
+        segment: bytes in which memory is committed and handed back.
+        idle: seconds after which unused memory goes back to the system.
+        orphan: seconds after which the readers are asked about a ticket that none of them has been heard of.
+
+    Raises:
+        ValueError: no reader expected, or a size that is not positive.
+        LaneUnavailable: this machine or sandbox cannot carry a lane.
+    """
+
+    def __init__(
+        self,
+        readers: Mapping[str, int],
+        *,
+        capacity: int | None = None,
+        segment: int = SEGMENT,
+        idle: float = 60.0,
+        orphan: float = 1800.0,
+    ) -> None:
+        if not readers or any(count < 1 for count in readers.values()):
+            raise ValueError(f"readers={dict(readers)!r}: name at least one group, each of at least one reader")
+        if segment <= 0 or (capacity is not None and capacity <= 0) or idle <= 0 or orphan <= 0:
+            raise ValueError(f"{segment=}, {capacity=}, {idle=}, {orphan=}: all must be positive")
+        segment = memory.round_up(segment)
+        capacity = memory.round_up(memory.default_capacity() if capacity is None else capacity, segment)
+        self._pid = os.getpid()
+        self._orphan = orphan
+        self._closed = ""
+        self._lock = threading.Lock()
+        self._opened = threading.Condition(self._lock)
+        self._committing = threading.Lock()
+        self._withdrawn: deque[tuple[int, int]] = deque()
+        self._sources = Sources()
+        self._refused: Counter[Cause] = Counter()
+        self._puts = self._shared = self._strays = 0
+        self._ahead = 0  # bytes to have ready for the next put, as large as the largest since the last look
+        self._undrained = 0  # puts since the last drain
+        self._starved = False  # memory could not be had; not asked for ahead of need until the next look
+        self._cooling: dict[
+            int, set[int]
+        ] = {}  # segments about to be handed back -> readers that have yet to agree
+        self._users = 1  # the control thread, and whoever copies: the last one frees the memory of a closed lane
+
+        self.expected = dict(readers)
+        self.address = f"mmlane-{self._pid}-{secrets.token_hex(8)}"
+        self._base = SLOTS * 8  # the directory's size: where extents begin
+        self._ledger = Ledger(Space(capacity, segment, memory.PAGE), SLOTS, self.expected, self._clear)
+        self._backing = memory.Backing(self._base + capacity)
+        try:
+            self._backing.reserve(0, self._base)
+            self._mapping = memory.Mapping(self._backing.fd, self._base + capacity, writable=True)
+            self._directory = self._mapping.words(SLOTS)
+            welcome = wire.welcome(self._base + capacity, SLOTS, f"/proc/{self._pid}/fd/{self._backing.shared_fd}")
+            self._control = Control(self, self.address, welcome, self._backing.shared_fd, idle)
+        except OSError as error:
+            self._backing.close()
+            raise LaneUnavailable(
+                f"a lane of {capacity} bytes could not be set up ({error}): ask for a smaller capacity, or allow"
+                " mmap, eventfd and abstract Unix sockets in the sandbox"
+            ) from error
+        for line in self._backing.degraded:
+            logger.warning("lane %s goes without %s", self.address, line)
+        _lanes.add(self)
+        self._control.start()
+
+    # --- for the producing process -------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether all expected readers have mapped the memory, so that `put` can issue tickets."""
+        with self._lock:
+            return self._is_open()
+
+    def wait_open(self, timeout: float | None = None) -> bool:
+        """Wait until the lane is open; False after `timeout` seconds, or when it is closed."""
+        with self._opened:
+            self._opened.wait_for(lambda: self._closed or self._is_open(), timeout)
+            return self._is_open()
+
+    def put(self, tensor: torch.Tensor, *, share: bool = True) -> bytes | Refused:
+        """Copy a tensor into the lane and return a ticket for it, for the readers of one group to take or discard.
+
+        tensor: any shape, strides and dtype of whole bytes, dense, on the CPU; readers get it contiguous. A
+        tensor that was put before, lives, and was not changed in place (as torch's version counter tells) is not
+        copied again: the new ticket refers to the same bytes. share=False: copy in any case, for tensors that are
+        written behind torch's back.
+
+        Returns a Refused where no ticket can be had; never waits for readers. Raises LaneError in a forked child.
+        """
+        self._check_process()
+        problem = _unsupported(tensor)
+        if problem:
+            with self._lock:
+                return self._refuse("unsupported", problem)
+        nbytes = tensor.numel() * tensor.itemsize
+        with self._lock:
+            placed = self._place(tensor, nbytes, share)
+            if not isinstance(placed, Extent):
+                return placed
+            cold = self._ledger.space.cold(placed.offset, placed.nbytes)
+            mapping = self._mapping
+            self._users += 1
+        points.reached("put.allocated")
+        try:
+            # Nobody else knows the extent yet, so memory is committed and filled without the lock.
+            version = self._sources.version(tensor) if share else None
+            if cold:
+                self._commit(mapping, cold)
+            points.reached("put.reserved")
+            memory.copy(tensor, mapping.owner(self._base + placed.offset))
+            points.reached("put.copied")
+        except BaseException as error:
+            with self._lock:
+                self._ledger.settle(placed)
+                self._release()
+                if isinstance(error, OSError):
+                    return self._refuse("full", f"no memory for {nbytes} bytes: {error}")
+            raise
+        with self._lock:
+            self._release()
+            return self._publish(tensor, nbytes, placed, version)
+
+    def withdraw(self, ticket: bytes) -> None:
+        """Take back a ticket that was never sent and never will be; nothing happens when a reader has had it.
+
+        Can be called wherever Python runs, finalizers included. Raises MalformedTicket.
+        """
+        content = read(ticket)
+        if content.address == self.address:
+            self._withdrawn.append((content.slot, content.serial))  # the next drain does it: it takes no lock here
+
+    def drain(self) -> None:
+        """Handle what readers have given back so far. `put` does so when it needs room, and now and then."""
+        self._check_process()
+        with self._lock:
+            if not self._closed:
+                self._drain()
+
+    def stats(self) -> LaneStats:
+        """The lane as it is now, everything drained."""
+        self._check_process()
+        with self._lock:
+            ledger = self._ledger
+            if not self._closed:
+                self._drain()
+                self._sweep(len(ledger.idle))
+            extents = {ticket.extent for ticket in ledger.live.values()} | set(ledger.idle)
+            return LaneStats(
+                address=self.address,
+                is_open=self._is_open(),
+                capacity=ledger.space.capacity,
+                warm=ledger.space.warm_bytes,
+                taken=ledger.space.taken_bytes,
+                kept=sum(extent.nbytes for extent in ledger.idle),
+                extents=len(extents),
+                tickets=len(ledger.live),
+                expected=dict(self.expected),
+                readers=dict(Counter(ledger.readers.values())),
+                puts=self._puts,
+                shared=self._shared,
+                refused=dict(self._refused),
+                orphans=ledger.orphans,
+                strays=self._strays,
+                strangers=self._control.strangers,
+                degraded=tuple(self._backing.degraded),
+            )
+
+    def close(self) -> None:
+        """End the lane. Tensors that readers hold stay valid; tickets on their way can be taken for a while."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if not self._closed:
+                self._closed = "the lane was closed"
+                self._control.stop()
+        self._control.join()
+
+    def __enter__(self) -> Lane:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Lane {self.address}>"
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise LaneError(
+                f"{self!r} belongs to process {self._pid}: a forked child has to open a lane of its own"
+            )
+
+    # --- put and drain, in pieces; all with the lock held --------------------------------------------------
+
+    def _is_open(self) -> bool:
+        return not self._closed and self._ledger.is_open()
+
+    def _refuse(self, cause: Cause, detail: str) -> Refused:
+        self._refused[cause] += 1
+        return Refused(cause, detail)
+
+    def _shut(self) -> Refused:
+        if self._closed:
+            return self._refuse("closed", self._closed)
+        have = Counter(self._ledger.readers.values())
+        wanted = ", ".join(f"{have[group]} of {count} in {group!r}" for group, count in self.expected.items())
+        return self._refuse("not_open", f"readers that have joined: {wanted}; the lane opens when all have")
+
+    def _place(self, tensor: torch.Tensor, nbytes: int, share: bool) -> bytes | Extent | Refused:
+        """A ticket on the extent that holds the tensor already, or an extent to copy it to, or neither."""
+        space = self._ledger.space
+        self._ahead = max(self._ahead, min(nbytes, _AHEAD))
+        self._undrained += 1
+        if self._undrained >= _DRAIN and not self._closed:
+            self._drain()
+        if not self._is_open():
+            return self._shut()
+        known = self._sources.find(tensor) if share else None
+        if known is not None:
+            return self._issue(tensor, nbytes, known, shared=True)
+        if nbytes > space.capacity:
+            return self._refuse(
+                "oversize", f"{nbytes} bytes, more than the lane's capacity of {space.capacity}: raise it"
+            )
+        offset = space.find(nbytes)
+        if offset is None or space.cold(offset, nbytes):
+            self._drain()  # before memory is committed, use what has come back
+            offset = space.find(nbytes)
+        while offset is None and self._ledger.idle:
+            self._drop(next(iter(self._ledger.idle)))
+            offset = space.find(nbytes)
+        if offset is None:
+            return self._refuse(
+                "full",
+                f"{nbytes} bytes wanted, {space.taken_bytes} of {space.capacity} are held by"
+                f" {len(self._ledger.live)} tickets: readers must let tensors go, or the capacity be raised",
+            )
+        return self._ledger.allocate(offset, nbytes)
+
+    def _publish(self, tensor: torch.Tensor, nbytes: int, extent: Extent, version: int | None) -> bytes | Refused:
+        if not self._is_open():  # any more
+            self._ledger.settle(extent)
+            return self._shut()
+        if version is not None and version == self._sources.version(tensor):
+            earlier = self._sources.add(tensor, version, extent)
+            if earlier is not None:
+                self._ledger.drop(earlier)
+            self._ledger.keep(extent)
+        return self._issue(tensor, nbytes, extent, shared=False)
+
+    def _issue(self, tensor: torch.Tensor, nbytes: int, extent: Extent, *, shared: bool) -> bytes | Refused:
+        live = self._ledger.issue(extent, time.monotonic())
+        if live is None:
+            self._ledger.settle(extent)
+            return self._refuse(
+                "full", f"{SLOTS} tickets are out, more there cannot be: readers must let tensors go"
+            )
+        ticket = write(
+            Content(self.address, live.slot, live.serial, extent.offset, nbytes, tensor.dtype, tuple(tensor.shape))
+        )
+        self._directory[live.slot] = digest(ticket)
+        self._puts += 1
+        self._shared += shared
+        self._control.watch()
+        points.reached("put.published")
+        return ticket
+
+    def _clear(self, slot: int) -> None:
+        self._directory[slot] = 0
+
+    def _drain(self) -> None:
+        self._undrained = 0
+        for reader, message in self._control.received():
+            self._heard(reader, message)
+        while self._withdrawn:
+            self._ledger.withdraw(*self._withdrawn.popleft())
+        self._sweep(_GLANCE)
+        self._look_ahead()
+
+    def _sweep(self, count: int) -> None:
+        """Free idle extents whose source is gone, among the `count` that were looked at longest ago."""
+        idle = self._ledger.idle
+        for extent in list(islice(idle, count)):
+            if self._sources.is_gone(extent):
+                self._drop(extent)
+            else:
+                idle[extent] = idle.pop(extent)  # to the end
+
+    def _drop(self, extent: Extent) -> None:
+        self._sources.forget(extent)
+        self._ledger.drop(extent)
+
+    def _heard(self, reader: int, message: bytes) -> None:
+        if not message:
+            self._ledger.leave(reader)
+            for waiting in self._cooling.values():
+                waiting.discard(reader)
+            return
+        try:
+            kind, items = wire.kind(message), wire.read_pairs(message)
+        except wire.ProtocolError:
+            kind, items = wire.SORRY, [(0, 0)]
+        for first, second in items:
+            if kind == wire.DONE:
+                known = self._ledger.give_back(reader, first, second)
+            elif kind == wire.FORGONE:
+                known = self._forgone(reader, first, second)
+            elif kind == wire.COOLED:
+                known = True
+                self._cooling.get(first - self._base, set()).discard(reader)
+            else:
+                known = False
+            if not known:
+                # The reader may hold tensors, so whatever it says, it is not cut off: its end frees what it has.
+                self._strays += 1
+                if self._strays == 1:
+                    logger.warning(
+                        "lane %s: a reader said what made no sense, which is ignored: %r", self, message[:32]
+                    )
+
+    def _forgone(self, reader: int, slot: int, serial: int) -> bool:
+        orphans = self._ledger.orphans
+        known = self._ledger.forgo(reader, slot, serial)
+        if self._ledger.orphans > orphans:
+            logger.warning(
+                "lane %s: a ticket that no reader ever saw was reclaimed after %g s; it was lost, or is late"
+                " (`orphan` says how long to wait)",
+                self,
+                self._orphan,
+            )
+        return known
+
+    # --- memory --------------------------------------------------------------------------------------------
+
+    def _commit(self, mapping: memory.Mapping, cold: list[tuple[int, int]]) -> None:
+        """Have memory behind ranges of segments; without the lock. Raises OSError when there is none to be had."""
+        space = self._ledger.space
+        self._backing.check(sum(size for _, size in cold))
+        for start, size in cold:
+            for at in range(start, start + size, space.segment):
+                # One segment at a time, and one thread: who needs one waits for one at most, and a reservation
+                # that fails takes back pages of its range that somebody else may have been promised.
+                with self._committing:
+                    with self._lock:
+                        if not space.cold(at, space.segment):
+                            continue
+                    self._backing.reserve(self._base + at, space.segment)
+                    points.reached("grow.reserved")
+                    with self._lock:
+                        space.warmed(at, space.segment)
+            mapping.populate(self._base + start, size, write=True)
+            points.reached("grow.populated")
+        with self._lock:
+            self._control.send(wire.WARM, [(self._base + start, size) for start, size in cold])
+            self._control.watch()
+        points.reached("grow.announced")
+
+    def _look_ahead(self) -> None:
+        """Have memory ready for another tensor like those of late."""
+        if self._ahead and not self._starved:
+            offset = self._ledger.space.find(self._ahead)
+            if offset is not None and self._ledger.space.cold(offset, self._ahead):
+                self._control.wants_memory()
+
+    def _release(self) -> None:
+        """One user less; the last one of a closed lane frees its memory."""
+        self._users -= 1
+        if self._users == 0:
+            del self._directory
+            self._mapping.unmap()
+            self._backing.close()
+
+    # --- called by the control thread, without the lock ----------------------------------------------------
+
+    def joined(self, reader: int, group: str, connection: socket.socket) -> None:
+        """A reader has mapped the memory."""
+        with self._opened:
+            self._control.admit(reader, connection)
+            self._ledger.join(reader, group)
+            self._opened.notify_all()
+            self._control.send(
+                wire.WARM, [(self._base + at, size) for at, size in self._ledger.space.warm()], [reader]
+            )
+            self._look_ahead()
+
+    def grow(self) -> None:
+        """Commit memory ahead of need."""
+        with self._lock:
+            offset = None if self._closed else self._ledger.space.find(self._ahead)
+            cold = [] if offset is None else self._ledger.space.cold(offset, self._ahead)
+        if cold:
+            try:
+                self._commit(self._mapping, cold)
+            except OSError as error:
+                logger.debug("lane %s: no memory ahead of need: %s", self, error)
+                self._starved = True
+
+    def look(self) -> None:
+        """Once a period: hand back memory that nobody has used, and ask after tickets that nobody has seen."""
+        with self._lock:
+            if self._closed:
+                return
+            self._drain()
+            self._sweep(len(self._ledger.idle))
+            self._starved = False
+            self._ahead = 0
+            self._ask_after_orphans()
+            cold = self._cool()
+            if not self._ledger.live and not self._ledger.space.warm_bytes:
+                self._control.rest()
+        self._hand_back(cold)
+
+    def ended(self, problem: str) -> None:
+        """The control thread is about to end."""
+        with self._opened:
+            self._closed = self._closed or problem
+            self._opened.notify_all()
+            self._release()
+
+    def _ask_after_orphans(self) -> None:
+        now = time.monotonic()
+        for ticket in self._ledger.unclaimed_since(now - self._orphan):
+            ticket.issued = now  # asked again later, should somebody hold it
+            owing = set().union(*ticket.owed.values())
+            self._control.send(wire.REVOKE, [(ticket.slot, ticket.serial)], owing)
+            points.reached("revoke.announced")
+
+    def _cool(self) -> list[int]:
+        """Announce the segments that have been idle for a period, and return those that all readers agreed to."""
+        idle = self._ledger.space.idle()
+        again = [at for at in self._cooling if at not in idle]
+        for at in again:
+            del self._cooling[at]
+        agreed = sorted(at for at, waiting in self._cooling.items() if not waiting)
+        fresh = sorted(idle - set(self._cooling))[:_AT_A_TIME]
+        size = self._ledger.space.segment
+        self._control.send(wire.WARM, [(self._base + at, size) for at in again])
+        if self._control.send(wire.COLD, [(self._base + at, size) for at in fresh]):
+            self._cooling |= {at: set(self._ledger.readers) for at in fresh}
+        points.reached("hand_back.announced")
+        return agreed
+
+    def _hand_back(self, segments: list[int]) -> None:
+        space = self._ledger.space
+        for at in segments:
+            with self._committing, self._lock:
+                del self._cooling[at]
+                if space.is_free(at, space.segment) and not space.cold(at, space.segment):
+                    space.cooled(at, space.segment)
+                    self._backing.hand_back(self._base + at, space.segment)
+        points.reached("hand_back.punched")
+
+    # --- fork ----------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """In a forked child: let go of what was inherited, so that readers can notice the parent's end."""
+        self._closed = "forked"
+        self._control.abandon()
+        self._backing.close()
+        self._mapping.unmap()
+
+
+def _unsupported(tensor: torch.Tensor) -> str:
+    """Why a tensor cannot travel by lane; empty when it can."""
+    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        return f"{type(tensor).__name__}: only plain tensors travel by lane"
+    if not tensor.is_cpu:
+        return f"a tensor on {tensor.device}: only CPU tensors travel by lane"
+    if tensor.layout is not torch.strided or tensor.dtype not in NAMES:
+        return f"{tensor.dtype}, {tensor.layout}: only dense tensors of ordinary dtypes travel by lane"
+    return ""
+
+
+def _after_fork() -> None:
+    for lane in list(_lanes):
+        lane._forget()
+    _lanes.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,418 @@
+"""The reading side: join lanes, take tensors, and give them back by letting them go."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, get_args
+
+import torch
+
+from mmlane.lane import memory, points, wire
+from mmlane.lane.control import peer_uid
+from mmlane.lane.errors import JoinRefused, LaneError, StaleTicket, UnknownLane
+from mmlane.lane.ticket import Content, digest, read
+
+logger = logging.getLogger("mmlane.lane")
+
+Mode = Literal["view", "cow", "clone"]
+_MODES = get_args(Mode)
+
+_HEARING = select.EPOLLIN | select.EPOLLRDHUP
+_readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+class _Link:
+    """One lane that a reader has joined: its connection, its memory, and what this reader holds of it.
+
+    wants_room: called when the connection is full. idle: called when the last tensor is let go while leaving.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        descriptor: memory.Descriptor,
+        nbytes: int,
+        slots: int,
+        wants_room: Callable[[_Link], None],
+        idle: Callable[[], None],
+    ) -> None:
+        self.connection = connection
+        self.descriptor = descriptor
+        self.mapping = memory.Mapping(descriptor.fd, nbytes)
+        self.base = slots * 8  # the directory's size: where extents begin
+        self.gone_at: float | None = None  # when the producer ended
+        self.leaving = False
+        self._directory = self.mapping.words(slots)
+        self._wants_room = wants_room
+        self._idle = idle
+        self._seen: dict[int, int] = {}  # slot -> serial of the last ticket that was taken or forgone here
+        self._held: dict[int, int] = {}  # slot -> serial of tickets not yet given back
+        self._claiming = threading.RLock()  # a finalizer that discards may run wherever Python likes
+        self._outbox: deque[tuple[int, int, int]] = deque()
+        self._sending = threading.Lock()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether this process holds nothing of the lane."""
+        return not self._held
+
+    def claim(self, ticket: bytes, content: Content) -> None:
+        """Make a ticket this reader's own, once. Raises StaleTicket."""
+        wanted = digest(ticket)
+        slot, end = content.slot, self.base + content.offset + content.nbytes
+        with self._claiming:
+            if (
+                self.leaving
+                or slot >= len(self._directory)
+                or end > self.mapping.nbytes
+                or self._directory[slot] != wanted
+                or self._seen.get(slot) == content.serial
+            ):
+                raise StaleTicket(
+                    f"ticket {content.serial} of lane {content.address} is not out: it was taken or given back"
+                    " before, withdrawn, revoked, or changed on its way"
+                )
+            self._seen[slot] = self._held[slot] = content.serial
+
+    def forgo(self, slot: int, serial: int) -> None:
+        """Answer that a ticket was never seen here, and see to it that it never will be; no answer if it was."""
+        with self._claiming:
+            if self._seen.get(slot) == serial:
+                return  # it is held, or was given back
+            self._seen[slot] = serial
+        self.say(wire.FORGONE, slot, serial)
+
+    def give_back(self, slot: int, serial: int) -> None:
+        """A ticket is done with. Runs wherever Python lets the tensor go, so it waits for no lock."""
+        self._held.pop(slot, None)
+        self.say(wire.DONE, slot, serial)
+        if self.leaving and not self._held:
+            self._idle()
+
+    def say(self, kind: int, first: int, second: int) -> None:
+        """Send a pair, in order, now or as soon as there is room."""
+        self._outbox.append((kind, first, second))
+        points.reached("give_back.queued")
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what there is. Whoever is sending already, even further up on this very stack, sends for all."""
+        while self._outbox and self._sending.acquire(blocking=False):
+            try:
+                if not self._send_some():
+                    return
+            finally:
+                self._sending.release()
+
+    def _send_some(self) -> bool:
+        kind = self._outbox[0][0]
+        batch = [self._outbox.popleft()]
+        while self._outbox and self._outbox[0][0] is kind and len(batch) < wire.PAIRS:
+            batch.append(self._outbox.popleft())
+        try:
+            self.connection.send(wire.pairs(kind, [item[1:] for item in batch]), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._outbox.extendleft(reversed(batch))
+            self._wants_room(self)
+            return False
+        except OSError:  # the producer is gone, and its books with it
+            return True
+        points.reached("give_back.sent")
+        return True
+
+
+class Reader:
+    """One process's reading end, for any number of lanes. Thread-safe. Not usable in a forked child.
+
+    Args:
+        group: which of the lanes' groups this process belongs to.
+        linger: seconds for which tickets of a lane can still be taken after its producer has ended.
+    """
+
+    def __init__(self, group: str, *, linger: float = 30.0) -> None:
+        self.group = group
+        self._linger = linger
+        self._pid = os.getpid()
+        self._closed = False
+        self._links: dict[str, _Link] = {}
+        self._by_number: dict[int, _Link] = {}
+        self._joining = threading.Lock()
+        self._events = select.epoll()
+        self._bell = memory.Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self._events.register(self._bell.fd, select.EPOLLIN)
+        self._thread = threading.Thread(target=self._run, name=f"mmlane-reader-{group}", daemon=True)
+        self._thread.start()
+        _readers.add(self)
+
+    def join(self, address: str, timeout: float = 10.0) -> None:
+        """Join a lane by its address, and map its memory; at once when it is joined already.
+
+        Waits up to `timeout` seconds. Raises JoinRefused with the reason.
+        """
+        self._check_process()
+        with self._joining:
+            link = self._links.get(address)
+            if link is not None and link.gone_at is None:
+                return
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+            connection.settimeout(timeout)
+            try:
+                self._enter(address, connection)
+            except (OSError, wire.ProtocolError) as error:
+                connection.close()
+                reason = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else str(error)
+                raise JoinRefused(f"lane {address} could not be joined: {reason}") from error
+            except JoinRefused:
+                connection.close()
+                raise
+
+    def take(self, ticket: bytes, mode: Mode = "view") -> torch.Tensor:
+        """The tensor of a ticket, contiguous, on the CPU. A ticket can be taken once by each reader.
+
+        mode: `view` is the producer's own bytes, without a copy: it must not be written to, or the process ends
+        with SIGSEGV. `cow` can be written to: a page that is written is copied first. `clone` is a copy.
+
+        The ticket is given back when the last alias of the tensor's storage dies (slices, numpy arrays and dlpack
+        exports count), for a clone at once.
+
+        Raises MalformedTicket, StaleTicket, UnknownLane, and ValueError for an unknown mode.
+        """
+        if mode not in _MODES:
+            raise ValueError(f"mode {mode!r}: one of {', '.join(_MODES)}")
+        link, content = self._claim(ticket)
+        points.reached("take.claimed")
+        try:
+            tensor = self._tensor(link, content, mode)
+        except BaseException:
+            link.give_back(content.slot, content.serial)
+            raise
+        points.reached("take.mapped")
+        return tensor
+
+    def discard(self, ticket: bytes) -> None:
+        """Give a ticket back untaken. Raises as `take` does."""
+        link, content = self._claim(ticket)
+        link.give_back(content.slot, content.serial)
+
+    def lanes(self) -> tuple[str, ...]:
+        """Addresses of the lanes that are joined and alive."""
+        return tuple(address for address, link in self._links.items() if link.gone_at is None)
+
+    def close(self) -> None:
+        """Leave all lanes. Tensors that are held stay valid; a lane is left when its last tensor is let go."""
+        if os.getpid() != self._pid:
+            return
+        with self._joining:
+            self._closed = True
+            for link in self._links.values():
+                link.leaving = True
+        self._ring()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise LaneError(
+                f"this reader belongs to process {self._pid}: a forked child has to make one of its own"
+            )
+        if self._closed:
+            raise LaneError("this reader is closed")
+
+    # --- joining -------------------------------------------------------------------------------------------
+
+    def _enter(self, address: str, connection: socket.socket) -> None:
+        try:
+            connection.connect(f"\0{address}")
+        except ConnectionRefusedError as error:
+            raise JoinRefused(
+                f"nobody listens at lane {address}: its producer has ended, or is in another network namespace"
+            ) from error
+        if peer_uid(connection) != os.geteuid():
+            raise JoinRefused(
+                f"lane {address} belongs to user {peer_uid(connection)}, this is user {os.geteuid()}"
+            )
+        points.reached("hello.connected")
+        connection.send(wire.hello(self.group))
+        points.reached("hello.sent")
+        message, descriptors, _, _ = socket.recv_fds(connection, wire.LIMIT, 1, socket.MSG_CMSG_CLOEXEC)
+        received = [memory.Descriptor(fd) for fd in descriptors]
+        points.reached("map.received")
+        if not message:
+            raise JoinRefused(
+                f"lane {address} hung up: this is another user than its producer, or too many wait there"
+            )
+        kind = wire.kind(message)
+        if kind == wire.SORRY:
+            raise JoinRefused(f"lane {address} refused: {wire.read_sorry(message)}")
+        if kind != wire.WELCOME:
+            raise wire.ProtocolError(f"message {kind} instead of a welcome")
+        version, nbytes, slots, path = wire.read_welcome(message)
+        if version != wire.VERSION:
+            raise wire.ProtocolError(
+                f"protocol {version}, this reader speaks {wire.VERSION}: run one version of mmlane"
+            )
+        try:
+            if received:
+                descriptor = received[0]
+            else:
+                descriptor = memory.Descriptor(os.open(Path(path), os.O_RDONLY | os.O_CLOEXEC))
+                logger.warning("lane %s goes without SCM_RIGHTS: its memory was opened as %s", address, path)
+            link = _Link(connection, descriptor, nbytes, slots, self._wants_room, self._ring)
+        except OSError as error:
+            connection.send(wire.sorry(f"{nbytes} bytes could not be mapped: {error}"))
+            raise JoinRefused(
+                f"lane {address}: {nbytes} bytes could not be mapped ({error}): make its capacity smaller, or"
+                " raise `ulimit -v`"
+            ) from error
+        points.reached("map.mapped")
+        self._links[address] = link  # tickets may come as soon as the producer hears of the mapping
+        connection.send(bytes((wire.MAPPED,)))
+        points.reached("map.acknowledged")
+        connection.setblocking(False)
+        self._by_number[connection.fileno()] = link
+        self._events.register(connection, _HEARING)
+
+    # --- taking --------------------------------------------------------------------------------------------
+
+    def _claim(self, ticket: bytes) -> tuple[_Link, Content]:
+        content = read(ticket)
+        self._check_process()
+        link = self._links.get(content.address)
+        if link is None:
+            raise UnknownLane(f"lane {content.address} is not joined, or ended more than {self._linger:g} s ago")
+        link.claim(ticket, content)
+        return link, content
+
+    def _tensor(self, link: _Link, content: Content, mode: Mode) -> torch.Tensor:
+        where, nbytes = link.base + content.offset, content.nbytes
+        mapping = link.mapping
+        private = None
+        if mode == "cow" and nbytes:
+            try:
+                private = memory.Mapping(link.descriptor.fd, memory.round_up(nbytes), offset=where, private=True)
+                mapping, where = private, 0
+            except OSError as error:  # too many mappings, or strict overcommit: a copy does as well
+                logger.debug("no private mapping of %d bytes (%s): cloned", nbytes, error)
+                mode = "clone"
+        owner = mapping.owner(where)
+        tensor = memory.tensor_at(owner, content.dtype, content.shape)
+        if mode == "clone" or not nbytes:
+            tensor = tensor.clone()
+            link.give_back(content.slot, content.serial)
+        else:
+            watch = weakref.finalize(owner, _let_go, link, mapping, private, content.slot, content.serial)
+            watch.atexit = False  # the kernel does it
+        return tensor
+
+    # --- the thread ----------------------------------------------------------------------------------------
+
+    def _ring(self) -> None:
+        os.eventfd_write(self._bell.fd, 1)
+
+    def _wants_room(self, link: _Link) -> None:
+        try:
+            self._events.modify(link.connection, _HEARING | select.EPOLLOUT)
+        except (OSError, ValueError) as error:  # the connection has just ended
+            logger.debug("a lane has ended: %s", error)
+
+    def _run(self) -> None:
+        while not (self._closed and not self._by_number):
+            for number, events in self._events.poll(self._patience()):
+                link = self._by_number.get(number)
+                if number == self._bell.fd:
+                    os.eventfd_read(number)
+                elif link is not None:
+                    if events & select.EPOLLOUT:
+                        self._events.modify(link.connection, _HEARING)
+                        link.flush()
+                    self._listen(link)
+            self._tidy()
+        self._events.close()
+
+    def _patience(self) -> float | None:
+        gone = [link.gone_at for link in list(self._links.values()) if link.gone_at is not None]
+        return max(min(gone) + self._linger - time.monotonic(), 0.0) if gone else None
+
+    def _listen(self, link: _Link) -> None:
+        try:
+            while message := link.connection.recv(wire.LIMIT):
+                self._heed(link, message)
+        except BlockingIOError:
+            return
+        except (OSError, wire.ProtocolError) as error:
+            logger.warning("a lane's connection has failed, as if its producer had ended: %s", error)
+        self._part(link)
+        link.gone_at = time.monotonic()
+
+    def _heed(self, link: _Link, message: bytes) -> None:
+        kind, items = wire.kind(message), wire.read_pairs(message)
+        for first, second in items:
+            if kind == wire.WARM and first + second <= link.mapping.nbytes:
+                link.mapping.populate(first, second)
+                points.reached("grow.heard")
+            elif kind == wire.COLD:
+                points.reached("hand_back.heard")
+                link.say(wire.COOLED, first, second)
+            elif kind == wire.REVOKE:
+                points.reached("revoke.heard")
+                link.forgo(first, second)
+            else:
+                raise wire.ProtocolError(f"message {kind} {first} {second} was not expected")
+
+    def _part(self, link: _Link) -> None:
+        number = link.connection.fileno()
+        self._events.unregister(link.connection)
+        del self._by_number[number]
+        link.connection.close()
+
+    def _tidy(self) -> None:
+        """Leave the lanes that nothing is held of any more, and forget those that ended a while ago."""
+        now = time.monotonic()
+        for link in list(self._by_number.values()):
+            if link.leaving and link.is_idle:
+                self._part(link)
+                link.gone_at = now - self._linger
+        for address, link in list(self._links.items()):
+            if link.gone_at is not None and link.gone_at + self._linger <= now:
+                del self._links[address]
+
+    # --- fork ----------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """In a forked child: close what was inherited, so that producers can notice the parent's death."""
+        self._closed = True
+        for link in self._links.values():
+            link.connection.close()
+        self._events.close()
+
+
+def _let_go(link: _Link, mapping: memory.Mapping, private: memory.Mapping | None, slot: int, serial: int) -> None:
+    """The last alias of a tensor is gone. `mapping` is here to outlive it."""
+    if private is not None:
+        private.unmap()
+    link.give_back(slot, serial)
+
+
+def _after_fork() -> None:
+    for reader in list(_readers):
+        reader._forget()
+    _readers.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,84 @@
+"""The wire form of a tensor in a lane: plain bytes, so that pickle, msgpack and a socket all carry it unchanged.
+
+A ticket says where its tensor lies and what it looks like. Its digest lies in the lane's directory as long as the
+ticket is out, so a reader can tell a good ticket from one that was changed, has ended, or was never issued (5).
+"""
+
+from __future__ import annotations
+
+import struct
+from hashlib import blake2s
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from mmlane.lane.errors import MalformedTicket
+
+_MAGIC = b"mml1"
+_HEAD = struct.Struct(
+    "<4sBBBIQQQ"
+)  # magic, lengths of address and dtype, dimensions, slot, serial, offset, nbytes
+
+_NAMES = (
+    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+)
+# The dtypes that travel, by name: those of the list that this torch has.
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)}
+NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Content(NamedTuple):
+    """What a ticket says: the lane, the place of the tensor in it (bytes), a number unique there, its looks."""
+
+    address: str
+    slot: int
+    serial: int
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def write(content: Content) -> bytes:
+    """The ticket for a content."""
+    address, dtype = content.address.encode(), NAMES[content.dtype].encode()
+    dimensions = len(content.shape)
+    head = _HEAD.pack(
+        _MAGIC,
+        len(address),
+        len(dtype),
+        dimensions,
+        content.slot,
+        content.serial,
+        content.offset,
+        content.nbytes,
+    )
+    return b"".join((head, address, dtype, struct.pack(f"<{dimensions}Q", *content.shape)))
+
+
+def read(ticket: bytes) -> Content:
+    """What a ticket says. Raises MalformedTicket unless it is one and is consistent in itself."""
+    if not isinstance(ticket, bytes):
+        raise MalformedTicket(f"a ticket is bytes, as `Lane.put` returned it; this is {type(ticket).__name__}")
+    try:
+        magic, *lengths, slot, serial, offset, nbytes = _HEAD.unpack_from(ticket)
+        address_end = _HEAD.size + lengths[0]
+        dtype_end = address_end + lengths[1]
+        address = ticket[_HEAD.size : address_end].decode()
+        dtype = DTYPES[ticket[address_end:dtype_end].decode()]
+        shape = struct.unpack(f"<{lengths[2]}Q", ticket[dtype_end:])
+    except (struct.error, UnicodeDecodeError, KeyError) as error:
+        raise MalformedTicket(f"not a ticket, or damaged: {len(ticket)} bytes, {error}") from error
+    if magic != _MAGIC:
+        raise MalformedTicket(f"not a ticket: it begins with {magic!r}, a ticket with {_MAGIC!r}")
+    if prod(shape) * dtype.itemsize != nbytes:
+        raise MalformedTicket(f"damaged ticket: {dtype} of shape {shape} has not {nbytes} bytes")
+    return Content(address, slot, serial, offset, nbytes, dtype, shape)
+
+
+def digest(ticket: bytes) -> int:
+    """What the directory holds for a ticket: 64 bits, never 0."""
+    return int.from_bytes(blake2s(ticket, digest_size=8).digest(), "little") or 1
