@@ -155,7 +155,7 @@ class Control:
         for number in list(self._readers if readers is None else readers):
             for at in range(0, len(items), wire.PAIRS):
                 try:
-                    self._readers[number].send(wire.pairs(kind, items[at : at + wire.PAIRS]), socket.MSG_DONTWAIT)
+                    self._readers[number].send(wire.pairs(kind, items[at : at + wire.PAIRS]), wire.QUIETLY)
                 except OSError:  # full; or dead, which `received` will tell
                     reached = False
         return reached
@@ -267,7 +267,7 @@ class Control:
                 f"unknown group {group!r}, expected {', '.join(map(repr, self._host.expected))}"
             )
         guest.group = group
-        socket.send_fds(guest.connection, [self._welcome], [self._descriptor], socket.MSG_DONTWAIT)
+        socket.send_fds(guest.connection, [self._welcome], [self._descriptor], wire.QUIETLY)
         points.reached("accept.welcomed")
 
     def _admit(self, number: int) -> None:
@@ -283,5 +283,5 @@ class Control:
         logger.info("a visitor of a lane was sent away: %s", reason)
         self._events.unregister(guest.connection)
         with suppress(OSError):  # gone already
-            guest.connection.send(wire.sorry(reason), socket.MSG_DONTWAIT)
+            guest.connection.send(wire.sorry(reason), wire.QUIETLY)
         guest.connection.close()

@@ -65,9 +65,10 @@ class Ledger:
             counts[group] = counts.get(group, 0) + 1
         return all(counts[group] >= wanted for group, wanted in self.expected.items())
 
-    def join(self, reader: int, group: str) -> None:
-        """A reader has mapped the memory. It owes nothing that was issued before."""
+    def join(self, reader: int, group: str) -> int:
+        """A reader has mapped the memory. It owes the tickets of its group after the returned serial."""
         self.readers[reader] = group
+        return self._serial
 
     def leave(self, reader: int) -> None:
         """A reader is dead or gone: what it held is free (4)."""

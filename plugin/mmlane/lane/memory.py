@@ -116,9 +116,8 @@ def tensor_at(owner: ctypes.Array[ctypes.c_ubyte], dtype: torch.dtype, shape: Se
     return torch.frombuffer(owner, dtype=dtype, count=count).view(shape)
 
 
-def copy(tensor: torch.Tensor, owner: ctypes.Array[ctypes.c_ubyte]) -> None:
-    """Copy a CPU tensor to a place, contiguously, without the GIL."""
-    nbytes = tensor.numel() * tensor.itemsize
+def copy(tensor: torch.Tensor, nbytes: int, owner: ctypes.Array[ctypes.c_ubyte]) -> None:
+    """Copy a CPU tensor of `nbytes` to a place, contiguously, without the GIL."""
     if nbytes < _SMALL and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
         ctypes.memmove(owner, tensor.data_ptr(), nbytes)
     else:

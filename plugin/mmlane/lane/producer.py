@@ -21,7 +21,7 @@ from mmlane.lane import memory, points, wire
 from mmlane.lane.control import Control
 from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused
 from mmlane.lane.ledger import Extent, Ledger
-from mmlane.lane.sources import Sources
+from mmlane.lane.sources import Identity, Sources, identity
 from mmlane.lane.space import Space
 from mmlane.lane.ticket import NAMES, Content, digest, read, write
 
@@ -118,6 +118,7 @@ class Lane:
         self._cooling: dict[
             int, set[int]
         ] = {}  # segments about to be handed back -> readers that have yet to agree
+        self._keeps = False  # memory cannot be handed back here
         self._users = 1  # the control thread, and whoever copies: the last one frees the memory of a closed lane
 
         self.expected = dict(readers)
@@ -172,8 +173,10 @@ class Lane:
             with self._lock:
                 return self._refuse("unsupported", problem)
         nbytes = tensor.numel() * tensor.itemsize
+        same = identity(tensor) if share else None
+        version = 0 if same is None else tensor._version
         with self._lock:
-            placed = self._place(tensor, nbytes, share)
+            placed = self._place(tensor, nbytes, same, version)
             if not isinstance(placed, Extent):
                 return placed
             cold = self._ledger.space.cold(placed.offset, placed.nbytes)
@@ -182,11 +185,10 @@ class Lane:
         points.reached("put.allocated")
         try:
             # Nobody else knows the extent yet, so memory is committed and filled without the lock.
-            version = self._sources.version(tensor) if share else None
             if cold:
                 self._commit(mapping, cold)
             points.reached("put.reserved")
-            memory.copy(tensor, mapping.owner(self._base + placed.offset))
+            memory.copy(tensor, nbytes, mapping.owner(self._base + placed.offset))
             points.reached("put.copied")
         except BaseException as error:
             with self._lock:
@@ -197,7 +199,7 @@ class Lane:
             raise
         with self._lock:
             self._release()
-            return self._publish(tensor, nbytes, placed, version)
+            return self._publish(tensor, nbytes, placed, same, version)
 
     def withdraw(self, ticket: bytes) -> None:
         """Take back a ticket that was never sent and never will be; nothing happens when a reader has had it.
@@ -287,7 +289,9 @@ class Lane:
         wanted = ", ".join(f"{have[group]} of {count} in {group!r}" for group, count in self.expected.items())
         return self._refuse("not_open", f"readers that have joined: {wanted}; the lane opens when all have")
 
-    def _place(self, tensor: torch.Tensor, nbytes: int, share: bool) -> bytes | Extent | Refused:
+    def _place(
+        self, tensor: torch.Tensor, nbytes: int, same: Identity | None, version: int
+    ) -> bytes | Extent | Refused:
         """A ticket on the extent that holds the tensor already, or an extent to copy it to, or neither."""
         space = self._ledger.space
         self._ahead = max(self._ahead, min(nbytes, _AHEAD))
@@ -296,7 +300,7 @@ class Lane:
             self._drain()
         if not self._is_open():
             return self._shut()
-        known = self._sources.find(tensor) if share else None
+        known = None if same is None else self._sources.find(same, version)
         if known is not None:
             return self._issue(tensor, nbytes, known, shared=True)
         if nbytes > space.capacity:
@@ -318,12 +322,14 @@ class Lane:
             )
         return self._ledger.allocate(offset, nbytes)
 
-    def _publish(self, tensor: torch.Tensor, nbytes: int, extent: Extent, version: int | None) -> bytes | Refused:
+    def _publish(
+        self, tensor: torch.Tensor, nbytes: int, extent: Extent, same: Identity | None, version: int
+    ) -> bytes | Refused:
         if not self._is_open():  # any more
             self._ledger.settle(extent)
             return self._shut()
-        if version is not None and version == self._sources.version(tensor):
-            earlier = self._sources.add(tensor, version, extent)
+        if same is not None and version == tensor._version:  # nobody changed it while it was copied
+            earlier = self._sources.add(same, version, tensor, extent)
             if earlier is not None:
                 self._ledger.drop(earlier)
             self._ledger.keep(extent)
@@ -457,7 +463,8 @@ class Lane:
         """A reader has mapped the memory."""
         with self._opened:
             self._control.admit(reader, connection)
-            self._ledger.join(reader, group)
+            serial = self._ledger.join(reader, group)
+            self._control.send(wire.JOINED, [(serial, 0)], [reader])  # before any ticket that it owes
             self._opened.notify_all()
             self._control.send(
                 wire.WARM, [(self._base + at, size) for at, size in self._ledger.space.warm()], [reader]
@@ -487,7 +494,7 @@ class Lane:
             self._ahead = 0
             self._ask_after_orphans()
             cold = self._cool()
-            if not self._ledger.live and not self._ledger.space.warm_bytes:
+            if not self._ledger.live and (self._keeps or not self._ledger.space.warm_bytes):
                 self._control.rest()
         self._hand_back(cold)
 
@@ -508,6 +515,8 @@ class Lane:
 
     def _cool(self) -> list[int]:
         """Announce the segments that have been idle for a period, and return those that all readers agreed to."""
+        if self._keeps:
+            return []
         idle = self._ledger.space.idle()
         again = [at for at in self._cooling if at not in idle]
         for at in again:
@@ -527,9 +536,21 @@ class Lane:
             with self._committing, self._lock:
                 del self._cooling[at]
                 if space.is_free(at, space.segment) and not space.cold(at, space.segment):
+                    try:
+                        self._backing.hand_back(self._base + at, space.segment)
+                    except OSError as error:
+                        self._keep_memory(error)
+                        return
                     space.cooled(at, space.segment)
-                    self._backing.hand_back(self._base + at, space.segment)
         points.reached("hand_back.punched")
+
+    def _keep_memory(self, error: OSError) -> None:
+        self._keeps = True
+        self._cooling.clear()
+        self._backing.degraded.append(
+            f"hole punching: {error}; memory that was committed is kept until the lane ends"
+        )
+        logger.warning("lane %s goes without %s", self, self._backing.degraded[-1])
 
     # --- fork ----------------------------------------------------------------------------------------------
 

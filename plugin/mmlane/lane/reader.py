@@ -27,6 +27,7 @@ logger = logging.getLogger("mmlane.lane")
 Mode = Literal["view", "cow", "clone"]
 _MODES = get_args(Mode)
 
+_PATIENCE = 10.0  # seconds for a message that must be there already
 _HEARING = select.EPOLLIN | select.EPOLLRDHUP
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
 
@@ -52,6 +53,8 @@ class _Link:
         self.base = slots * 8  # the directory's size: where extents begin
         self.gone_at: float | None = None  # when the producer ended
         self.leaving = False
+        self.admitted = threading.Event()
+        self.floor = 0  # serial up to which tickets are not for this reader; known once admitted
         self._directory = self.mapping.words(slots)
         self._wants_room = wants_room
         self._idle = idle
@@ -68,6 +71,11 @@ class _Link:
 
     def claim(self, ticket: bytes, content: Content) -> None:
         """Make a ticket this reader's own, once. Raises StaleTicket."""
+        # A ticket can be here before the thread that joins has read that this reader is in.
+        if not self.admitted.wait(_PATIENCE) or content.serial <= self.floor:
+            raise StaleTicket(
+                f"ticket {content.serial} of lane {content.address} is older than this reader's joining"
+            )
         wanted = digest(ticket)
         slot, end = content.slot, self.base + content.offset + content.nbytes
         with self._claiming:
@@ -105,9 +113,12 @@ class _Link:
         points.reached("give_back.queued")
         self.flush()
 
-    def flush(self) -> None:
-        """Send what there is. Whoever is sending already, even further up on this very stack, sends for all."""
-        while self._outbox and self._sending.acquire(blocking=False):
+    def flush(self, *, wait: bool = False) -> None:
+        """Send what there is. Whoever is sending already, even further up on this very stack, sends for all.
+
+        wait: wait for who is sending, who may just have found that there is no room.
+        """
+        while self._outbox and self._sending.acquire(blocking=wait):
             try:
                 if not self._send_some():
                     return
@@ -120,7 +131,7 @@ class _Link:
         while self._outbox and self._outbox[0][0] is kind and len(batch) < wire.PAIRS:
             batch.append(self._outbox.popleft())
         try:
-            self.connection.send(wire.pairs(kind, [item[1:] for item in batch]), socket.MSG_DONTWAIT)
+            self.connection.send(wire.pairs(kind, [item[1:] for item in batch]), wire.QUIETLY)
         except BlockingIOError:
             self._outbox.extendleft(reversed(batch))
             self._wants_room(self)
@@ -248,7 +259,7 @@ class Reader:
                 f"lane {address} belongs to user {peer_uid(connection)}, this is user {os.geteuid()}"
             )
         points.reached("hello.connected")
-        connection.send(wire.hello(self.group))
+        connection.send(wire.hello(self.group), socket.MSG_NOSIGNAL)
         points.reached("hello.sent")
         message, descriptors, _, _ = socket.recv_fds(connection, wire.LIMIT, 1, socket.MSG_CMSG_CLOEXEC)
         received = [memory.Descriptor(fd) for fd in descriptors]
@@ -275,18 +286,30 @@ class Reader:
                 logger.warning("lane %s goes without SCM_RIGHTS: its memory was opened as %s", address, path)
             link = _Link(connection, descriptor, nbytes, slots, self._wants_room, self._ring)
         except OSError as error:
-            connection.send(wire.sorry(f"{nbytes} bytes could not be mapped: {error}"))
+            connection.send(wire.sorry(f"{nbytes} bytes could not be mapped: {error}"), socket.MSG_NOSIGNAL)
             raise JoinRefused(
                 f"lane {address}: {nbytes} bytes could not be mapped ({error}): make its capacity smaller, or"
                 " raise `ulimit -v`"
             ) from error
         points.reached("map.mapped")
         self._links[address] = link  # tickets may come as soon as the producer hears of the mapping
-        connection.send(bytes((wire.MAPPED,)))
-        points.reached("map.acknowledged")
+        try:
+            connection.send(bytes((wire.MAPPED,)), socket.MSG_NOSIGNAL)
+            points.reached("map.acknowledged")
+            link.floor = self._admission(connection.recv(wire.LIMIT))
+        except BaseException:
+            del self._links[address]
+            raise
+        link.admitted.set()
         connection.setblocking(False)
         self._by_number[connection.fileno()] = link
         self._events.register(connection, _HEARING)
+
+    @staticmethod
+    def _admission(message: bytes) -> int:
+        if not message or wire.kind(message) != wire.JOINED or not (items := wire.read_pairs(message)):
+            raise wire.ProtocolError("it hung up instead of letting this reader in")
+        return items[0][0]
 
     # --- taking --------------------------------------------------------------------------------------------
 
@@ -340,7 +363,7 @@ class Reader:
                 elif link is not None:
                     if events & select.EPOLLOUT:
                         self._events.modify(link.connection, _HEARING)
-                        link.flush()
+                        link.flush(wait=True)
                     self._listen(link)
             self._tidy()
         self._events.close()

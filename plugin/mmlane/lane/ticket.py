@@ -27,7 +27,7 @@ _NAMES = (
 )
 # The dtypes that travel, by name: those of the list that this torch has.
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)}
-NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+NAMES: dict[torch.dtype, bytes] = {dtype: name.encode() for name, dtype in DTYPES.items()}
 
 
 class Content(NamedTuple):
@@ -44,7 +44,7 @@ class Content(NamedTuple):
 
 def write(content: Content) -> bytes:
     """The ticket for a content."""
-    address, dtype = content.address.encode(), NAMES[content.dtype].encode()
+    address, dtype = content.address.encode(), NAMES[content.dtype]
     dimensions = len(content.shape)
     head = _HEAD.pack(
         _MAGIC,

@@ -1,10 +1,10 @@
-"""What producer and reader say to each other over the lane's socket: one message each, small, bounds kept by the
-kernel.
+"""What producer and reader say to each other over the lane's socket: messages whose bounds the kernel keeps.
 
 reader                        producer
 HELLO version, group      ->
                           <-  WELCOME version, size, slots, path   with the memory's descriptor; or SORRY why
 MAPPED                    ->                                       or SORRY why
+                          <-  JOINED serial                        tickets after this one are yours too
 DONE (slot, serial)...    ->                                       tickets given back
                           <-  WARM (offset, nbytes)...             memory is there: fill page tables
                           <-  COLD (offset, nbytes)...             memory is about to go
@@ -18,6 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from itertools import chain
+from socket import MSG_DONTWAIT, MSG_NOSIGNAL
 from typing import Final
 
 VERSION = 1
@@ -36,6 +37,7 @@ WARM: Final = 7
 COLD: Final = 8
 COOLED: Final = 9
 REVOKE: Final = 10
+JOINED: Final = 11
 
 
 class ProtocolError(Exception):
@@ -90,6 +92,9 @@ def sorry(reason: str) -> bytes:
 def read_sorry(message: bytes) -> str:
     """The reason."""
     return message[1:].decode(errors="replace")
+
+
+QUIETLY: Final = MSG_DONTWAIT | MSG_NOSIGNAL  # how to send: neither wait nor die of a closed end
 
 
 def pairs(kind: int, items: Sequence[tuple[int, int]]) -> bytes:
