@@ -5,6 +5,7 @@ Called by `mmlane doctor`. Linux only; standard library only.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -273,6 +274,18 @@ def _fallocate() -> None:
             raise Missing("posix_fallocate reserved nothing")
 
 
+def _hole() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    with ExitStack() as scope:
+        fd = _memfd(scope)
+        os.posix_fallocate(fd, 0, mmap.PAGESIZE)
+        if libc.fallocate(fd, 3, 0, mmap.PAGESIZE) != 0:  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        if os.fstat(fd).st_blocks:
+            raise Missing("the memory stayed")
+
+
 def _read_only_descriptor() -> None:
     with ExitStack() as scope:
         fd = _memfd(scope)
@@ -345,6 +358,7 @@ _ATTEMPTS: dict[str, tuple[str, Callable[[], None]]] = {
     "memfd_create": ("feature memory without /dev/shm", _memfd_create),
     "F_ADD_SEALS": ("memory that cannot shrink under a reader", _seals),
     "posix_fallocate": ("full memory is an error, not a SIGBUS", _fallocate),
+    "hole punching": ("idle memory goes back to the system", _hole),
     "read-only descriptor": ("readers cannot write features", _read_only_descriptor),
     "abstract socket": ("control, with nothing to clean up", _abstract_socket),
     "SO_PEERCRED": ("only processes of the same user", _peer_credentials),

@@ -13,7 +13,7 @@ from mmlane import __version__
 from mmlane.patching import Decision
 from mmlane.settings import Settings
 
-LANE_MISSING = "arena acts as backport: the lane is not part of this release"
+LANE_MISSING = "arena acts as backport: the lane does not serve the engine yet"
 
 
 @dataclass(frozen=True)
