@@ -118,7 +118,7 @@ def test_kernel_features_are_tried() -> None:
         assert feature.works or feature.problem, name
         if not name.startswith("MADV_POPULATE") or release >= (5, 14):
             assert feature.works, feature.problem
-    assert len(found) == 9
+    assert len(found) == 10
 
 
 def test_a_feature_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
