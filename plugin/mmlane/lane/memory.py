@@ -175,9 +175,12 @@ class Backing:
 
     def check(self, nbytes: int) -> None:
         """Raises OSError(ENOMEM) unless that much memory may be committed: at its limit a control group kills."""
-        available = host.memory().available
-        if nbytes > available - _margin(available):
-            raise OSError(errno.ENOMEM, f"{nbytes} bytes wanted, {available} left for this process")
+        facts = host.memory()
+        spare = min(min(facts.total, facts.limit or facts.total) // 16, 1 << 30)  # for everybody's other needs
+        if nbytes > facts.available - spare:
+            raise OSError(
+                errno.ENOMEM, f"{nbytes} bytes wanted, {facts.available} left, of which {spare} are not for the lane"
+            )
 
     def reserve(self, offset: int, nbytes: int) -> None:
         """Commit memory for a range, so that writing to it cannot fail. Raises OSError when there is none."""
@@ -193,11 +196,6 @@ class Backing:
         for fd in {self.fd, self.shared_fd} - {-1}:
             os.close(fd)
         self.fd = self.shared_fd = -1
-
-
-def _margin(available: int) -> int:
-    """What the lane leaves to everybody else: it must not be the one that takes the last page."""
-    return min(available // 16, 256 << 20)
 
 
 def default_capacity() -> int:
