@@ -14,17 +14,19 @@ import struct
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from mmlane.lane import points, wire
+from mmlane.lane.errors import needed
 
 logger = logging.getLogger("mmlane.lane")
 
 _PENDING = 64  # connections that have not said yet who they are
 _PATIENCE = 10.0  # seconds they have for it
-_CREDENTIALS = struct.Struct("3i")
+_AT_ONCE = 1024  # messages of one reader to read in one go: more than fit into a socket
+_CREDENTIALS = struct.Struct("iII")
 
 
 class Host(Protocol):
@@ -45,7 +47,7 @@ class _Guest:
 
     connection: socket.socket
     deadline: float
-    group: str = ""
+    group: str | None = None
 
 
 def peer_uid(connection: socket.socket) -> int:
@@ -53,6 +55,12 @@ def peer_uid(connection: socket.socket) -> int:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, uid, _ = _CREDENTIALS.unpack(credentials)
     return int(uid)
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    end = select.poll()
+    end.register(connection, select.POLLRDHUP)
+    return bool(end.poll(0))
 
 
 class Control:
@@ -75,19 +83,22 @@ class Control:
         self._deaf_until: float | None = None
         self._grow = self._stop = False
         self.strangers = 0
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        try:
-            self._listener.bind(f"\0{address}")
-            self._listener.listen(_PENDING)
-            self._listener.setblocking(False)
-            self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError:
-            self._listener.close()
-            raise
-        self._events = select.epoll()  # what wakes the thread
-        self._events.register(self._listener, select.EPOLLIN)
-        self._events.register(self._bell, select.EPOLLIN)
-        self._inbox = select.epoll()  # what `received` reads
+        with ExitStack() as scope:  # closes what there is, should the rest not be had
+            with needed("a Unix socket in the abstract namespace"):
+                listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+                self._listener = scope.enter_context(listener)
+                self._listener.bind(f"\0{address}")
+                self._listener.listen(_PENDING)
+                self._listener.setblocking(False)
+            with needed("eventfd"):
+                self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                scope.callback(os.close, self._bell)
+            with needed("epoll"):
+                self._events = scope.enter_context(select.epoll())  # what wakes the thread
+                self._events.register(self._listener, select.EPOLLIN)
+                self._events.register(self._bell, select.EPOLLIN)
+                self._inbox = scope.enter_context(select.epoll())  # what `received` reads
+            scope.pop_all()
         self._thread = threading.Thread(target=self._run, name=address, daemon=True)
 
     def start(self) -> None:
@@ -124,20 +135,20 @@ class Control:
     def received(self) -> list[tuple[int, bytes]]:
         """(reader, message) for all that has arrived, in order; an empty message is the reader's end."""
         heard: list[tuple[int, bytes]] = []
-        for number, events in self._inbox.poll(0):
+        for number, _ in self._inbox.poll(0):
             connection = self._readers[number]
-            try:
-                while message := connection.recv(wire.LIMIT, socket.MSG_DONTWAIT):
-                    heard.append((number, message))
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                logger.debug("reader %d: %s", number, error)  # a reset is an end too
-            if events & (select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR):
-                heard.append((number, b""))
-                self._part(number, connection)
-            else:
-                heard.append((number, b"\0"))  # an empty message looks like an end, but is only nonsense
+            for _ in range(_AT_ONCE):  # what it says meanwhile waits for the next time
+                try:
+                    message = connection.recv(wire.LIMIT, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    break
+                except ConnectionResetError:  # it ended with messages unread; its own last ones are still here
+                    continue
+                if not message and _has_ended(connection):
+                    heard.append((number, b""))
+                    self._part(number, connection)
+                    break
+                heard.append((number, message or b"\0"))  # an empty message only looks like an end
         if heard:
             points.reached("drain.received")
         return heard
@@ -187,6 +198,9 @@ class Control:
             while not self._stop:
                 self._turn()
             problem = ""
+        except Exception as error:
+            problem = f"{problem}: {error!r}"
+            logger.exception("lane %s is closed: its control thread has failed", self._thread.name)
         finally:
             self._host.ended(problem)
             self.abandon()
@@ -244,10 +258,10 @@ class Control:
         try:
             message = guest.connection.recv(wire.LIMIT)
             kind = wire.kind(message)
-            if kind == wire.HELLO and not guest.group:
+            if kind == wire.HELLO and guest.group is None:
                 self._greet(guest, *wire.read_hello(message))
-            elif kind == wire.MAPPED and guest.group:
-                self._admit(number)
+            elif kind == wire.MAPPED and guest.group is not None:
+                self._admit(number, guest.group)
             elif kind == wire.SORRY:
                 self._dismiss(number, f"it could not join: {wire.read_sorry(message)}")
             else:
@@ -270,11 +284,11 @@ class Control:
         socket.send_fds(guest.connection, [self._welcome], [self._descriptor], wire.QUIETLY)
         points.reached("accept.welcomed")
 
-    def _admit(self, number: int) -> None:
+    def _admit(self, number: int, group: str) -> None:
         guest = self._guests.pop(number)
         # From now on only its end wakes the thread.
         self._events.modify(guest.connection, select.EPOLLRDHUP)
-        self._host.joined(number, guest.group, guest.connection)
+        self._host.joined(number, group, guest.connection)
         points.reached("accept.joined")
 
     def _dismiss(self, number: int, reason: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,3 +49,12 @@ class Refused:
 
     cause: Cause
     detail: str
+
+
+@contextmanager
+def needed(what: str) -> Iterator[None]:
+    """Have an OSError say what it was that could not be had."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{what}: {error.strerror or error}") from error

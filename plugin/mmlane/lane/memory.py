@@ -179,7 +179,7 @@ class Backing:
         spare = min(min(facts.total, facts.limit or facts.total) // 16, 1 << 30)  # for everybody's other needs
         if nbytes > facts.available - spare:
             raise OSError(
-                errno.ENOMEM, f"{nbytes} bytes wanted, {facts.available} left, of which {spare} are not for the lane"
+                errno.ENOMEM, f"{nbytes} bytes wanted, {facts.available} left, {spare} of them not for the lane"
             )
 
     def reserve(self, offset: int, nbytes: int) -> None:
