@@ -5,16 +5,17 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+BENCH := $(VENV)/.bench
 V ?= 0.5.12.post1
 
-.PHONY: demo test lint unit contract engine matrix matrix-new fingerprints table bench clean
+.PHONY: demo test lint unit lane contract engine matrix matrix-new fingerprints table bench clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
 demo: $(INSTALLED)
 	$(RUN) -m devkit.demo --engine $(V)
 
-# Everything that has to hold: checks, unit and contract tests, and six engine releases for real.
-test: lint unit contract engine
+# Everything that has to hold: checks, unit, lane and contract tests, and six engine releases for real.
+test: lint unit lane contract engine
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -23,6 +24,10 @@ lint: $(READY)
 
 unit: $(READY)
 	$(RUN) -m pytest tests/unit
+
+# The lane in real processes, killed at every step; a soak of SOAK seconds among them.
+lane: $(READY)
+	$(RUN) -m pytest tests/lane $(if $(SOAK),--soak $(SOAK))
 
 contract: $(READY)
 	$(RUN) -m pytest tests/contract
@@ -44,8 +49,10 @@ fingerprints: $(READY)
 table: $(READY)
 	$(RUN) -m tools.compat_table
 
-bench: $(READY)
+# Figures: the start line, and the lane beside the engine's transports and others; plots and tables in bench/out.
+bench: $(BENCH)
 	$(RUN) bench/startup.py
+	$(RUN) -m bench.transport
 
 # What a user gets, and what the checks need on top of that.
 $(INSTALLED): pyproject.toml
@@ -55,6 +62,10 @@ $(INSTALLED): pyproject.toml
 
 $(READY): $(INSTALLED) requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(BENCH): $(READY) bench/requirements.txt
+	$(PIP) -r bench/requirements.txt
 	touch $@
 
 clean:

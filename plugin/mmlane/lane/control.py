@@ -119,7 +119,7 @@ class Control:
         """In a forked child: close what was inherited, lest it hide the parent's death. Unregisters nothing."""
         for connection in (self._listener, *self._readers.values()):
             connection.close()
-        os.close(self._bell)
+        self.silence()
         for guest in list(self._guests.values()):
             guest.connection.close()
         self._events.close()
@@ -187,8 +187,15 @@ class Control:
             self._grow = True
             self._ring()
 
+    def silence(self) -> None:
+        """Nobody is there to be woken any more. The bell's number may be somebody else's from now on."""
+        bell, self._bell = self._bell, -1
+        if bell != -1:
+            os.close(bell)
+
     def _ring(self) -> None:
-        os.eventfd_write(self._bell, 1)
+        if self._bell != -1:
+            os.eventfd_write(self._bell, 1)
 
     # --- the thread ----------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ class Live:
     serial: int
     extent: Extent
     issued: float
-    owed: dict[str, set[int]]
+    owed: dict[str, frozenset[int]]
     claimed: bool = False
 
 
@@ -51,6 +51,7 @@ class Ledger:
     live: dict[int, Live] = field(default_factory=dict)  # by slot, oldest first
     idle: dict[Extent, None] = field(default_factory=dict)  # kept extents without tickets
     orphans: int = 0
+    _everyone: dict[str, frozenset[int]] = field(default_factory=dict)  # group -> its readers
     _unused: list[int] = field(default_factory=list)
     _highest: int = 0
     # Serials of two lanes do not meet, even if one should have the other's address.
@@ -60,22 +61,22 @@ class Ledger:
 
     def is_open(self) -> bool:
         """Whether every expected reader has mapped the memory (1)."""
-        counts = dict.fromkeys(self.expected, 0)
-        for group in self.readers.values():
-            counts[group] = counts.get(group, 0) + 1
-        return all(counts[group] >= wanted for group, wanted in self.expected.items())
+        return all(len(self._everyone.get(group, ())) >= wanted for group, wanted in self.expected.items())
 
     def join(self, reader: int, group: str) -> int:
         """A reader has mapped the memory. It owes the tickets of its group after the returned serial."""
         self.readers[reader] = group
+        self._everyone = {**self._everyone, group: self._everyone.get(group, frozenset()) | {reader}}
         return self._serial
 
     def leave(self, reader: int) -> None:
         """A reader is dead or gone: what it held is free (4)."""
-        if self.readers.pop(reader, None) is None:
+        group = self.readers.pop(reader, None)
+        if group is None:
             return
+        self._everyone = {**self._everyone, group: self._everyone[group] - {reader}}
         for ticket in list(self.live.values()):
-            for group in [group for group, owing in ticket.owed.items() if reader in owing]:
+            if reader in ticket.owed.get(group, ()):
                 self._settle(ticket, group, reader)
 
     # --- extents -------------------------------------------------------------------------------------------
@@ -118,12 +119,9 @@ class Ledger:
         else:
             return None
         self._serial += 1
-        owed: dict[str, set[int]] = {}
-        for reader, group in self.readers.items():
-            owed.setdefault(group, set()).add(reader)
         self.idle.pop(extent, None)
         extent.tickets += 1
-        ticket = self.live[slot] = Live(slot, self._serial, extent, now, owed)
+        ticket = self.live[slot] = Live(slot, self._serial, extent, now, self._everyone)
         return ticket
 
     def give_back(self, reader: int, slot: int, serial: int) -> bool:
@@ -168,10 +166,8 @@ class Ledger:
         return ticket
 
     def _settle(self, ticket: Live, group: str, reader: int) -> None:
-        ticket.owed[group].discard(reader)
-        if not ticket.owed[group]:
-            del ticket.owed[group]
-        if not ticket.owed:
+        ticket.owed = {**ticket.owed, group: ticket.owed[group] - {reader}}
+        if not any(ticket.owed.values()):
             self._end(ticket)
 
     def _end(self, ticket: Live) -> None:

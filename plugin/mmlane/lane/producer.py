@@ -19,7 +19,7 @@ import torch
 
 from mmlane.lane import memory, points, wire
 from mmlane.lane.control import Control
-from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused
+from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused, needed
 from mmlane.lane.ledger import Extent, Ledger
 from mmlane.lane.sources import Identity, Sources, identity
 from mmlane.lane.space import Space
@@ -114,10 +114,14 @@ class Lane:
         self._puts = self._shared = self._strays = 0
         self._ahead = 0  # bytes to have ready for the next put, as large as the largest since the last look
         self._undrained = 0  # puts since the last drain
+        self._promised = 0  # bytes that puts under way are about to commit
         self._starved = False  # memory could not be had; not asked for ahead of need until the next look
         self._cooling: dict[
             int, set[int]
         ] = {}  # segments about to be handed back -> readers that have yet to agree
+        self._reused: set[int] = (
+            set()
+        )  # those of them that were used since: asked about again once all have agreed
         self._keeps = False  # memory cannot be handed back here
         self._users = 1  # the control thread, and whoever copies: the last one frees the memory of a closed lane
 
@@ -127,32 +131,47 @@ class Lane:
         self._ledger = Ledger(Space(capacity, segment, memory.PAGE), SLOTS, self.expected, self._clear)
         self._backing = memory.Backing(self._base + capacity)
         try:
-            self._backing.reserve(0, self._base)
-            self._mapping = memory.Mapping(self._backing.fd, self._base + capacity, writable=True)
+            with needed("fallocate"):
+                self._backing.reserve(0, self._base)
+            with needed("mmap"):
+                self._mapping = memory.Mapping(self._backing.fd, self._base + capacity, writable=True)
+            if not self._mapping.populate(0, self._base, write=True):
+                self._backing.degraded.append(
+                    "MADV_POPULATE_WRITE: not in this kernel; pages are faulted in one by one"
+                )
             self._directory = self._mapping.words(SLOTS)
             welcome = wire.welcome(self._base + capacity, SLOTS, f"/proc/{self._pid}/fd/{self._backing.shared_fd}")
             self._control = Control(self, self.address, welcome, self._backing.shared_fd, idle)
         except OSError as error:
             self._backing.close()
             raise LaneUnavailable(
-                f"a lane of {capacity} bytes could not be set up ({error}): ask for a smaller capacity, or allow"
-                " mmap, eventfd and abstract Unix sockets in the sandbox"
+                f"a lane of {capacity} bytes could not be set up ({error}): ask for a smaller capacity, raise"
+                " `ulimit -v` or `ulimit -n`, or allow in the sandbox what is named here"
             ) from error
         for line in self._backing.degraded:
             logger.warning("lane %s goes without %s", self.address, line)
+        try:
+            self._control.start()
+        except RuntimeError as error:
+            self._control.abandon()
+            self._release()
+            raise LaneUnavailable(
+                f"no thread for a lane ({error}): raise `ulimit -u`, or the limit on pids"
+            ) from error
         _lanes.add(self)
-        self._control.start()
 
     # --- for the producing process -------------------------------------------------------------------------
 
     @property
     def is_open(self) -> bool:
         """Whether all expected readers have mapped the memory, so that `put` can issue tickets."""
+        self._check_process()
         with self._lock:
             return self._is_open()
 
     def wait_open(self, timeout: float | None = None) -> bool:
         """Wait until the lane is open; False after `timeout` seconds, or when it is closed."""
+        self._check_process()
         with self._opened:
             self._opened.wait_for(lambda: self._closed or self._is_open(), timeout)
             return self._is_open()
@@ -386,15 +405,17 @@ class Lane:
         try:
             kind, items = wire.kind(message), wire.read_pairs(message)
         except wire.ProtocolError:
-            kind, items = wire.SORRY, [(0, 0)]
-        for first, second in items:
+            kind, items = wire.SORRY, []
+        size = self._ledger.space.segment
+        for first, second in items or [(0, 0)]:
             if kind == wire.DONE:
                 known = self._ledger.give_back(reader, first, second)
             elif kind == wire.FORGONE:
                 known = self._forgone(reader, first, second)
             elif kind == wire.COOLED:
-                known = True
-                self._cooling.get(first - self._base, set()).discard(reader)
+                at = first - self._base
+                known = second == size and at in range(0, self._ledger.space.capacity, size)
+                self._cooling.get(at, set()).discard(reader)
             else:
                 known = False
             if not known:
@@ -422,21 +443,31 @@ class Lane:
     def _commit(self, mapping: memory.Mapping, cold: list[tuple[int, int]]) -> None:
         """Have memory behind ranges of segments; without the lock. Raises OSError when there is none to be had."""
         space = self._ledger.space
-        self._backing.check(sum(size for _, size in cold))
-        for start, size in cold:
-            for at in range(start, start + size, space.segment):
-                # One segment at a time, and one thread: who needs one waits for one at most, and a reservation
-                # that fails takes back pages of its range that somebody else may have been promised.
-                with self._committing:
-                    with self._lock:
-                        if not space.cold(at, space.segment):
-                            continue
-                    self._backing.reserve(self._base + at, space.segment)
-                    points.reached("grow.reserved")
-                    with self._lock:
-                        space.warmed(at, space.segment)
-            mapping.populate(self._base + start, size, write=True)
-            points.reached("grow.populated")
+        wanted = sum(size for _, size in cold)
+        with self._lock:
+            self._promised += wanted
+            promised = self._promised
+        try:
+            self._backing.check(promised)
+            for start, size in cold:
+                for at in range(start, start + size, space.segment):
+                    # One segment at a time, and one thread: who needs one waits for one at most, and a reservation
+                    # that fails takes back pages of its range that somebody else may have been promised.
+                    with self._committing:
+                        with self._lock:
+                            if not space.cold(at, space.segment):
+                                continue
+                        self._backing.reserve(self._base + at, space.segment)
+                        points.reached("grow.reserved")
+                        with self._lock:
+                            space.warmed(at, space.segment)
+                            self._promised -= space.segment
+                            wanted -= space.segment
+                mapping.populate(self._base + start, size, write=True)
+                points.reached("grow.populated")
+        finally:
+            with self._lock:
+                self._promised -= wanted
         with self._lock:
             self._control.send(wire.WARM, [(self._base + start, size) for start, size in cold])
             self._control.watch()
@@ -467,7 +498,13 @@ class Lane:
             self._control.send(wire.JOINED, [(serial, 0)], [reader])  # before any ticket that it owes
             self._opened.notify_all()
             self._control.send(
-                wire.WARM, [(self._base + at, size) for at, size in self._ledger.space.warm()], [reader]
+                wire.WARM,
+                [  # not what goes without asking this reader
+                    (self._base + at, size)
+                    for at, size in self._ledger.space.warm()
+                    if at not in self._cooling or at in self._reused
+                ],
+                [reader],
             )
             self._look_ahead()
 
@@ -502,6 +539,7 @@ class Lane:
         """The control thread is about to end."""
         with self._opened:
             self._closed = self._closed or problem
+            self._control.silence()
             self._opened.notify_all()
             self._release()
 
@@ -518,10 +556,13 @@ class Lane:
         if self._keeps:
             return []
         idle = self._ledger.space.idle()
-        again = [at for at in self._cooling if at not in idle]
-        for at in again:
-            del self._cooling[at]
+        again = [at for at in self._cooling if at not in idle and at not in self._reused]
+        self._reused.update(again)
         agreed = sorted(at for at, waiting in self._cooling.items() if not waiting)
+        for at in self._reused.intersection(agreed):
+            del self._cooling[at]
+        agreed = [at for at in agreed if at in self._cooling]
+        self._reused.intersection_update(self._cooling)
         fresh = sorted(idle - set(self._cooling))[:_AT_A_TIME]
         size = self._ledger.space.segment
         self._control.send(wire.WARM, [(self._base + at, size) for at in again])

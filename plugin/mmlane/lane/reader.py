@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
 import socket
+import struct
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Literal, get_args
 
@@ -19,7 +21,7 @@ import torch
 
 from mmlane.lane import memory, points, wire
 from mmlane.lane.control import peer_uid
-from mmlane.lane.errors import JoinRefused, LaneError, StaleTicket, UnknownLane
+from mmlane.lane.errors import JoinRefused, LaneError, LaneUnavailable, StaleTicket, UnknownLane, needed
 from mmlane.lane.ticket import Content, digest, read
 
 logger = logging.getLogger("mmlane.lane")
@@ -30,6 +32,26 @@ _MODES = get_args(Mode)
 _PATIENCE = 10.0  # seconds for a message that must be there already
 _HEARING = select.EPOLLIN | select.EPOLLRDHUP
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+class _Loan(weakref.ref[object]):
+    """Watches the owner of a tensor's storage, and holds what it points into (`weakref.finalize` is slower)."""
+
+    __slots__ = ("content", "link", "mapping")
+    link: _Link
+    mapping: memory.Mapping
+    content: Content
+
+
+_loans: dict[int, _Loan] = {}  # by id; held here, since a reader may forget a lane of which tensors are alive
+
+
+def _let_go(loan: weakref.ref[object]) -> None:
+    """The last alias of a tensor is gone."""
+    loan = _loans.pop(id(loan))
+    if loan.mapping is not loan.link.mapping:
+        loan.mapping.unmap()  # a private one, and the last look at it is over
+    loan.link.give_back(loan.content.slot, loan.content.serial)
 
 
 class _Link:
@@ -47,6 +69,9 @@ class _Link:
         wants_room: Callable[[_Link], None],
         idle: Callable[[], None],
     ) -> None:
+        if (size := os.fstat(descriptor.fd).st_size) != nbytes or slots * 8 > nbytes:
+            # Touching what is not there would end the process.
+            raise OSError(errno.EINVAL, f"this is another file, of {size} bytes, for a directory of {slots} slots")
         self.connection = connection
         self.descriptor = descriptor
         self.mapping = memory.Mapping(descriptor.fd, nbytes)
@@ -54,7 +79,7 @@ class _Link:
         self.gone_at: float | None = None  # when the producer ended
         self.leaving = False
         self.admitted = threading.Event()
-        self.floor = 0  # serial up to which tickets are not for this reader; known once admitted
+        self.floor: int | None = None  # serial up to which tickets are not for this reader; known once admitted
         self._directory = self.mapping.words(slots)
         self._wants_room = wants_room
         self._idle = idle
@@ -66,13 +91,14 @@ class _Link:
 
     @property
     def is_idle(self) -> bool:
-        """Whether this process holds nothing of the lane."""
-        return not self._held
+        """Whether this process holds nothing of the lane, and nobody is about to."""
+        with self._claiming:
+            return not self._held
 
     def claim(self, ticket: bytes, content: Content) -> None:
         """Make a ticket this reader's own, once. Raises StaleTicket."""
         # A ticket can be here before the thread that joins has read that this reader is in.
-        if not self.admitted.wait(_PATIENCE) or content.serial <= self.floor:
+        if (self.floor is None and not self.admitted.wait(_PATIENCE)) or content.serial <= (self.floor or 0):
             raise StaleTicket(
                 f"ticket {content.serial} of lane {content.address} is older than this reader's joining"
             )
@@ -92,11 +118,17 @@ class _Link:
                 )
             self._seen[slot] = self._held[slot] = content.serial
 
+    def lend(self, owner: object, mapping: memory.Mapping, content: Content) -> None:
+        """Give a ticket back when `owner` dies, and keep the mapping that it points into until then."""
+        loan = _Loan(owner, _let_go)
+        loan.link, loan.mapping, loan.content = self, mapping, content
+        _loans[id(loan)] = loan
+
     def forgo(self, slot: int, serial: int) -> None:
         """Answer that a ticket was never seen here, and see to it that it never will be; no answer if it was."""
         with self._claiming:
-            if self._seen.get(slot) == serial:
-                return  # it is held, or was given back
+            if self._seen.get(slot, 0) >= serial:
+                return  # it is held, or was given back, or was withdrawn and the slot used again
             self._seen[slot] = serial
         self.say(wire.FORGONE, slot, serial)
 
@@ -126,9 +158,12 @@ class _Link:
                 self._sending.release()
 
     def _send_some(self) -> bool:
-        kind = self._outbox[0][0]
+        """Send what one message holds; False when there is no room for it."""
+        if not self._outbox:
+            return True  # somebody else was faster
         batch = [self._outbox.popleft()]
-        while self._outbox and self._outbox[0][0] is kind and len(batch) < wire.PAIRS:
+        kind = batch[0][0]
+        while self._outbox and self._outbox[0][0] == kind and len(batch) < wire.PAIRS:
             batch.append(self._outbox.popleft())
         try:
             self.connection.send(wire.pairs(kind, [item[1:] for item in batch]), wire.QUIETLY)
@@ -158,11 +193,19 @@ class Reader:
         self._links: dict[str, _Link] = {}
         self._by_number: dict[int, _Link] = {}
         self._joining = threading.Lock()
-        self._events = select.epoll()
-        self._bell = memory.Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-        self._events.register(self._bell.fd, select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name=f"mmlane-reader-{group}", daemon=True)
-        self._thread.start()
+        try:
+            with needed("epoll"):
+                self._events = select.epoll()
+            with needed("eventfd"):
+                self._bell = memory.Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._events.register(self._bell.fd, select.EPOLLIN)
+            self._thread.start()
+        except (OSError, RuntimeError) as error:
+            raise LaneUnavailable(
+                f"no reader can be had ({error}): raise `ulimit -n` or `ulimit -u`, or allow in the sandbox"
+                " what is named here"
+            ) from error
         _readers.add(self)
 
     def join(self, address: str, timeout: float = 10.0) -> None:
@@ -175,17 +218,19 @@ class Reader:
             link = self._links.get(address)
             if link is not None and link.gone_at is None:
                 return
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-            connection.settimeout(timeout)
-            try:
-                self._enter(address, connection)
-            except (OSError, wire.ProtocolError) as error:
-                connection.close()
-                reason = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else str(error)
-                raise JoinRefused(f"lane {address} could not be joined: {reason}") from error
-            except JoinRefused:
-                connection.close()
-                raise
+            with ExitStack() as scope:
+                try:
+                    with needed("a Unix socket"):
+                        connection = scope.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                    self._enter(address, connection, timeout)
+                except (OSError, wire.ProtocolError) as error:
+                    reason = str(error)
+                    if isinstance(error, TimeoutError):
+                        reason = f"no answer within {timeout:g} s"
+                    elif isinstance(error, ConnectionError):
+                        reason = "it hung up: its user is another, too many wait there, or it has just ended"
+                    raise JoinRefused(f"lane {address} could not be joined: {reason}") from error
+                scope.pop_all()
 
     def take(self, ticket: bytes, mode: Mode = "view") -> torch.Tensor:
         """The tensor of a ticket, contiguous, on the CPU. A ticket can be taken once by each reader.
@@ -247,13 +292,19 @@ class Reader:
 
     # --- joining -------------------------------------------------------------------------------------------
 
-    def _enter(self, address: str, connection: socket.socket) -> None:
+    def _enter(self, address: str, connection: socket.socket, timeout: float) -> None:
+        # Python's own time-out would not wait where there is a queue.
+        patience = struct.pack("@ll", int(timeout), max(int(timeout % 1 * 1e6), 1))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         try:
             connection.connect(f"\0{address}")
+        except BlockingIOError as error:
+            raise TimeoutError from error
         except ConnectionRefusedError as error:
             raise JoinRefused(
                 f"nobody listens at lane {address}: its producer has ended, or is in another network namespace"
             ) from error
+        connection.settimeout(timeout)
         if peer_uid(connection) != os.geteuid():
             raise JoinRefused(
                 f"lane {address} belongs to user {peer_uid(connection)}, this is user {os.geteuid()}"
@@ -265,9 +316,7 @@ class Reader:
         received = [memory.Descriptor(fd) for fd in descriptors]
         points.reached("map.received")
         if not message:
-            raise JoinRefused(
-                f"lane {address} hung up: this is another user than its producer, or too many wait there"
-            )
+            raise ConnectionResetError
         kind = wire.kind(message)
         if kind == wire.SORRY:
             raise JoinRefused(f"lane {address} refused: {wire.read_sorry(message)}")
@@ -282,11 +331,12 @@ class Reader:
             if received:
                 descriptor = received[0]
             else:
-                descriptor = memory.Descriptor(os.open(Path(path), os.O_RDONLY | os.O_CLOEXEC))
+                descriptor = memory.Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
                 logger.warning("lane %s goes without SCM_RIGHTS: its memory was opened as %s", address, path)
             link = _Link(connection, descriptor, nbytes, slots, self._wants_room, self._ring)
-        except OSError as error:
-            connection.send(wire.sorry(f"{nbytes} bytes could not be mapped: {error}"), socket.MSG_NOSIGNAL)
+        except (OSError, ValueError) as error:
+            with suppress(OSError):  # gone already
+                connection.send(wire.sorry(f"{nbytes} bytes could not be mapped: {error}"), socket.MSG_NOSIGNAL)
             raise JoinRefused(
                 f"lane {address}: {nbytes} bytes could not be mapped ({error}): make its capacity smaller, or"
                 " raise `ulimit -v`"
@@ -339,8 +389,7 @@ class Reader:
             tensor = tensor.clone()
             link.give_back(content.slot, content.serial)
         else:
-            watch = weakref.finalize(owner, _let_go, link, mapping, private, content.slot, content.serial)
-            watch.atexit = False  # the kernel does it
+            link.lend(owner, mapping, content)
         return tensor
 
     # --- the thread ----------------------------------------------------------------------------------------
@@ -357,16 +406,18 @@ class Reader:
     def _run(self) -> None:
         while not (self._closed and not self._by_number):
             for number, events in self._events.poll(self._patience()):
-                link = self._by_number.get(number)
                 if number == self._bell.fd:
                     os.eventfd_read(number)
-                elif link is not None:
-                    if events & select.EPOLLOUT:
-                        self._events.modify(link.connection, _HEARING)
-                        link.flush(wait=True)
-                    self._listen(link)
-            self._tidy()
+                elif number in self._by_number:
+                    self._attend(self._by_number[number], events)
+            self._tidy()  # while no name here keeps a link, and its mapping, alive
         self._events.close()
+
+    def _attend(self, link: _Link, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._events.modify(link.connection, _HEARING)
+            link.flush(wait=True)
+        self._listen(link)
 
     def _patience(self) -> float | None:
         gone = [link.gone_at for link in list(self._links.values()) if link.gone_at is not None]
@@ -378,6 +429,8 @@ class Reader:
                 self._heed(link, message)
         except BlockingIOError:
             return
+        except ConnectionResetError:  # its producer has ended, and had not read all that was sent to it
+            logger.debug("a lane has ended, with give-backs on their way")
         except (OSError, wire.ProtocolError) as error:
             logger.warning("a lane's connection has failed, as if its producer had ended: %s", error)
         self._part(link)
@@ -422,14 +475,8 @@ class Reader:
         self._closed = True
         for link in self._links.values():
             link.connection.close()
+        self._links.clear()
         self._events.close()
-
-
-def _let_go(link: _Link, mapping: memory.Mapping, private: memory.Mapping | None, slot: int, serial: int) -> None:
-    """The last alias of a tensor is gone. `mapping` is here to outlive it."""
-    if private is not None:
-        private.unmap()
-    link.give_back(slot, serial)
 
 
 def _after_fork() -> None:

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mmlane.lane.ledger import Extent
 
-
-class Identity(NamedTuple):
-    """What makes two tensors the same bytes, but for changes in place."""
-
-    storage: int
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    conjugate: bool
-    negative: bool
+# What makes two tensors the same bytes, but for changes in place: storage, offset in it, shape, stride, dtype, and
+# whether what is stored is the conjugate or the negative.
+Identity = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype, bool, bool]
 
 
 def identity(tensor: torch.Tensor) -> Identity | None:
     """A tensor's identity; None for an inference tensor: torch does not count its changes."""
     if tensor.is_inference():
         return None
-    return Identity(
+    return (
         tensor.untyped_storage()._cdata,
         int(tensor.storage_offset()),
         tuple(tensor.shape),

@@ -1,0 +1,1 @@
+"""Benchmarks. No figure on speed appears anywhere that a script here does not produce."""

@@ -1,0 +1,64 @@
+"""mmlane's lane; `mode` is how readers take: `view`, `cow` or `clone`.
+
+One setting is not the default: memory is kept over longer pauses than a minute, since it is the other peers' turns
+that make them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor
+
+from bench.transport import contract
+from bench.transport.cases import Case
+from bench.transport.contract import Cannot
+from mmlane import lane
+
+_GROUP = "bench"
+_PATIENCE_S = 30.0
+_IDLE_S = 3600.0
+
+
+class Producer(contract.Producer):
+    def open(self, case: Case) -> str:
+        self._readers = case.readers
+        self._lane = lane.Lane(readers={_GROUP: case.readers}, idle=_IDLE_S)
+        return self._lane.address
+
+    def ready(self) -> None:
+        if not self._lane.wait_open(timeout=_PATIENCE_S):
+            raise TimeoutError(f"the lane did not open for {self._readers} readers in {_PATIENCE_S} s")
+
+    def put(self, tensors: Sequence[Tensor]) -> Sequence[bytes]:
+        tickets = [self._put(tensor) for tensor in tensors]
+        return [pickle.dumps(tickets)] * self._readers
+
+    def _put(self, tensor: Tensor) -> bytes:
+        ticket = self._lane.put(tensor)
+        if isinstance(ticket, lane.Refused):
+            raise Cannot(f"refused, {ticket.cause}: {ticket.detail}")
+        return ticket
+
+    def free(self) -> None:
+        self._lane.drain()
+
+    def close(self) -> None:
+        self._lane.close()
+        del self._lane
+
+
+class Reader(contract.Reader):
+    def open(self, address: str, rank: int, case: Case) -> None:
+        self._reader = lane.Reader(group=_GROUP)
+        self._reader.join(address, timeout=_PATIENCE_S)
+
+    def take(self, message: bytes) -> Sequence[Tensor]:
+        mode = cast(lane.Mode, self.mode)
+        return [self._reader.take(ticket, mode) for ticket in pickle.loads(message)]
+
+    def close(self) -> None:
+        self._reader.close()
+        del self._reader
