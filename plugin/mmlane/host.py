@@ -177,8 +177,9 @@ def _fields(file: Path) -> dict[str, int]:
 def _memory_groups(proc: Path) -> Iterator[tuple[Path, str, str]]:
     """The directories of the cgroup with the memory controller, from this process's up to the topmost in sight."""
     try:
-        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
+        # Any bytes can be in a path.
+        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text(errors="replace").splitlines()]
+        mounts = [line.split() for line in (proc / "mountinfo").read_text(errors="replace").splitlines()]
     except OSError:
         return
     for fields in mounts:

@@ -174,3 +174,103 @@ def test_a_version_1_group_and_its_way_of_saying_no_limit(tmp_path: Path) -> Non
 
 def test_without_cgroups(tmp_path: Path) -> None:
     assert host.memory(tmp_path / "missing").limit is None
+
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def meminfo(tmp_path: Path) -> Path:
+    """A machine that says it has 3 GiB left."""
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal:       25276076 kB\nMemAvailable:    3145728 kB\nHugePages_Total:       0\n")
+    return file
+
+
+def version_2(path: Path, groups: dict[str, dict[str, str]]) -> Path:
+    """A /proc/self whose version 2 control group is the last of these; a group's files by name."""
+    top = path / "cgroup"
+    for name, files in groups.items():
+        (top / name).mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (top / name / file).write_text(text)
+    return proc(path, f"0::/{list(groups)[-1]}\n", f"30 20 0:26 / {top} rw - cgroup2 cgroup2 rw\n")
+
+
+def test_without_a_limit_the_machine_says_what_is_available(tmp_path: Path, meminfo: Path) -> None:
+    assert host.memory(tmp_path / "missing", meminfo).available == 3 * GIB
+    groups = {"job": {"memory.max": "max\n", "memory.current": f"{5 * GIB}\n", "memory.stat": "inactive_file 0\n"}}
+    assert host.memory(version_2(tmp_path, groups), meminfo).available == 3 * GIB
+
+
+def test_without_a_word_about_it_all_memory_is_available(tmp_path: Path) -> None:
+    found = host.memory(tmp_path / "missing", tmp_path / "missing")
+    assert found.total - 1024 < found.available <= found.total
+
+
+def test_what_is_available_here() -> None:
+    found = host.memory()
+    assert 0 < found.available <= found.total
+    assert found.available <= (found.limit or found.total)
+
+
+@pytest.mark.parametrize(
+    ("used", "stat", "available"),
+    [
+        (GIB // 2, "", GIB // 2),
+        (GIB // 2, "anon 5\n", GIB // 2),
+        # Caches can be dropped; what lies in shared memory cannot, though it is among the files.
+        (GIB, f"inactive_file {GIB // 4}\nactive_file {GIB // 8}\nshmem {GIB // 2}\nfile {GIB}\n", 3 * GIB // 8),
+        (GIB, "inactive_file none\nactive_file\n\n", 0),
+        (GIB + 4096, "", 0),  # for a moment it can be over its limit
+        (GIB, f"total_inactive_file {GIB // 2}\n", GIB // 2),
+    ],
+)
+def test_a_version_2_limit_less_what_is_used_and_cannot_be_dropped(
+    tmp_path: Path, meminfo: Path, used: int, stat: str, available: int
+) -> None:
+    groups = {"job": {"memory.max": str(GIB), "memory.current": str(used), "memory.stat": stat}}
+    assert host.memory(version_2(tmp_path, groups), meminfo).available == available
+
+
+def test_the_group_with_the_least_left_counts_not_the_one_with_the_tightest_limit(
+    tmp_path: Path, meminfo: Path
+) -> None:
+    groups = {
+        "pod": {"memory.max": str(2 * GIB), "memory.current": str(2 * GIB - 4096)},
+        "pod/container": {"memory.max": str(GIB), "memory.current": str(GIB // 2)},
+    }
+    found = host.memory(version_2(tmp_path, groups), meminfo)
+    assert (found.limit, found.used, found.available) == (GIB, GIB // 2, 4096)
+
+
+def test_a_group_that_says_nothing_of_its_use(tmp_path: Path, meminfo: Path) -> None:
+    found = host.memory(version_2(tmp_path, {"job": {"memory.max": str(GIB)}}), meminfo)
+    assert (found.limit, found.used, found.available) == (GIB, None, GIB)
+
+
+def test_the_machine_can_have_less_left_than_the_group(tmp_path: Path, meminfo: Path) -> None:
+    groups = {"job": {"memory.max": str(8 * GIB), "memory.current": "0"}}
+    assert host.memory(version_2(tmp_path, groups), meminfo).available == 3 * GIB
+
+
+def test_a_version_1_group_counts_the_caches_of_those_below_it(tmp_path: Path, meminfo: Path) -> None:
+    """Its limit holds for all of them; `total_` are the figures that include them."""
+    top = tmp_path / "memory"
+    (top / "job").mkdir(parents=True)
+    for name, text in (
+        ("memory.limit_in_bytes", str(GIB)),
+        ("memory.usage_in_bytes", str(GIB // 2)),
+        ("memory.stat", "inactive_file 1\nactive_file 2\ntotal_inactive_file 4096\ntotal_active_file 8192\n"),
+    ):
+        (top / "job" / name).write_text(text)
+    mount = f"30 20 0:26 / {top} rw - cgroup cgroup rw,memory\n"
+    found = host.memory(proc(tmp_path, "4:memory:/job\n", mount), meminfo)
+    assert (found.limit, found.available) == (GIB, GIB // 2 + 12288)
+
+
+def test_a_mount_whose_name_is_no_text(tmp_path: Path, meminfo: Path) -> None:
+    here = version_2(tmp_path, {"job": {"memory.max": str(GIB), "memory.current": "0"}})
+    with (here / "mountinfo").open("ab") as file:
+        file.write(b"31 20 0:27 / /mnt/\xff\xfe rw - ext4 /dev/vdb rw\n")
+    assert host.memory(here, meminfo).available == GIB

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from mmlane.lane import points, wire
 from mmlane.lane.errors import needed
+from mmlane.lane.fork import close_in_child
 
 logger = logging.getLogger("mmlane.lane")
 
@@ -57,7 +58,8 @@ def peer_uid(connection: socket.socket) -> int:
     return int(uid)
 
 
-def _has_ended(connection: socket.socket) -> bool:
+def has_ended(connection: socket.socket) -> bool:
+    """Whether the other end is closed; an empty message alone does not say so."""
     end = select.poll()
     end.register(connection, select.POLLRDHUP)
     return bool(end.poll(0))
@@ -86,7 +88,7 @@ class Control:
         with ExitStack() as scope:  # closes what there is, should the rest not be had
             with needed("a Unix socket in the abstract namespace"):
                 listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-                self._listener = scope.enter_context(listener)
+                self._listener = scope.enter_context(close_in_child(listener))
                 self._listener.bind(f"\0{address}")
                 self._listener.listen(_PENDING)
                 self._listener.setblocking(False)
@@ -129,8 +131,8 @@ class Control:
 
     def admit(self, reader: int, connection: socket.socket) -> None:
         """A guest has become a reader."""
-        self._readers[reader] = connection
         self._inbox.register(connection, select.EPOLLIN | select.EPOLLRDHUP)
+        self._readers[reader] = connection
 
     def received(self) -> list[tuple[int, bytes]]:
         """(reader, message) for all that has arrived, in order; an empty message is the reader's end."""
@@ -144,7 +146,7 @@ class Control:
                     break
                 except ConnectionResetError:  # it ended with messages unread; its own last ones are still here
                     continue
-                if not message and _has_ended(connection):
+                if not message and has_ended(connection):
                     heard.append((number, b""))
                     self._part(number, connection)
                     break
@@ -251,6 +253,7 @@ class Control:
             self._deaf_until = time.monotonic() + 1.0
             self._events.modify(self._listener, 0)
             return
+        close_in_child(connection)
         points.reached("accept.connected")
         connection.setblocking(False)
         if peer_uid(connection) != os.geteuid() or len(self._guests) >= _PENDING:
@@ -270,7 +273,7 @@ class Control:
             elif kind == wire.MAPPED and guest.group is not None:
                 self._admit(number, guest.group)
             elif kind == wire.SORRY:
-                self._dismiss(number, f"it could not join: {wire.read_sorry(message)}")
+                self._dismiss(number, f"it could not join: {wire.read_sorry(message)}", logging.WARNING)
             else:
                 raise wire.ProtocolError(f"message {kind} was not expected")
         except BlockingIOError:
@@ -292,16 +295,16 @@ class Control:
         points.reached("accept.welcomed")
 
     def _admit(self, number: int, group: str) -> None:
-        guest = self._guests.pop(number)
-        # From now on only its end wakes the thread.
-        self._events.modify(guest.connection, select.EPOLLRDHUP)
-        self._host.joined(number, group, guest.connection)
+        connection = self._guests[number].connection
+        self._events.modify(connection, select.EPOLLRDHUP)  # from now on only its end wakes the thread
+        self._host.joined(number, group, connection)
+        del self._guests[number]
         points.reached("accept.joined")
 
-    def _dismiss(self, number: int, reason: str) -> None:
+    def _dismiss(self, number: int, reason: str, level: int = logging.INFO) -> None:
         guest = self._guests.pop(number)
         self.strangers += 1
-        logger.info("a visitor of a lane was sent away: %s", reason)
+        logger.log(level, "a visitor of a lane was sent away: %s", reason)
         self._events.unregister(guest.connection)
         with suppress(OSError):  # gone already
             guest.connection.send(wire.sorry(reason), wire.QUIETLY)

@@ -34,6 +34,10 @@ class Live:
     owed: dict[str, frozenset[int]]
     claimed: bool = False
 
+    def debtors(self) -> frozenset[int]:
+        """The readers that have yet to give the ticket back, of all groups that it may have gone to."""
+        return frozenset().union(*self.owed.values())
+
 
 @dataclass
 class Ledger:
@@ -141,7 +145,7 @@ class Ledger:
         ticket = self._owed_by(reader, slot, serial)
         if ticket is None:
             return False
-        if not ticket.claimed and sum(map(len, ticket.owed.values())) == 1:
+        if len(ticket.debtors()) == 1:
             self.orphans += 1
         self._settle(ticket, self.readers[reader], reader)
         return True
@@ -154,9 +158,9 @@ class Ledger:
         self._end(ticket)
         return True
 
-    def unclaimed_since(self, before: float) -> list[Live]:
-        """Tickets issued before a time of which no reader has been heard (3)."""
-        return [ticket for ticket in self.live.values() if not ticket.claimed and ticket.issued < before]
+    def issued_before(self, time: float) -> list[Live]:
+        """Tickets issued before a time, that some reader may never have seen (3)."""
+        return [ticket for ticket in self.live.values() if ticket.issued < time]
 
     def _owed_by(self, reader: int, slot: int, serial: int) -> Live | None:
         ticket = self.live.get(slot)

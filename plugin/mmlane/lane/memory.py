@@ -112,7 +112,7 @@ def tensor_at(owner: ctypes.Array[ctypes.c_ubyte], dtype: torch.dtype, shape: Se
     """A contiguous tensor over what `owner` points to; its storage holds `owner`, unless it has no elements."""
     count = prod(shape)
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default is here
     return torch.frombuffer(owner, dtype=dtype, count=count).view(shape)
 
 
@@ -157,7 +157,7 @@ class Backing:
         except OSError as error:
             raise LaneUnavailable(
                 f"no shared memory without a name: {self.degraded[0].partition(';')[0]}, and O_TMPFILE in"
-                f" {host.SHM}: {error}. Allow memfd_create in the sandbox"
+                f" {host.SHM}: {error}. Allow memfd_create in the sandbox, or raise `ulimit -n`"
             ) from error
 
     def _seal(self) -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
@@ -23,7 +23,7 @@ from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused, neede
 from mmlane.lane.ledger import Extent, Ledger
 from mmlane.lane.sources import Identity, Sources, identity
 from mmlane.lane.space import Space
-from mmlane.lane.ticket import NAMES, Content, digest, read, write
+from mmlane.lane.ticket import DIMENSIONS, NAMES, Content, digest, read, write
 
 logger = logging.getLogger("mmlane.lane")
 
@@ -68,6 +68,21 @@ class LaneStats:
     degraded: tuple[str, ...]
 
 
+class _Books:
+    """Goes with the lane's lock where the books are written. What interrupts that may leave them half written."""
+
+    def __init__(self, spoiled: Callable[[BaseException], None]) -> None:
+        self._spoiled = spoiled
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._spoiled(error)
+
+
 class Lane:
     """One producer's arena. Open it, hand `address` to the readers, put tensors, send the tickets.
 
@@ -106,6 +121,7 @@ class Lane:
         self._orphan = orphan
         self._closed = ""
         self._lock = threading.Lock()
+        self._books = _Books(self._spoiled)
         self._opened = threading.Condition(self._lock)
         self._committing = threading.Lock()
         self._withdrawn: deque[tuple[int, int]] = deque()
@@ -194,36 +210,50 @@ class Lane:
         nbytes = tensor.numel() * tensor.itemsize
         same = identity(tensor) if share else None
         version = 0 if same is None else tensor._version
-        with self._lock:
-            placed = self._place(tensor, nbytes, same, version)
-            if not isinstance(placed, Extent):
-                return placed
-            cold = self._ledger.space.cold(placed.offset, placed.nbytes)
-            mapping = self._mapping
-            self._users += 1
-        points.reached("put.allocated")
+        extent: Extent | None = None
         try:
+            with self._lock, self._books:
+                placed = self._place(tensor, nbytes, same, version)
+                if not isinstance(placed, Extent):
+                    return placed
+                cold = self._ledger.space.cold(placed.offset, placed.nbytes)
+                mapping = self._mapping
+                self._users += 1
+                extent = placed
+            points.reached("put.allocated")
             # Nobody else knows the extent yet, so memory is committed and filled without the lock.
             if cold:
                 self._commit(mapping, cold)
             points.reached("put.reserved")
             memory.copy(tensor, nbytes, mapping.owner(self._base + placed.offset))
             points.reached("put.copied")
-        except BaseException as error:
-            with self._lock:
-                self._ledger.settle(placed)
+            with self._lock, self._books:
+                extent = None
                 self._release()
-                if isinstance(error, OSError):
-                    return self._refuse("full", f"no memory for {nbytes} bytes: {error}")
-            raise
-        with self._lock:
-            self._release()
-            return self._publish(tensor, nbytes, placed, same, version)
+                return self._publish(tensor, nbytes, placed, same, version)
+        except BaseException as error:
+            with self._lock, self._books:
+                if extent is not None:
+                    self._ledger.settle(extent)
+                    self._release()
+            if not isinstance(error, OSError):
+                raise
+            return self._without_memory(tensor, share, nbytes, error)
+
+    def _without_memory(self, tensor: torch.Tensor, share: bool, nbytes: int, error: OSError) -> bytes | Refused:
+        """Put a tensor where copies are that were kept for their sources only; refuse it when there are none."""
+        with self._lock, self._books:
+            if not self._ledger.idle:
+                return self._refuse("full", f"no memory for {nbytes} bytes: {error}")
+            for kept in list(self._ledger.idle):
+                self._drop(kept)
+        return self.put(tensor, share=share)
 
     def withdraw(self, ticket: bytes) -> None:
-        """Take back a ticket that was never sent and never will be; nothing happens when a reader has had it.
+        """Take back a ticket that was never sent and never will be; its bytes can be used again.
 
-        Can be called wherever Python runs, finalizers included. Raises MalformedTicket.
+        For no other: a reader that holds it would see them change. Can be called wherever Python runs, finalizers
+        included. Raises MalformedTicket.
         """
         content = read(ticket)
         if content.address == self.address:
@@ -232,14 +262,14 @@ class Lane:
     def drain(self) -> None:
         """Handle what readers have given back so far. `put` does so when it needs room, and now and then."""
         self._check_process()
-        with self._lock:
+        with self._lock, self._books:
             if not self._closed:
                 self._drain()
 
     def stats(self) -> LaneStats:
         """The lane as it is now, everything drained."""
         self._check_process()
-        with self._lock:
+        with self._lock, self._books:
             ledger = self._ledger
             if not self._closed:
                 self._drain()
@@ -292,6 +322,13 @@ class Lane:
                 f"{self!r} belongs to process {self._pid}: a forked child has to open a lane of its own"
             )
 
+    def _spoiled(self, error: BaseException) -> None:
+        """Readers must never be given what half-written books say is free: the lane ends here."""
+        if not self._closed:
+            self._closed = f"the lane was interrupted while it kept its books: {error!r}"
+            logger.error("lane %s is closed: %r interrupted it while it kept its books", self, error)
+            self._control.stop()
+
     # --- put and drain, in pieces; all with the lock held --------------------------------------------------
 
     def _is_open(self) -> bool:
@@ -315,7 +352,7 @@ class Lane:
         space = self._ledger.space
         self._ahead = max(self._ahead, min(nbytes, _AHEAD))
         self._undrained += 1
-        if self._undrained >= _DRAIN and not self._closed:
+        if (self._undrained >= _DRAIN or len(self._ledger.live) >= SLOTS) and not self._closed:
             self._drain()
         if not self._is_open():
             return self._shut()
@@ -431,7 +468,7 @@ class Lane:
         known = self._ledger.forgo(reader, slot, serial)
         if self._ledger.orphans > orphans:
             logger.warning(
-                "lane %s: a ticket that no reader ever saw was reclaimed after %g s; it was lost, or is late"
+                "lane %s: a ticket that a reader never saw was reclaimed after %g s; it was lost, or is late"
                 " (`orphan` says how long to wait)",
                 self,
                 self._orphan,
@@ -499,7 +536,7 @@ class Lane:
             self._opened.notify_all()
             self._control.send(
                 wire.WARM,
-                [  # not what goes without asking this reader
+                [  # not what is about to go without this reader being asked
                     (self._base + at, size)
                     for at, size in self._ledger.space.warm()
                     if at not in self._cooling or at in self._reused
@@ -545,10 +582,9 @@ class Lane:
 
     def _ask_after_orphans(self) -> None:
         now = time.monotonic()
-        for ticket in self._ledger.unclaimed_since(now - self._orphan):
+        for ticket in self._ledger.issued_before(now - self._orphan):
             ticket.issued = now  # asked again later, should somebody hold it
-            owing = set().union(*ticket.owed.values())
-            self._control.send(wire.REVOKE, [(ticket.slot, ticket.serial)], owing)
+            self._control.send(wire.REVOKE, [(ticket.slot, ticket.serial)], ticket.debtors())
             points.reached("revoke.announced")
 
     def _cool(self) -> list[int]:
@@ -609,9 +645,15 @@ def _unsupported(tensor: torch.Tensor) -> str:
         return f"{type(tensor).__name__}: only plain tensors travel by lane"
     if not tensor.is_cpu:
         return f"a tensor on {tensor.device}: only CPU tensors travel by lane"
-    if tensor.layout is not torch.strided or tensor.dtype not in NAMES:
+    if tensor.layout is not torch.strided or tensor.dtype not in NAMES or tensor.is_nested:
         return f"{tensor.dtype}, {tensor.layout}: only dense tensors of ordinary dtypes travel by lane"
-    return ""
+    if tensor.dim() > DIMENSIONS:
+        return f"{tensor.dim()} dimensions: at most {DIMENSIONS} travel by lane"
+    try:
+        is_there = tensor.data_ptr() or not tensor.numel()
+    except RuntimeError as error:  # one inside of torch.vmap, torch.func.grad, ...
+        return f"a tensor that has no memory ({error}): only plain tensors travel by lane"
+    return "" if is_there else "a tensor whose memory is gone, or never was: only plain tensors travel by lane"
 
 
 def _after_fork() -> None:

@@ -20,8 +20,9 @@ from typing import Literal, get_args
 import torch
 
 from mmlane.lane import memory, points, wire
-from mmlane.lane.control import peer_uid
+from mmlane.lane.control import has_ended, peer_uid
 from mmlane.lane.errors import JoinRefused, LaneError, LaneUnavailable, StaleTicket, UnknownLane, needed
+from mmlane.lane.fork import close_in_child
 from mmlane.lane.ticket import Content, digest, read
 
 logger = logging.getLogger("mmlane.lane")
@@ -31,6 +32,7 @@ _MODES = get_args(Mode)
 
 _PATIENCE = 10.0  # seconds for a message that must be there already
 _HEARING = select.EPOLLIN | select.EPOLLRDHUP
+_INT = struct.Struct("i")
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
 
 
@@ -173,6 +175,9 @@ class _Link:
             return False
         except OSError:  # the producer is gone, and its books with it
             return True
+        except BaseException:  # an interrupt: better said twice than never
+            self._outbox.extendleft(reversed(batch))
+            raise
         points.reached("give_back.sent")
         return True
 
@@ -193,14 +198,13 @@ class Reader:
         self._links: dict[str, _Link] = {}
         self._by_number: dict[int, _Link] = {}
         self._joining = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name=f"mmlane-reader-{group}", daemon=True)
         try:
             with needed("epoll"):
                 self._events = select.epoll()
             with needed("eventfd"):
                 self._bell = memory.Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._events.register(self._bell.fd, select.EPOLLIN)
-            self._thread.start()
+            threading.Thread(target=self._run, name=f"mmlane-reader-{group}", daemon=True).start()
         except (OSError, RuntimeError) as error:
             raise LaneUnavailable(
                 f"no reader can be had ({error}): raise `ulimit -n` or `ulimit -u`, or allow in the sandbox"
@@ -213,17 +217,18 @@ class Reader:
 
         Waits up to `timeout` seconds. Raises JoinRefused with the reason.
         """
-        self._check_process()
         with self._joining:
+            self._check_process()
             link = self._links.get(address)
             if link is not None and link.gone_at is None:
                 return
             with ExitStack() as scope:
                 try:
                     with needed("a Unix socket"):
-                        connection = scope.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                        connection = close_in_child(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                    scope.enter_context(connection)
                     self._enter(address, connection, timeout)
-                except (OSError, wire.ProtocolError) as error:
+                except (OSError, ValueError, wire.ProtocolError) as error:
                     reason = str(error)
                     if isinstance(error, TimeoutError):
                         reason = f"no answer within {timeout:g} s"
@@ -246,8 +251,8 @@ class Reader:
         if mode not in _MODES:
             raise ValueError(f"mode {mode!r}: one of {', '.join(_MODES)}")
         link, content = self._claim(ticket)
-        points.reached("take.claimed")
         try:
+            points.reached("take.claimed")
             tensor = self._tensor(link, content, mode)
         except BaseException:
             link.give_back(content.slot, content.serial)
@@ -262,7 +267,7 @@ class Reader:
 
     def lanes(self) -> tuple[str, ...]:
         """Addresses of the lanes that are joined and alive."""
-        return tuple(address for address, link in self._links.items() if link.gone_at is None)
+        return tuple(address for address, link in list(self._links.items()) if link.gone_at is None)
 
     def close(self) -> None:
         """Leave all lanes. Tensors that are held stay valid; a lane is left when its last tensor is let go."""
@@ -270,7 +275,7 @@ class Reader:
             return
         with self._joining:
             self._closed = True
-            for link in self._links.values():
+            for link in list(self._links.values()):
                 link.leaving = True
         self._ring()
 
@@ -312,8 +317,11 @@ class Reader:
         points.reached("hello.connected")
         connection.send(wire.hello(self.group), socket.MSG_NOSIGNAL)
         points.reached("hello.sent")
-        message, descriptors, _, _ = socket.recv_fds(connection, wire.LIMIT, 1, socket.MSG_CMSG_CLOEXEC)
-        received = [memory.Descriptor(fd) for fd in descriptors]
+        # Not socket.recv_fds, which ignores the flags: programs that this process starts would get the memory.
+        room = socket.CMSG_LEN(_INT.size)
+        message, ancillary, _, _ = connection.recvmsg(wire.LIMIT, room, socket.MSG_CMSG_CLOEXEC)
+        rights = [data for *kind, data in ancillary if kind == [socket.SOL_SOCKET, socket.SCM_RIGHTS]]
+        received = [memory.Descriptor(fd) for data in rights for (fd,) in _INT.iter_unpack(data)]
         points.reached("map.received")
         if not message:
             raise ConnectionResetError
@@ -339,24 +347,28 @@ class Reader:
                 connection.send(wire.sorry(f"{nbytes} bytes could not be mapped: {error}"), socket.MSG_NOSIGNAL)
             raise JoinRefused(
                 f"lane {address}: {nbytes} bytes could not be mapped ({error}): make its capacity smaller, or"
-                " raise `ulimit -v`"
+                " raise `ulimit -v` or `ulimit -n`"
             ) from error
         points.reached("map.mapped")
         self._links[address] = link  # tickets may come as soon as the producer hears of the mapping
         try:
             connection.send(bytes((wire.MAPPED,)), socket.MSG_NOSIGNAL)
             points.reached("map.acknowledged")
-            link.floor = self._admission(connection.recv(wire.LIMIT))
+            floor = self._admission(connection.recv(wire.LIMIT))
+            connection.setblocking(False)
+            self._by_number[connection.fileno()] = link
+            self._events.register(connection, _HEARING)
         except BaseException:
+            self._by_number.pop(connection.fileno(), None)
             del self._links[address]
             raise
+        link.floor = floor
         link.admitted.set()
-        connection.setblocking(False)
-        self._by_number[connection.fileno()] = link
-        self._events.register(connection, _HEARING)
 
     @staticmethod
     def _admission(message: bytes) -> int:
+        if message and wire.kind(message) == wire.SORRY:
+            raise wire.ProtocolError(wire.read_sorry(message))
         if not message or wire.kind(message) != wire.JOINED or not (items := wire.read_pairs(message)):
             raise wire.ProtocolError("it hung up instead of letting this reader in")
         return items[0][0]
@@ -404,6 +416,14 @@ class Reader:
             logger.debug("a lane has ended: %s", error)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            # The sockets stay open: their end would tell producers that what is held here is free.
+            logger.exception("a reader's thread has failed, and no more tickets can be taken")
+            self._closed = True
+
+    def _serve(self) -> None:
         while not (self._closed and not self._by_number):
             for number, events in self._events.poll(self._patience()):
                 if number == self._bell.fd:
@@ -411,6 +431,7 @@ class Reader:
                 elif number in self._by_number:
                     self._attend(self._by_number[number], events)
             self._tidy()  # while no name here keeps a link, and its mapping, alive
+        self._links.clear()  # no ticket can be taken any more, so no memory is kept for one
         self._events.close()
 
     def _attend(self, link: _Link, events: int) -> None:
@@ -425,14 +446,19 @@ class Reader:
 
     def _listen(self, link: _Link) -> None:
         try:
-            while message := link.connection.recv(wire.LIMIT):
-                self._heed(link, message)
+            while (message := link.connection.recv(wire.LIMIT)) or not has_ended(link.connection):
+                try:
+                    self._heed(link, message)
+                except wire.ProtocolError as error:
+                    # Not a reason to hang up: that would tell the producer that what is held here is free.
+                    logger.warning("a lane's producer said what made no sense, which is ignored: %s", error)
         except BlockingIOError:
             return
         except ConnectionResetError:  # its producer has ended, and had not read all that was sent to it
             logger.debug("a lane has ended, with give-backs on their way")
-        except (OSError, wire.ProtocolError) as error:
-            logger.warning("a lane's connection has failed, as if its producer had ended: %s", error)
+        except OSError as error:
+            logger.warning("a lane's socket could not be read, which will be tried again: %s", error)
+            return
         self._part(link)
         link.gone_at = time.monotonic()
 
@@ -455,7 +481,8 @@ class Reader:
         number = link.connection.fileno()
         self._events.unregister(link.connection)
         del self._by_number[number]
-        link.connection.close()
+        with link._sending:  # nobody is about to use the number
+            link.connection.close()
 
     def _tidy(self) -> None:
         """Leave the lanes that nothing is held of any more, and forget those that ended a while ago."""

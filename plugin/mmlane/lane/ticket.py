@@ -19,6 +19,7 @@ _MAGIC = b"mml1"
 _HEAD = struct.Struct(
     "<4sBBBIQQQ"
 )  # magic, lengths of address and dtype, dimensions, slot, serial, offset, nbytes
+DIMENSIONS = 255  # of a tensor, at most: their number is one byte
 
 _NAMES = (
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
