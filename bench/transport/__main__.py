@@ -71,6 +71,8 @@ def measure(options: argparse.Namespace, console: Console) -> list[Record]:
             found += measuring.one_way(MESSAGES)
             for case in cases:
                 found += measuring.cost(case)
+        except KeyboardInterrupt:
+            console.print("interrupted: what was measured so far counts")
         finally:
             for group in groups:
                 group.stop()
