@@ -236,7 +236,7 @@ class Lane:
                 if extent is not None:
                     self._ledger.settle(extent)
                     self._release()
-            if not isinstance(error, OSError):
+            if not isinstance(error, OSError) or error.errno is None:  # a TimeoutError is one, of a signal handler
                 raise
             return self._without_memory(tensor, share, nbytes, error)
 
