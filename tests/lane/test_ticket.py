@@ -97,14 +97,6 @@ def test_a_ticket_is_plain_bytes_for_every_carrier(pair: Together) -> None:
     assert same(pair.reader.take(carried), tensor)
 
 
-def test_a_ticket_through_msgpack_is_the_same(pair: Together) -> None:
-    msgpack = pytest.importorskip("msgpack")
-    tensor = random((5,), torch.float16)
-    (carried,) = msgpack.unpackb(msgpack.packb([pair.put(tensor)]))
-    assert type(carried) is bytes
-    assert same(pair.reader.take(carried), tensor)
-
-
 def test_a_ticket_says_where_its_tensor_is(pair: Together) -> None:
     ticket = pair.put(random((2, 3), torch.int32))
     content = read(ticket)
