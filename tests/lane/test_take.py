@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -30,6 +33,7 @@ from mmlane.lane import (
     UnknownLane,
     points,
 )
+from mmlane.lane.reader import _Link
 from mmlane.lane.ticket import read
 from tests.lane.processes import DEADLINE, eventually
 from tests.lane.together import PAGE, SEGMENT, Together, random, same, together
@@ -510,42 +514,76 @@ def test_a_closed_reader_keeps_no_memory_of_a_lane_that_has_ended(first: str) ->
         eventually(lambda: not is_mapped(address), "the memory is let go")  # while the reader object lives
 
 
-def test_taking_while_the_reader_closes_is_taking_or_an_error() -> None:
+class Held:
+    """Another thread that takes a ticket, and is held just before it runs a line of `_Link.claim`."""
+
+    def __init__(self, reader: Reader, ticket: bytes, line: str) -> None:
+        code, start = inspect.getsourcelines(_Link.claim)
+        (self._line,) = [number for number, text in enumerate(code, start) if line in text]
+        self._arrived, self._go_on = threading.Event(), threading.Event()
+        self.got: list[Tensor] = []
+        self.refused: list[LaneError] = []
+        self._thread = threading.Thread(target=self._take, args=(reader, ticket), daemon=True)
+        self._thread.start()
+        assert self._arrived.wait(DEADLINE)
+
+    def _take(self, reader: Reader, ticket: bytes) -> None:
+        sys.settrace(self._enter)
+        try:
+            self.got.append(reader.take(ticket))
+        except LaneError as error:
+            self.refused.append(error)
+        finally:
+            sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        return self._step if frame.f_code is _Link.claim.__code__ else None
+
+    def _step(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_lineno == self._line and not self._arrived.is_set():
+            self._arrived.set()
+            assert self._go_on.wait(DEADLINE)
+        return self._step
+
+    def go_on(self) -> None:
+        """Let it go on, and wait for its end."""
+        self._go_on.set()
+        self._thread.join(DEADLINE)
+        assert not self._thread.is_alive()
+
+
+def waits_in(function: str) -> bool:
+    """Whether some thread is in a function of that name, and stays there."""
+    for _ in range(50):
+        if function not in {frame.f_code.co_name for frame in sys._current_frames().values()}:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def test_a_reader_that_closes_before_a_take_has_begun_is_closed_for_it() -> None:
     """(2): never a tensor in memory that the producer believes to be free."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for _ in range(60):
-            with together() as pair:
-                reader, ticket = pair.reader, pair.put(random((10,)), share=False)
-                start = threading.Barrier(2)
-                got: list[Tensor] = []
+    with together() as pair:
+        held = Held(pair.reader, pair.put(random((10,))), "wanted = digest(ticket)")
+        pair.reader.close()
+        eventually(lambda: pair.lane.stats().readers == {}, "the reader leaves")
+        held.go_on()
+        assert held.got == [] and len(held.refused) == 1
+        assert isinstance(held.refused[0], StaleTicket)
 
-                def take(
-                    reader: Reader = reader,
-                    ticket: bytes = ticket,
-                    start: threading.Barrier = start,
-                    got: list[Tensor] = got,
-                ) -> None:
-                    start.wait(60)
-                    try:
-                        got.append(reader.take(ticket))
-                    except LaneError:
-                        return
 
-                def close(reader: Reader = reader, start: threading.Barrier = start) -> None:
-                    start.wait(60)
-                    reader.close()
-
-                in_threads([take, close])
-                if got:
-                    assert pair.lane.stats().tickets == 1 and same(got[0], random((10,)))
-                    got.clear()
-                eventually(lambda lane=pair.lane: lane.stats().readers == {}, "the reader leaves")  # type: ignore[misc]
-                assert pair.lane.stats().taken == 0
-                del take, close, got
-    finally:
-        sys.setswitchinterval(interval)
+def test_a_reader_that_closes_in_the_middle_of_a_take_waits_for_it() -> None:
+    """(2)"""
+    with together() as pair:
+        tensor = random((10,))
+        held = Held(pair.reader, pair.put(tensor), "self._seen[slot] = self._held[slot]")
+        pair.reader.close()
+        eventually(lambda: waits_in("is_idle") or not pair.lane.is_open, "the reader wants to leave")
+        held.go_on()
+        assert same(held.got[0], tensor)
+        assert pair.lane.stats().readers == {"tp": 1} and pair.lane.stats().tickets == 1
+        held.got.clear()
+        eventually(lambda: pair.lane.stats().readers == {}, "the reader leaves")
 
 
 def test_leaving_python_with_tensors_held_is_quiet() -> None:
