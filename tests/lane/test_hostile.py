@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import mmap
 import os
 import secrets
 import socket
@@ -309,6 +310,23 @@ def test_descriptors_that_nobody_asked_for_go_nowhere(lane: Lane) -> None:
         wait_until(lambda: lane.stats().readers == {"tp": 1}, "its end")
         assert not descriptors() - before
         serves(lane, reader)
+
+
+def test_a_visitor_gets_memory_that_it_can_only_read(lane: Lane) -> None:
+    """Written by the producer only, and never cut short under another reader (6)."""
+    with visit(lane.address) as connection:
+        connection.send(wire.hello("tp"))
+        welcome, (fd,) = receive(connection)
+        size = wire.read_welcome(welcome)[1]
+        assert os.fstat(fd).st_size == size
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.pwrite(fd, b"x", 0)
+        with pytest.raises(PermissionError):
+            mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        for cut in (fd, lane._backing.fd):
+            with pytest.raises(OSError, match=r"Invalid argument|Operation not permitted"):
+                os.ftruncate(cut, size // 2)
+        os.close(fd)
 
 
 # --- readers -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import resource
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from mmlane import host
-from mmlane.lane import JoinRefused, Lane, LaneUnavailable, Reader, Refused, memory, producer
+from mmlane.lane import JoinRefused, Lane, LaneUnavailable, Reader, Refused, memory, points, producer
 from tests.lane.sandbox import (
     DEADLINE,
     Child,
@@ -77,7 +78,10 @@ def produce_in_a_group(pipe: Connection, group: Group, threads: int) -> None:
         while pipe.recv():
             with ThreadPoolExecutor(threads) as pool:
                 found = list(pool.map(partial(put_until_refused, lane), [tensor] * threads))
-            pipe.send(([ticket for tickets, _ in found for ticket in tickets], [refused for _, refused in found]))
+            left = host.memory().available
+            pipe.send(
+                ([ticket for tickets, _ in found for ticket in tickets], [refused for _, refused in found], left)
+            )
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -86,8 +90,9 @@ def test_a_control_group_at_its_limit_refuses_and_kills_nobody(group: Group, thr
         reader.join(child.hear())
         for _ in range(3):
             child.say(True)
-            tickets, refusals = child.hear()
+            tickets, refusals, left = child.hear()
             assert 10 <= len(tickets) < 20, "most of the memory is used"
+            assert left >= 8 * MIB, "but for a sixteenth of it, which is 10 MiB"
             for refused in refusals:
                 assert refused.cause == "full" and "no memory for 8388608 bytes" in refused.detail, refused
                 assert "not for the lane" in refused.detail
@@ -96,6 +101,33 @@ def test_a_control_group_at_its_limit_refuses_and_kills_nobody(group: Group, thr
             del held
         child.say(False)
         child.result()
+        assert group.kills() == 0
+
+
+def put_at_the_same_time(pipe: Connection, group: Group, nbytes: int) -> list[bool]:
+    """Four puts that are all about to commit memory, of which there is enough for each, but not for all."""
+    group.enter()
+    tensor = torch.ones(1, dtype=torch.uint8).expand(nbytes)
+    allocated = threading.Barrier(4)
+
+    def probe(point: str) -> None:
+        if point == "put.allocated":
+            allocated.wait(DEADLINE)
+
+    with Lane({"tp": 1}, capacity=1 << 30) as lane:
+        pipe.send(lane.address)
+        assert lane.wait_open(DEADLINE)
+        points.probe = probe
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lane.put, [tensor] * 4))
+        return [isinstance(ticket, bytes) for ticket in found]
+
+
+def test_puts_at_the_same_time_do_not_count_on_the_same_memory(group: Group) -> None:
+    with Child(put_at_the_same_time, group, 48 * MIB) as child, Reader("tp") as reader:
+        reader.join(child.hear())
+        carried = child.result()
+        assert any(carried) and not all(carried)
         assert group.kills() == 0
 
 
