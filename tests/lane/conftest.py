@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.lane.processes import Company
 
@@ -13,6 +14,12 @@ _failed = pytest.StashKey[bool]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", type=float, metavar="SECONDS", help="how long tests/lane/test_soak.py goes on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The same examples in every run, so that a change is judged by what it changed; a longer soak looks further.
+    settings.register_profile("mmlane", derandomize=config.getoption("--soak", None) is None)
+    settings.load_profile("mmlane")
 
 
 @pytest.hookimpl(wrapper=True)

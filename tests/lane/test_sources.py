@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import settings
@@ -489,7 +490,7 @@ KINDS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     "overlapping": lambda shape: _base((shape[0] + shape[1],)).unfold(0, shape[1], 1),
     "offset": lambda shape: _base((shape[0] + 1, shape[1]))[1:],
     "odd offset": lambda shape: random((shape[0] * shape[1] * 4 + 1,))[1:],
-    "from numpy": lambda shape: torch.from_numpy(pytest.importorskip("numpy").ones(shape)),
+    "from numpy": lambda shape: torch.from_numpy(numpy.ones(shape)),
     "in shared memory": lambda shape: torch.ones(shape).share_memory_(),  # type: ignore[no-untyped-call]
     "inference": lambda shape: _inferred(shape),
 }
@@ -611,7 +612,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     "a number": (lambda: 5, "int"),
     "bytes": (lambda: b"abc", "bytes"),
     "a list": (lambda: [torch.zeros(3)], "list"),
-    "an array": (lambda: pytest.importorskip("numpy").zeros(3), "ndarray"),
+    "an array": (lambda: numpy.zeros(3), "ndarray"),
     "a storage": (lambda: torch.zeros(3).untyped_storage(), "UntypedStorage"),
     "a type": (lambda: Tensor, "_TensorMeta"),
 }

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -150,15 +151,6 @@ def test_an_unknown_mode_is_an_error_and_the_ticket_can_still_be_taken(pair: Tog
 # --- how long a ticket is out -------------------------------------------------------------------------------
 
 
-def _numpy(tensor: Tensor) -> Any:
-    pytest.importorskip("numpy", reason="numpy is not installed: no array to hold the tensor")
-    return tensor.numpy()
-
-
-def _numpy_part(tensor: Tensor) -> Any:
-    return _numpy(tensor)[1:, ::7].T
-
-
 class _Holder:
     """Something that a weak reference can be made to."""
 
@@ -185,12 +177,12 @@ ALIASES: dict[str, Callable[[Tensor], object]] = {
     "typed storage": lambda tensor: tensor.storage(),  # type: ignore[no-untyped-call]
     "set from storage": lambda tensor: torch.empty(0).set_(tensor.untyped_storage()),
     "graph": lambda tensor: (torch.ones(SHAPE, requires_grad=True) * tensor).sum(),
-    "array": _numpy,
-    "part of an array": _numpy_part,
-    "tensor of an array": lambda tensor: torch.from_numpy(_numpy_part(tensor).T),
+    "array": lambda tensor: tensor.numpy(),
+    "part of an array": lambda tensor: tensor.numpy()[1:, ::7].T,
+    "tensor of an array": lambda tensor: torch.from_numpy(tensor.numpy()[1:, ::7]),
     "dlpack capsule": lambda tensor: tensor.__dlpack__(),
     "tensor from dlpack": lambda tensor: torch.utils.dlpack.from_dlpack(tensor.__dlpack__())[1:],
-    "array from dlpack": lambda tensor: pytest.importorskip("numpy").from_dlpack(tensor)[1:],
+    "array from dlpack": lambda tensor: numpy.from_dlpack(tensor)[1:],
     "cell": lambda tensor: lambda: tensor,
     "bound method": lambda tensor: tensor.add_,
     "iterator": lambda tensor: iter(tensor.unbind(0)),

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import msgpack  # type: ignore[import-untyped]
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,6 +95,14 @@ def test_a_ticket_is_plain_bytes_for_every_carrier(pair: Together) -> None:
         assert type(carried) is bytes and carried == ticket
     assert copy.deepcopy(ticket) == ticket
     carried = pickle.loads(pickle.dumps(ticket))
+    assert same(pair.reader.take(carried), tensor)
+
+
+def test_a_ticket_through_msgpack_is_the_same(pair: Together) -> None:
+    tensor = random((5,), torch.float16)
+    ticket = pair.put(tensor)
+    (carried,) = msgpack.unpackb(msgpack.packb([ticket]))
+    assert type(carried) is bytes and carried == ticket
     assert same(pair.reader.take(carried), tensor)
 
 

@@ -97,7 +97,8 @@ def together(readers: int = 1, *, linger: float = 30.0, **options: Any) -> Itera
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor as its reader should see them."""
     resolved = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return resolved.reshape(-1).view(torch.uint8) if resolved.numel() else torch.empty(0, dtype=torch.uint8)
+    # Of one element or none, a contiguous tensor may have any strides, which `view` minds.
+    return resolved.as_strided((resolved.numel(),), (1,)).view(torch.uint8)
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
