@@ -49,10 +49,12 @@ fingerprints: $(READY)
 table: $(READY)
 	$(RUN) -m tools.compat_table
 
-# Figures: the start line, and the lane beside the engine's transports and others; plots and tables in bench/out.
+# Figures: the start line, the lane beside the engine's transports and others, and the engine with and without the
+# plugin; plots and tables in bench/out. It takes hours; QUICK=1 takes a part of them.
 bench: $(BENCH)
 	$(RUN) bench/startup.py
-	$(RUN) -m bench.transport
+	$(RUN) -m bench.transport $(if $(QUICK),--quick)
+	$(RUN) -m bench.engine $(if $(QUICK),--quick)
 
 # What a user gets, and what the checks need on top of that.
 $(INSTALLED): pyproject.toml

@@ -1,4 +1,6 @@
-"""Writes a tiny random Qwen2-VL, in the layout of the released ones, to the directory it is given.
+"""Writes a tiny random Qwen2-VL or Qwen2.5-VL, in the layout of the released ones.
+
+    checkpoint_writer.py DIRECTORY {qwen2_vl,qwen2_5_vl}
 
 Random weights, but not a random mess: only rows of printable letters in the output layer are non-zero, so
 replies are readable, never end early, and differ when the model saw different pixels.
@@ -80,9 +82,26 @@ def tokenizer_files(root: Path) -> dict[str, int]:
     return special
 
 
-def configuration_files(root: Path, special: dict[str, int]) -> None:
+VISION_CONFIG = {
+    "qwen2_vl": {
+        "depth": VISION_LAYERS, "embed_dim": VISION_HIDDEN, "mlp_ratio": 2, "num_heads": VISION_HEADS,
+        "in_chans": 3, "hidden_size": HIDDEN, "patch_size": 14, "spatial_merge_size": 2,
+        "spatial_patch_size": 14, "temporal_patch_size": 2, "model_type": "qwen2_vl",
+    },
+    "qwen2_5_vl": {
+        "depth": VISION_LAYERS, "hidden_act": "silu", "hidden_size": VISION_HIDDEN,
+        "intermediate_size": 2 * VISION_HIDDEN, "num_heads": VISION_HEADS, "in_chans": 3,
+        "out_hidden_size": HIDDEN, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+        "window_size": 112, "fullatt_block_indexes": [VISION_LAYERS - 1], "tokens_per_second": 2,
+        "temporal_patch_size": 2, "model_type": "qwen2_5_vl",
+    },
+}  # fmt: skip
+
+
+def configuration_files(root: Path, special: dict[str, int], model: str) -> None:
+    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}[model]
     write(root / "config.json", {
-        "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl",
+        "architectures": [f"{name}ForConditionalGeneration"], "model_type": model,
         "attention_dropout": 0.0, "bos_token_id": special["<|endoftext|>"],
         "eos_token_id": special["<|im_end|>"], "vision_start_token_id": special["<|vision_start|>"],
         "vision_end_token_id": special["<|vision_end|>"], "vision_token_id": special["<|vision_pad|>"],
@@ -94,25 +113,21 @@ def configuration_files(root: Path, special: dict[str, int]) -> None:
         "use_sliding_window": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "use_cache": True, "vocab_size": VOCABULARY,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "vision_config": {
-            "depth": VISION_LAYERS, "embed_dim": VISION_HIDDEN, "mlp_ratio": 2, "num_heads": VISION_HEADS,
-            "in_chans": 3, "hidden_size": HIDDEN, "patch_size": 14, "spatial_merge_size": 2,
-            "spatial_patch_size": 14, "temporal_patch_size": 2, "model_type": "qwen2_vl",
-        },
+        "vision_config": VISION_CONFIG[model],
     })  # fmt: skip
     write(root / "generation_config.json", {
         "bos_token_id": special["<|endoftext|>"], "pad_token_id": special["<|endoftext|>"],
         "eos_token_id": [special["<|im_end|>"], special["<|endoftext|>"]], "do_sample": False,
     })  # fmt: skip
     write(root / "preprocessor_config.json", {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": f"{name}Processor",
         "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
         "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     })  # fmt: skip
 
 
-def weights() -> dict[str, torch.Tensor]:
+def weights(model: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(SEED)
     tensors: dict[str, torch.Tensor] = {}
 
@@ -148,16 +163,18 @@ def weights() -> dict[str, torch.Tensor]:
     silent[letters] = False
     tensors["lm_head.weight"][silent] = 0
 
+    older = model == "qwen2_vl"  # whose tower has LayerNorm and a plain MLP
     linear("visual.patch_embed.proj", VISION_HIDDEN, 3, 2, 14, 14, gain=4.0)
     for layer in range(VISION_LAYERS):
         name = f"visual.blocks.{layer}"
-        norm(f"{name}.norm1", VISION_HIDDEN, bias=True)
-        norm(f"{name}.norm2", VISION_HIDDEN, bias=True)
+        norm(f"{name}.norm1", VISION_HIDDEN, bias=older)
+        norm(f"{name}.norm2", VISION_HIDDEN, bias=older)
         linear(f"{name}.attn.qkv", 3 * VISION_HIDDEN, VISION_HIDDEN, bias=True)
         linear(f"{name}.attn.proj", VISION_HIDDEN, VISION_HIDDEN, bias=True)
-        linear(f"{name}.mlp.fc1", 2 * VISION_HIDDEN, VISION_HIDDEN, bias=True)
-        linear(f"{name}.mlp.fc2", VISION_HIDDEN, 2 * VISION_HIDDEN, bias=True)
-    norm("visual.merger.ln_q", VISION_HIDDEN, bias=True)
+        for widening in ("fc1",) if older else ("gate_proj", "up_proj"):
+            linear(f"{name}.mlp.{widening}", 2 * VISION_HIDDEN, VISION_HIDDEN, bias=True)
+        linear(f"{name}.mlp.{'fc2' if older else 'down_proj'}", VISION_HIDDEN, 2 * VISION_HIDDEN, bias=True)
+    norm("visual.merger.ln_q", VISION_HIDDEN, bias=older)
     linear("visual.merger.mlp.0", 4 * VISION_HIDDEN, 4 * VISION_HIDDEN, bias=True)
     linear("visual.merger.mlp.2", HIDDEN, 4 * VISION_HIDDEN, bias=True, gain=3.0)
     return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
@@ -173,10 +190,10 @@ def write(path: Path, content: object) -> None:
 
 
 def main() -> None:
-    root = Path(sys.argv[1])
+    root, model = Path(sys.argv[1]), sys.argv[2]
     special = tokenizer_files(root)
-    configuration_files(root, special)
-    save_file(weights(), str(root / "model.safetensors"), metadata={"format": "pt"})
+    configuration_files(root, special, model)
+    save_file(weights(model), str(root / "model.safetensors"), metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

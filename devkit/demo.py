@@ -1,5 +1,7 @@
 """`make demo`: the real engine with the plugin and without it, the same image requests to both, side by side.
 
+Before what is shown, one image warms each engine up; with the plugin it also opens the lane.
+
 Builds what it needs, ends every server that it starts, and exits with 0 if the engine with the plugin answered
 everything.
 """
@@ -32,6 +34,7 @@ from devkit.sharedmemory import can_be_private
 from mmlane.cli.examination import size
 from mmlane.compat import matrix
 from mmlane.host import PREFIXES, SHM
+from mmlane.lane.status import LaneStats, ask, running
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_ENGINE = "0.5.12.post1"
@@ -65,6 +68,7 @@ class Outcome:
     case: Case
     reply: Reply
     died: bool
+    seconds: float
 
     @property
     def answered(self) -> bool:
@@ -78,6 +82,7 @@ class Run:
     outcomes: list[Outcome] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     left: dict[str, int] = field(default_factory=dict)
+    lane: LaneStats | None = None
 
     @property
     def deaths(self) -> int:
@@ -121,11 +126,13 @@ class Demo:
             server = EngineServer(self.version, plugin=plugin)
             with server:
                 own = server.shm_listing()  # the engine's message queues, which carry no features
+                server.chat(self.images[:1], PROMPT)
                 while waiting:
                     outcome = self._ask(server, waiting.pop(0))
                     run.outcomes.append(outcome)
                     if outcome.died:
                         break
+                run.lane = lane_of(server) if plugin else None
             run.said = run.said or [line for line in server.log().splitlines() if line.startswith("mmlane: ")]
             listing = server.shm_listing()
             if not can_be_private():
@@ -134,12 +141,14 @@ class Demo:
         return run
 
     def _ask(self, server: EngineServer, case: Case) -> Outcome:
+        began = time.perf_counter()
         try:
             reply = server.chat(self.images[: case.images], PROMPT, n=case.n)
         except TimeoutError as late:
             reply = Reply(0, {"error": f"{late}"})
+        seconds = time.perf_counter() - began
         died = not server.alive() or (reply.status == 0 and ends_within(server, DEATH_S))
-        outcome = Outcome(case, reply, died)
+        outcome = Outcome(case, reply, died, seconds)
         self._say(f"  {case.name}: {status(outcome)}")
         return outcome
 
@@ -161,6 +170,7 @@ class Demo:
         table.add_column("without", ratio=1)
         for on, off in zip(with_plugin.outcomes, without.outcomes, strict=True):
             table.add_row(on.case.name, cell(on), cell(off))
+        table.add_row("features", features(with_plugin), "not counted")
         table.add_row("features left in /dev/shm", leftovers(with_plugin), leftovers(without))
         out.print(table)
         out.print(
@@ -233,7 +243,7 @@ def status(outcome: Outcome) -> str:
     """One outcome in a few words."""
     if outcome.answered:
         plural = "answer" if outcome.case.n == 1 else "answers"
-        return f"200, {outcome.case.n} {plural}"
+        return f"200, {outcome.case.n} {plural}, {outcome.seconds * 1e3:.0f} ms"
     if outcome.died:
         return "no answer: the server died"
     return f"{outcome.reply.status or 'no answer'}"
@@ -256,6 +266,28 @@ def complaint(reply: Reply) -> str:
         body = body.get("message") or (error.get("message") if isinstance(error, dict) else error) or body
     text = " ".join(str(body).split())
     return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def lane_of(server: EngineServer) -> LaneStats | None:
+    """How the lane of a server's one tokenizer does, if it has one."""
+    for address in running():
+        stats = ask(address)
+        if stats.pid == server.pid:
+            return stats
+    return None
+
+
+def features(run: Run) -> str:
+    """How they travelled."""
+    lane = run.lane
+    if lane is None:
+        return "no lane: see what mmlane said"
+    copies = lane.puts - lane.shared
+    rest = sum(lane.refused.values())
+    return (
+        f"{lane.puts} by lane, with {copies} copies: {size(lane.copied)} in {lane.copy_seconds * 1e3:.1f} ms; "
+        f"{rest} by segment, while the lane opened"
+    )
 
 
 def leftovers(run: Run) -> str:

@@ -34,8 +34,8 @@ from devkit.wheels import wheel_source
 
 _DEFAULT_SHM_BYTES = 8 << 30
 _MOST_RANKS = 16
-# The modules of the engine that our checkpoint is served with.
-_OUR_MODEL = {"__init__", "registry", "utils", "qwen2", "qwen2_vl"}
+# The modules of the engine that our checkpoints are served with.
+_OUR_MODEL = {"__init__", "registry", "utils", "qwen2", "qwen2_vl", "qwen2_5_vl"}
 _POLL_S = 0.1
 _KILL_GRACE_S = 20.0
 

@@ -39,6 +39,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engines", default=",".join(SIX), help="engine releases for tests/engine: all, or V[,V...]")
 
 
+# Those of the six on which it also starts it with the back-ports alone.
+WITHOUT_LANE = ("0.5.9", "0.5.12.post1", "0.5.18")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--engines") != "all":
+        for item in items:
+            if item.get_closest_marker("matrix"):
+                item.add_marker(pytest.mark.skip(reason="only with --engines all"))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "version" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("--engines")

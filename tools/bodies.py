@@ -68,6 +68,20 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
         f"{_REQUEST}._normalize_video_data",
         f"{_REQUEST}._normalize_audio_data",
     ),
+    "arena": (
+        f"{_MM}.wrap_shm_features",
+        f"{_MM}._wrap_tensor_or_list",
+        f"{_MM}._wrap_shm_or_inline",
+        f"{_MM}._get_is_default_transport",
+        "sglang.srt.managers.io_struct.MMInputsProcessError",
+        f"{_MSGPACK}._is_shm_pointer_mm_data",
+        f"{_MSGPACK}._encode_shm_pointer_mm_data",
+        f"{_MSGPACK}._decode_shm_pointer_mm_data",
+        f"{_TOKENIZER}._handle_batch_request",
+        *_RECEIVE,
+    ),
+    # The names of segments.
+    "shm_sweep": ("sglang.srt.utils.stale_shm_cleanup.make_shm_name", f"{_MM}.ShmPointerMMData"),
 }
 
 Bodies = Mapping[str, str | None]

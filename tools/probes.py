@@ -8,6 +8,7 @@ the text of a cell is itself what is checked.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from tools.steps import Function, Step, steps, steps_in
 MM_UTILS = "sglang.srt.managers.mm_utils"
 TOKENIZER = "sglang.srt.managers.tokenizer_manager"
 REQUESTS = "sglang.srt.managers.io_struct"
+ENGINE = "sglang.srt.entrypoints.engine"
 # Where requests are received: from 0.5.13, and before.
 RECEIVERS = (
     ("sglang.srt.managers.scheduler_components.request_receiver", "SchedulerRequestReceiver"),
@@ -250,6 +252,32 @@ def _flat(source: EngineSource, field: str) -> bool:
     return f"self.{field} = [self.{field}]" not in assigned
 
 
+# --- shm_sweep: what a launch does before it starts processes ----------------------------------------------
+
+
+def no_sweep(source: EngineSource) -> bool:
+    """From 0.5.15 on there is `stale_shm_cleanup`, for the engine's own CI and by pid alone: nothing calls it."""
+    homes = (source.find(ENGINE, "_launch_subprocesses"), source.find(ENGINE, "Engine._launch_subprocesses"))
+    launches = [_names(steps(node)) for node in homes if isinstance(node, Function)]
+    _found(len(launches) == 1, f"{len(launches)} functions _launch_subprocesses")
+    configure = _need(source, ENGINE, "_set_envs_and_config")
+    assert isinstance(configure, Function)
+    before, _, _ = " ".join(launches[0]).partition("_launch_scheduler_processes")
+    _found("_set_envs_and_config" in before, "processes are started before _set_envs_and_config")
+    made = [*launches[0], *_names(steps(configure))]
+    sweeping = [name for name in made if re.search("shm|stale|leftover|sweep", name)]
+    _found(not sweeping, f"the launch calls {sweeping}")
+    return True
+
+
+# --- arena: how each feature travels ------------------------------------------------------------------------
+
+
+def a_segment_each(source: EngineSource) -> bool:
+    _found("SharedMemory" in _names(_pointer(source, "__init__")), "no SharedMemory in __init__")
+    return True
+
+
 # --- reading -----------------------------------------------------------------------------------------------
 
 
@@ -293,9 +321,11 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("no_barrier", "no barrier", no_barrier),
         Fault("barrier_on_tp_only", "a barrier on the TP group only", barrier_on_tp_only),
     ),
+    "arena": (Fault("a_segment_each", "a segment for each tensor", a_segment_each),),
     "fan_out": (Fault("shares_items", "their items are shared", shares_items),),
     "fan_out_images": (
         Fault("images_as_batch", "400 for several images with n > 1", images_as_batch),
         Fault("videos_cut", "only the first of several videos or audios", videos_cut),
     ),
+    "shm_sweep": (Fault("no_sweep", "without a look at what a crash left", no_sweep),),
 }

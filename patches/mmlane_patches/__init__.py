@@ -10,10 +10,18 @@ from collections.abc import Sequence
 
 from mmlane.hookspecs import hookimpl
 from mmlane.patching import PatchSpec
-from mmlane_patches import deferred_unwrap, fan_out, fan_out_images, shm_pointer, tp_barrier
+from mmlane_patches import arena, deferred_unwrap, fan_out, fan_out_images, shm_pointer, shm_sweep, tp_barrier
 
 
 @hookimpl
 def mmlane_patches() -> Sequence[PatchSpec]:
     """Our patches, in the order in which they are to be applied."""
-    return [shm_pointer.SPEC, deferred_unwrap.SPEC, tp_barrier.SPEC, fan_out.SPEC, fan_out_images.SPEC]
+    return [
+        shm_pointer.SPEC,
+        deferred_unwrap.SPEC,
+        tp_barrier.SPEC,
+        fan_out.SPEC,
+        fan_out_images.SPEC,
+        arena.SPEC,
+        shm_sweep.SPEC,
+    ]

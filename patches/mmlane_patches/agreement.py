@@ -60,7 +60,7 @@ def agree(groups: Sequence[Any], requests: list[Any]) -> None:
     for request, error in zip(holders, errors, strict=True):
         if any(request is other for other in lost):
             _give_up(request, error)
-    _move_out_of_batches(requests, lost)
+    move_out_of_batches(requests, lost)
 
 
 def pointers(request: Any) -> list[SegmentPointer]:
@@ -85,7 +85,11 @@ def _give_up(request: Any, error: str | None) -> None:
     request.mm_inputs = LostFeatures(lost_message([pointer.shm_name for pointer in found], cause))
 
 
-def _move_out_of_batches(requests: list[Any], lost: list[Any]) -> None:
+def move_out_of_batches(requests: list[Any], lost: list[Any]) -> None:
+    """Have the `lost` requests handled by themselves, each behind the batch that it came in."""
+    if not lost:
+        return
+
     def is_lost(request: Any) -> bool:
         return any(request is other for other in lost)
 

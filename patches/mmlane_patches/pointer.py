@@ -33,7 +33,7 @@ logger = logging.getLogger("mmlane")
 PREFIX = "mmlane_"
 
 # While a request is sent: the pointers that were made for it (see `sending`).
-made_here: ContextVar[list[SegmentPointer] | None] = ContextVar("made_here", default=None)
+made_here: ContextVar[list[Any] | None] = ContextVar("made_here", default=None)
 SHM = Path("/dev/shm")
 
 
@@ -210,9 +210,9 @@ class _PointerOrTensor(type):
         try:
             return super().__call__(tensor, precomputed_hash)
         except OSError as error:
-            _warn_once(f"errno {error.errno}", error)
+            warn_once(f"errno {error.errno}", error)
         except NotTransportable as error:
-            _warn_once(str(error), error)
+            warn_once(str(error), error)
         return tensor
 
 
@@ -230,7 +230,7 @@ def in_its_place(engines_own: type) -> type:
 _warned: set[str] = set()
 
 
-def _warn_once(cause: str, error: Exception) -> None:
+def warn_once(cause: str, error: Exception) -> None:
     if cause not in _warned:
         _warned.add(cause)
         logger.warning("mmlane: %s. The feature is sent inline, which is slower; said once per cause.", error)

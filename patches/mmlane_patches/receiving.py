@@ -15,7 +15,8 @@ from functools import wraps
 from typing import Any
 
 from mmlane.patching import Refusal
-from mmlane_patches.agreement import agree
+from mmlane_patches import tickets
+from mmlane_patches.agreement import LostFeatures, agree, move_out_of_batches
 from mmlane_patches.features import replace_values, single_requests
 from mmlane_patches.pointer import SegmentPointer
 
@@ -110,8 +111,25 @@ def agree_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, Any], N
     return finalize_shm_features
 
 
+def take_tickets_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """`SchedulerRequestReceiver._finalize_shm_features` from 0.5.19 on, which agrees on what segments are left."""
+    from sglang.srt.managers.io_struct import MMInputsProcessError
+
+    @wraps(finalize)
+    def finalize_shm_features(self: Any, recv_reqs: list[Any] | None) -> None:
+        for request, message in tickets.take(recv_reqs or []):
+            request.mm_inputs = MMInputsProcessError(message)
+        finalize(self, recv_reqs)
+
+    return finalize_shm_features
+
+
 def _finished(receiver: Any, received: Any) -> Any:
     if received:
+        lost = tickets.take(received)
+        for request, message in lost:
+            request.mm_inputs = LostFeatures(message)
+        move_out_of_batches(received, [request for request, _ in lost])
         agree(carrying_groups(receiver), received)
         take(received)
     return received

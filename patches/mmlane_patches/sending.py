@@ -1,4 +1,4 @@
-"""How the tokenizer sends a request: what cannot be sent leaves no segment behind.
+"""How the tokenizer sends a request: by whose lane; what cannot be sent leaves no segment and no ticket behind.
 
 A pointer is the receiver's as soon as it has been pickled. When the rest of its request cannot be pickled, or the
 socket refuses it, nobody receives it.
@@ -8,35 +8,57 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any
 
-from mmlane_patches.pointer import SegmentPointer, made_here
+from mmlane_patches import lanes
+from mmlane_patches.pointer import made_here
 
 
 def unlink_if_unsent(send: Callable[..., Any]) -> Callable[..., Any]:
-    """`TokenizerManager._send_one_request`, a coroutine function from 0.5.20 on, whose failure unlinks."""
-    if inspect.iscoroutinefunction(send):
+    """`TokenizerManager._send_one_request`, whose failure unlinks what was made for it."""
+    return _inside(send, lambda manager: _or_unlink())
+
+
+def by_lane(send: Callable[..., Any]) -> Callable[..., Any]:
+    """`TokenizerManager._send_one_request`, for which the manager's own lane is used."""
+    return _inside(send, _by_lane)
+
+
+def _inside(
+    send: Callable[..., Any], context: Callable[[Any], AbstractContextManager[None]]
+) -> Callable[..., Any]:
+    if inspect.iscoroutinefunction(send):  # from 0.5.20 on
 
         @wraps(send)
-        async def send_async(*args: Any, **kwargs: Any) -> Any:
-            with _or_unlink():
-                return await send(*args, **kwargs)
+        async def send_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with context(self):
+                return await send(self, *args, **kwargs)
 
         return send_async
 
     @wraps(send)
-    def send_one_request(*args: Any, **kwargs: Any) -> Any:
-        with _or_unlink():
-            return send(*args, **kwargs)
+    def send_one_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with context(self):
+            return send(self, *args, **kwargs)
 
     return send_one_request
 
 
 @contextmanager
+def _by_lane(manager: Any) -> Iterator[None]:
+    token = lanes.producer.set(lanes.producers.get(manager))
+    try:
+        with _or_unlink():
+            yield
+    finally:
+        lanes.producer.reset(token)
+
+
+@contextmanager
 def _or_unlink() -> Iterator[None]:
-    made: list[SegmentPointer] = []
+    made: list[Any] = []  # pointers, of a segment or a ticket
     token = made_here.set(made)
     try:
         yield

@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from mmlane import hookspecs
 from mmlane.engine import Engine
-from mmlane.patching import Cell, Decision, PatchSpec, Refusal, Target
+from mmlane.patching import Cell, Decision, PatchSpec, Refusal, Target, spread
 from mmlane.settings import Settings
 
 MATRIX = "compat_matrix.yaml"
@@ -50,6 +50,8 @@ class Matrix:
             roles=frozenset(row["roles"]),
             cells=tuple(cells),
             targets=targets,
+            modes=frozenset(row.get("modes", ("arena", "backport"))),
+            needs=frozenset(row.get("needs", ())),
         )
 
 
@@ -109,11 +111,7 @@ def plan(specs: Iterable[PatchSpec], engine: Engine, settings: Settings) -> dict
     A group of which one patch cannot be applied, or was turned off, is skipped as a whole.
     """
     decisions = {spec.id: _decide(spec, engine, settings) for spec in specs}
-    for culprit in [decision for decision in decisions.values() if decision.state == "skipped"]:
-        for decision in decisions.values():
-            if decision.spec.group == culprit.spec.group and decision.state == "planned":
-                decision.state = "skipped"
-                decision.reason, decision.chosen, decision.needs = culprit.reason, culprit.chosen, culprit.spec.id
+    spread(decisions)
     return decisions
 
 
@@ -126,8 +124,8 @@ def _decide(spec: PatchSpec, engine: Engine, settings: Settings) -> Decision:
         return Decision(spec, "skipped", f"sglang {version} is older than {oldest}, the oldest supported")
     if cell.state == "native":
         return Decision(spec, "native", cell.reason)
-    if settings.mode == "off":
-        return Decision(spec, "skipped", "MMLANE=off", chosen=True)
+    if settings.mode not in spec.modes:
+        return Decision(spec, "skipped", f"MMLANE={settings.mode}", chosen=True)
     if spec.id in settings.disable:
         return Decision(spec, "skipped", "turned off by MMLANE_DISABLE", chosen=True)
     targets = spec.targets_on(version)

@@ -72,7 +72,8 @@ class Target:
 class PatchSpec:
     """One fix. `cells` say on which engine versions it is applied and on which the engine has it.
 
-    Patches of one `group` need each other: the group is applied whole or not at all. `roles` are the kinds of
+    Patches of one `group` need each other: the group is applied whole or not at all. A patch that `needs` others
+    is skipped where one of them is, not the other way round. `modes`: where it is wanted. `roles` are the kinds of
     process whose behaviour it changes ("main", "tokenizer", "dp_controller", "scheduler", "detokenizer").
     `consequence` says, in a user's words, what follows where it is missing.
     """
@@ -86,6 +87,8 @@ class PatchSpec:
     roles: frozenset[str]
     cells: tuple[Cell, ...]
     targets: tuple[Target, ...]
+    modes: frozenset[str] = frozenset({"arena", "backport"})
+    needs: frozenset[str] = frozenset()
 
     def cell(self, version: Version) -> Cell | None:
         """The cell that holds for an engine version, or None below the oldest."""
@@ -286,7 +289,7 @@ def replaced_by(value: Any, module: ModuleType) -> str | None:
     # A decorator copies __module__ and __qualname__, so only the code tells where a function comes from.
     for name, candidate in list(sys.modules.items()):
         if isinstance(candidate, ModuleType) and vars(candidate).get("__file__") == code.co_filename:
-            if name.startswith(f"{engine}.srt.plugins"):
+            if name.startswith(f"{engine}.srt.plugins") and name != module.__name__:
                 # The engine's own way to hook; whose hook it is tells what its wrapper holds.
                 functions = [held for held in _held(function) or () if hasattr(held, "__qualname__")]
                 homes = [(held.__module__ or name, held.__qualname__) for held in functions]
@@ -329,6 +332,20 @@ class Decision:
     def explanation(self) -> str:
         """The reason, and whose it is where it is another patch's."""
         return f"needs {self.needs}: {self.reason}" if self.needs else self.reason
+
+
+def spread(decisions: Mapping[str, Decision]) -> None:
+    """Skip what cannot be applied because something else is skipped: the rest of a group, and what needs it."""
+    changed = True
+    while changed:
+        changed = False
+        for culprit in [decision for decision in decisions.values() if decision.state == "skipped"]:
+            for decision in decisions.values():
+                together = decision.spec.group == culprit.spec.group
+                if decision.state == "planned" and (together or culprit.spec.id in decision.spec.needs):
+                    decision.state, decision.reason, decision.chosen = "skipped", culprit.reason, culprit.chosen
+                    decision.needs = culprit.needs or culprit.spec.id
+                    changed = True
 
 
 class Patcher:
@@ -380,14 +397,14 @@ class Patcher:
         ]
 
     def _drop_group(self, culprit: Decision, reason: str) -> None:
-        """Skip every patch of a group, because one of them cannot be applied; what others had put on top stays."""
+        """Skip every patch of a group, because one of them cannot be applied; what others had put on top stays.
+
+        So are patches that need one of these.
+        """
         modules = {replacement.target.module for _, replacement in self._in_order}
         self.undo()
-        for decision in self.decisions.values():
-            if decision.spec.group == culprit.spec.group and decision.state == "planned":
-                decision.state = "skipped"
-                decision.reason = reason
-                decision.needs = "" if decision is culprit else culprit.spec.id
+        culprit.state, culprit.reason = "skipped", reason
+        spread(self.decisions)
         for module in modules:
             self.module_ready(sys.modules[module])
 

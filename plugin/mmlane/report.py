@@ -13,8 +13,6 @@ from mmlane import __version__
 from mmlane.patching import Decision
 from mmlane.settings import Settings
 
-LANE_MISSING = "arena acts as backport: the lane does not serve the engine yet"
-
 
 @dataclass(frozen=True)
 class Report:
@@ -37,8 +35,6 @@ class Report:
         """At most six lines for the engine's log: what was applied, native and skipped."""
         untested = f" ({self.untested})" if self.untested else ""
         lines = [f"{__version__} on sglang {self.engine}{untested}, mode {self.settings.mode}"]
-        if self.settings.mode == "arena":
-            lines[0] += f"; {LANE_MISSING}"
         lines.append(f"  applied: {_listed(self.ids('applied', 'planned'))}")
         lines.append(f"  native:  {_listed(self.ids('native'))}")
         chosen = [d.spec.id for d in self.decisions if d.chosen]
@@ -74,7 +70,6 @@ class Report:
             "engine": self.engine,
             "untested": self.untested,
             "mode": self.settings.mode,
-            "note": LANE_MISSING if self.settings.mode == "arena" else "",
             "patches": [
                 {
                     "id": d.spec.id,

@@ -12,9 +12,11 @@ from typing import Literal, cast, get_args
 
 Mode = Literal["arena", "backport", "off"]
 Log = Literal["debug", "info", "warning"]
+Sweep = Literal["0", "1", "private"]
 
 MODES: tuple[str, ...] = get_args(Mode)
 LOGS: tuple[str, ...] = get_args(Log)
+SWEEPS: tuple[str, ...] = get_args(Sweep)
 
 
 class SettingsError(ValueError):
@@ -49,6 +51,10 @@ FLAGS = (
 class Settings:
     """`disable` holds patch ids; `log` is what mmlane prints on standard error.
 
+    capacity: the most that the lane of one tokenizer process may hold, in bytes; None: a quarter of the memory of
+    the machine or control group, divided by the number of tokenizer workers.
+    sweep: whether to reclaim what a crashed engine left in /dev/shm; "private": also where that takes the user's
+    word that no other container uses that /dev/shm.
     log "info": one block at engine start, and whatever needs attention; "warning": only the latter;
     "debug": also one line from every process of the engine.
     """
@@ -57,15 +63,24 @@ class Settings:
     disable: frozenset[str] = frozenset()
     strict: bool = False
     log: Log = "info"
+    capacity: int | None = None
+    sweep: Sweep = "1"
 
 
 def read(environ: Mapping[str, str]) -> Settings:
-    """Settings from MMLANE, MMLANE_DISABLE, MMLANE_STRICT and MMLANE_LOG. Raises `SettingsError`."""
+    """Settings from the MMLANE_* variables. Raises `SettingsError`."""
     mode = _one_of("MMLANE", environ, MODES, "arena")
     log = _one_of("MMLANE_LOG", environ, LOGS, "info")
     strict = _one_of("MMLANE_STRICT", environ, ("0", "1"), "0")
     disable = frozenset(word.strip() for word in environ.get("MMLANE_DISABLE", "").split(",") if word.strip())
-    return Settings(mode=cast(Mode, mode), disable=disable, strict=strict == "1", log=cast(Log, log))
+    return Settings(
+        mode=cast(Mode, mode),
+        disable=disable,
+        strict=strict == "1",
+        log=cast(Log, log),
+        capacity=_mebibytes("MMLANE_CAPACITY_MB", environ),
+        sweep=cast(Sweep, _one_of("MMLANE_SWEEP", environ, SWEEPS, "1")),
+    )
 
 
 def _one_of(variable: str, environ: Mapping[str, str], right: tuple[str, ...], default: str) -> str:
@@ -73,6 +88,13 @@ def _one_of(variable: str, environ: Mapping[str, str], right: tuple[str, ...], d
     if value not in right:
         raise SettingsError(f"{variable}={environ[variable]} is not one of: {', '.join(right)}")
     return value
+
+
+def _mebibytes(variable: str, environ: Mapping[str, str]) -> int | None:
+    value = environ.get(variable, "").strip()
+    if value and (not value.isdecimal() or int(value) == 0):
+        raise SettingsError(f"{variable}={environ[variable]} is not a number of MiB, such as 4096")
+    return int(value) << 20 if value else None
 
 
 def take_flags(argv: list[str], environ: MutableMapping[str, str]) -> list[str]:

@@ -35,11 +35,11 @@ def forget(table: Path, release: str, *cells: str) -> None:
 
 
 def test_a_release_that_changes_nothing(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    forget(table, "0.5.10.post1")
-    assert main(["0.5.10.post1", "--table", str(table)]) == 0
+    forget(table, "0.5.13.post1")
+    assert main(["0.5.13.post1", "--table", str(table)]) == 0
     told = capsys.readouterr().out
-    assert "sglang 0.5.10.post1: not in the table; compared with 0.5.10" in told
-    assert "add 0.5.10.post1 to `engines`" in told
+    assert "sglang 0.5.13.post1: not in the table; compared with 0.5.13" in told
+    assert "add 0.5.13.post1 to `engines`" in told
 
 
 def test_a_release_that_brings_a_fix(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +87,7 @@ def test_a_wheel_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     wheel = tmp_path / f"sglang-{real.version}-py3-none-any.whl"
     assert real.root is not None
     with zipfile.ZipFile(wheel, "w") as archive:
-        for folder in ("sglang/srt/managers", "sglang/srt/utils"):
+        for folder in ("sglang/srt/entrypoints", "sglang/srt/managers", "sglang/srt/utils"):
             for file in (real.root / folder).rglob("*.py"):
                 archive.write(file, file.relative_to(real.root))
         archive.writestr(f"sglang-{real.version}.dist-info/METADATA", "")

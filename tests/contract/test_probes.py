@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from mmlane.patching import EngineSource
 from tools import probes
-from tools.probes import MM_UTILS, RECEIVERS, REQUESTS, TOKENIZER
+from tools.probes import ENGINE, MM_UTILS, RECEIVERS, REQUESTS, TOKENIZER
 from tools.releases import release
 
 RECEIVER, SCHEDULER = (module for module, _ in RECEIVERS)
@@ -53,6 +53,8 @@ CHANGES: dict[str, list[Change]] = {
         ("fan_out_images", REQUESTS, ("len(self.image_data) != self.batch_size", "self.bad()"), None),
         ("fan_out_images", REQUESTS, ("self.video_data * self.par", "self.own_videos * self.par"), None),
         ("fan_out_images", REQUESTS, ("class GenerateReqInput", "class Request"), None),
+        ("shm_sweep", ENGINE, ("        load_plugins()\n", "        cleanup_stale_shm()\n"), None),
+        ("shm_sweep", ENGINE, (" _set_envs_and_config(server_args)\n", " pass\n"), None),
     ],
 }
 CASES = [(number, *change) for number, changes in CHANGES.items() for change in changes]

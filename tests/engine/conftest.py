@@ -1,4 +1,4 @@
-"""One unpatched run and one patched server for each engine release, never two at once."""
+"""One unpatched run and two patched servers for each engine release, never two at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from packaging.version import Version
 
 from devkit.client import Reply
 from devkit.server import EngineServer
+from tests.conftest import SIX, WITHOUT_LANE
 from tests.engine import scenarios
+from tests.engine.scenarios import CountingServer
 
 ISOLATED = Version("0.5.19")  # from here on the engine itself fails one request for one lost segment
 FANNED_OUT = Version("0.5.13")  # from here on the engine itself gives each of n samples its own items
@@ -19,7 +21,7 @@ FANNED_OUT = Version("0.5.13")  # from here on the engine itself gives each of n
 
 @dataclass
 class Transcript:
-    """What an engine without the plugin did: its answers, and which faults ended it."""
+    """What an engine without the plugin did: its answers, which faults ended it, what its ranks waited for."""
 
     answers: dict[str, Reply] = field(default_factory=dict)
     image_bytes: int = 0
@@ -28,15 +30,18 @@ class Transcript:
     survived_n3: bool = True
     lost_segment: Reply | None = None
     survived_lost_segment: bool = True
+    collectives: int = 0
 
 
 @pytest.fixture(scope="session")
 def unpatched(version: str) -> Transcript:
     """Run a release without the plugin, through everything that this suite wants to know of it."""
     seen = Transcript()
-    with EngineServer(version) as server:
+    counting = CountingServer(version)
+    with counting as server:
         for name, ask in scenarios.ANSWERED.items():
             seen.answers[name] = ask(server)
+        seen.collectives = counting.collectives()
         before = scenarios.loopback_bytes()
         scenarios.ANSWERED["larger image"](server)
         seen.image_bytes = scenarios.loopback_bytes() - before
@@ -62,7 +67,34 @@ def survived(server: EngineServer, reply: Reply) -> bool:
 
 
 @pytest.fixture(scope="session")
-def patched(version: str, unpatched: Transcript, plugin_wheel: Path) -> Iterator[EngineServer]:
-    """A release with the plugin installed, serving; it starts when the unpatched run is over."""
-    with EngineServer(version, plugin=plugin_wheel, env={"MMLANE_LOG": "debug"}) as server:
+def patched(
+    version: str, unpatched: Transcript, plugin_wheel: Path, request: pytest.FixtureRequest
+) -> Iterator[EngineServer]:
+    """A release with the back-ports alone, serving; it starts when the unpatched run is over."""
+    if request.config.getoption("--engines") == ",".join(SIX) and version not in WITHOUT_LANE:
+        pytest.skip("the back-ports alone: with --engines all, or naming this release")
+    end_the_one_before()
+    env = {"MMLANE": "backport", "MMLANE_LOG": "debug"}
+    with EngineServer(version, plugin=plugin_wheel, env=env) as server:
+        _running.append(server)
+        yield server
+
+
+# A session's fixtures live until the release changes, and two servers do not: tests of one do not come after
+# those of the next (test_release, test_release_arena).
+_running: list[EngineServer] = []
+
+
+def end_the_one_before() -> None:
+    while _running:
+        _running.pop().stop()
+
+
+@pytest.fixture(scope="session")
+def arena(version: str, unpatched: Transcript, plugin_wheel: Path) -> Iterator[CountingServer]:
+    """A release as a user has it, with the plugin installed and no mode chosen."""
+    end_the_one_before()
+    server = CountingServer(version, plugin=plugin_wheel, args=["--enable-metrics"], env={"MMLANE_LOG": "debug"})
+    with server:
+        _running.append(server)
         yield server

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,31 @@ from typing import Any
 from devkit.client import Reply
 from devkit.images import jpeg
 from devkit.server import EngineServer
+from mmlane.lane.status import LaneStats, ask, running
 
 WAIT_S = 60.0  # for what happens at once when it happens at all; only a fault takes that long
 TEXT = "Describe it."
 IMAGE = (320, 240)
+
+
+class CountingServer(EngineServer):
+    """An engine of which the barriers and all-reduces are counted that it waits for while it receives requests."""
+
+    def __init__(
+        self,
+        version: str,
+        *,
+        plugin: Path | None = None,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self._counts = tempfile.TemporaryDirectory()
+        counting = {"PYTHONPATH": str(Path(__file__).with_name("collectives")), "COLLECTIVES": self._counts.name}
+        super().__init__(version, plugin=plugin, args=args, env={**counting, **(env or {})})
+
+    def collectives(self) -> int:
+        """How many there have been so far, all ranks together."""
+        return sum(len(file.read_text().splitlines()) for file in Path(self._counts.name).iterdir())
 
 
 def image(seed: int = 0) -> bytes:
@@ -66,12 +88,12 @@ def in_background(call: Callable[[], Any]) -> concurrent.futures.Future[Any]:
     return concurrent.futures.ThreadPoolExecutor(1).submit(call)
 
 
-def wait_for(condition: Callable[[], bool], what: str | Callable[[], str]) -> None:
+def wait_for(condition: Callable[[], bool], what: str | Callable[[], str], seconds: float = WAIT_S) -> None:
     """Wait for something outside this process that gives no event, as a file or a process elsewhere."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {WAIT_S:.0f} s for {what if isinstance(what, str) else what()}")
+            raise TimeoutError(f"waited {seconds:.0f} s for {what if isinstance(what, str) else what()}")
         time.sleep(0.01)
 
 
@@ -109,6 +131,49 @@ def ask_and_lose_the_segment(server: EngineServer) -> Reply:
     # From 0.5.14 on the main process outlives a scheduler by a minute, for core dumps, and answers nothing.
     wait_for(lambda: answer.done() or not run(server, pids), "a reply, or the end of a scheduler")
     return answer.result(WAIT_S) if run(server, pids) else Reply(0, {"error": "a scheduler has ended"})
+
+
+def features(server: EngineServer) -> list[str]:
+    """The feature segments in the server's /dev/shm that are named as such.
+
+    Not every segment: the engine keeps queues between its processes there, named psm_ on older releases.
+    """
+    return [name for name in server.shm_listing() if name.startswith(("mmlane_", "sgl_shm_mm_"))]
+
+
+def wait_for_no_features(server: EngineServer) -> None:
+    wait_for(lambda: features(server) == [], lambda: f"{features(server)} to go")
+
+
+def lanes(server: EngineServer) -> list[LaneStats]:
+    """The lanes of a server's processes, as they are now."""
+    pids = {process.pid for process in server.processes()}
+    return [ask(address, WAIT_S) for address in running() if int(address.split("-")[1]) in pids]
+
+
+def lane(server: EngineServer) -> LaneStats:
+    """The one lane of a server with one tokenizer process."""
+    (found,) = lanes(server)
+    return found
+
+
+def open_lanes(server: EngineServer, count: int = 1) -> None:
+    """Send images until that many producers have an open lane each."""
+
+    def all_open() -> bool:
+        assert server.generate([image()], TEXT).status == 200
+        return sum(stats.is_open for stats in lanes(server)) == count
+
+    wait_for(all_open, lambda: f"{count} open lanes: {lanes(server)}")
+
+
+def wait_for_baseline(server: EngineServer) -> None:
+    """Wait until every ticket has come back, and nothing is kept for anybody."""
+
+    def at_baseline() -> bool:
+        return all((stats.tickets, stats.taken) == (0, 0) for stats in lanes(server))
+
+    wait_for(at_baseline, lambda: f"the lanes to be empty: {lanes(server)}")
 
 
 def run(server: EngineServer, pids: list[int]) -> bool:

@@ -15,6 +15,7 @@ from tests.engine import scenarios
 pytestmark = pytest.mark.engine
 
 DEBUG = {"MMLANE_LOG": "debug"}
+MODES = ["arena", pytest.param("backport", marks=pytest.mark.matrix)]
 
 
 def roles(server: EngineServer) -> list[str]:
@@ -26,33 +27,71 @@ def everything_is_answered(server: EngineServer) -> None:
     asks = [*scenarios.ANSWERED.values(), scenarios.one_image_n3, scenarios.two_images_n2] * 2
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert {reply.status for reply in pool.map(lambda ask: ask(server), asks)} == {200}
+
+
+def goes_by_lane(server: EngineServer, producers: int) -> None:
+    """Every producer opens its lane, and from then on nothing goes another way."""
+    scenarios.open_lanes(server, producers)
+    before = scenarios.lanes(server)
+    everything_is_answered(server)
+    after = scenarios.lanes(server)
+    assert [stats.refused for stats in after] == [stats.refused for stats in before]
+    assert all(late.puts > early.puts for late, early in zip(after, before, strict=True))
+    scenarios.wait_for_baseline(server)
+    assert scenarios.features(server) == []
+
+
+def survives_a_lost_segment(server: EngineServer) -> None:
+    everything_is_answered(server)
     lost = scenarios.ask_and_lose_the_segment(server)
     assert lost.status == 500, lost.body
     assert scenarios.ANSWERED["one image"](server).status == 200
-
-    def features() -> list[str]:
-        return [name for name in server.shm_listing() if name.startswith(("mmlane_", "sgl_shm_mm"))]
-
-    scenarios.wait_for(lambda: features() == [], lambda: f"{features()} to go")
+    scenarios.wait_for_no_features(server)
 
 
+def modes(server: EngineServer, mode: str, producers: int) -> None:
+    if mode == "arena":
+        goes_by_lane(server, producers)
+    else:
+        survives_a_lost_segment(server)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
-def test_data_parallel(release: str, plugin_wheel: Path) -> None:
-    """The data-parallel controller unpickles every pointer and pickles it again."""
-    with EngineServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], env=DEBUG) as server:
-        everything_is_answered(server)
+def test_data_parallel(release: str, mode: str, plugin_wheel: Path) -> None:
+    """The data-parallel controller decodes every pointer and encodes it again; each replica is a reader group."""
+    env = {**DEBUG, "MMLANE": mode}
+    with EngineServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], env=env) as server:
+        modes(server, mode, 1)
         assert roles(server) == ["detokenizer", "dp_controller", "main", "scheduler", "scheduler"]
+        assert mode == "backport" or scenarios.lane(server).readers == {"dp0": 1, "dp1": 1}
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.releases("0.5.18", "0.5.9", "0.5.12.post1", "0.5.23")
-def test_two_tokenizer_workers(release: str, plugin_wheel: Path) -> None:
+def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> None:
     """Two producers, and a main process that only manages them. 0.5.18 is the newest with every kind of patch."""
     arguments = ["--tokenizer-worker-num", "2"]
-    with EngineServer(release, plugin=plugin_wheel, args=arguments, env=DEBUG) as server:
+    env = {**DEBUG, "MMLANE": mode}
+    with EngineServer(release, plugin=plugin_wheel, args=arguments, env=env) as server:
         # One worker is enough for the server to be ready; both shall serve.
         scenarios.wait_for(lambda: roles(server).count("tokenizer") == 2, lambda: f"both workers: {roles(server)}")
-        everything_is_answered(server)
+        modes(server, mode, 2)
         assert {"main", "scheduler", "detokenizer"} <= set(roles(server))
+
+
+def test_a_lane_that_is_too_small(plugin_wheel: Path) -> None:
+    """What does not fit goes by segment, with one warning, and is counted; what fits goes by lane."""
+    small = {**DEBUG, "MMLANE_CAPACITY_MB": "4"}
+    with EngineServer("0.5.12.post1", plugin=plugin_wheel, env=small) as server:
+        scenarios.open_lanes(server)
+        for seed in range(3):
+            assert server.generate([jpeg(640, 480, seed=seed)], scenarios.TEXT).status == 200
+        assert scenarios.lane(server).refused["oversize"] == 3
+        assert server.log().count("has no place for a feature (oversize)") == 1
+        before = scenarios.lane(server).puts
+        assert server.generate([scenarios.image()], scenarios.TEXT).status == 200
+        assert scenarios.lane(server).puts == before + 1
 
 
 def test_64_mib_of_shared_memory(plugin_wheel: Path) -> None:
@@ -63,6 +102,13 @@ def test_64_mib_of_shared_memory(plugin_wheel: Path) -> None:
         assert reply.status == 0
         scenarios.wait_for(lambda: not server.alive(), "the engine's end")
         assert server.exit_signal() == "SIGBUS"
+    # With the lane, /dev/shm is not needed: the first request, which finds it too small, says where the lane is.
+    with EngineServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=64 << 20) as server:
+        assert server.generate(four, scenarios.TEXT).status == 200
+        scenarios.wait_for(lambda: scenarios.lane(server).is_open, "the lane")
+        before = scenarios.lane(server).puts
+        assert server.generate(four, scenarios.TEXT).status == 200
+        assert scenarios.lane(server).puts == before + 4
     flags = ["--mmlane", "backport", "--mmlane-strict"]
     with EngineServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=64 << 20, args=flags, env=DEBUG) as server:
         reply = server.generate(four, scenarios.TEXT)

@@ -40,7 +40,7 @@ from tests.lane.processes import (
     stamp,
 )
 
-SECONDS = 100.0
+SECONDS = 40.0
 SEED = 20_251_107
 LEG = 25.0  # seconds after which everything has to come to rest, at the most
 CAPACITY = 24 << 20

@@ -1,4 +1,4 @@
-"""A request that cannot be sent leaves no segment behind."""
+"""A request goes by its own manager's lane, and one that cannot be sent leaves no segment behind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mmlane_patches import lanes  # noqa: E402
 from mmlane_patches.pointer import PREFIX, SHM, SegmentPointer  # noqa: E402
-from mmlane_patches.sending import unlink_if_unsent  # noqa: E402
+from mmlane_patches.sending import by_lane, unlink_if_unsent  # noqa: E402
 
 
 class Unpicklable:
@@ -56,3 +57,35 @@ def test_only_what_was_sent_stays(function: Callable[..., Any]) -> None:
     assert len(segments()) == 1
     assert torch.equal(received[0].materialize(), torch.ones(8))
     assert segments() == []
+
+
+class Manager:
+    """What a tokenizer manager is to `lanes`: something to look up a producer by."""
+
+    def send(self, fails: bool) -> Any:
+        if fails:
+            raise OSError("mine")
+        return lanes.producer.get()
+
+    async def send_async(self, fails: bool) -> Any:
+        await asyncio.sleep(0)
+        return self.send(fails)
+
+
+@pytest.mark.parametrize("name", ["send", "send_async"])
+def test_each_manager_has_its_own_lane(name: str) -> None:
+    """Several engines may be in one process, and some of them without a lane."""
+    managers = [Manager() for _ in range(3)]
+    for manager in managers[:2]:
+        lanes.producers[manager] = lanes.Producer({"dp0": 1})
+    patched = by_lane(getattr(Manager, name))
+
+    async def all_at_once() -> list[Any]:
+        sent = [patched(manager, False) for manager in managers]
+        return await asyncio.gather(*sent) if name == "send_async" else sent
+
+    assert asyncio.run(all_at_once()) == [*(lanes.producers[manager] for manager in managers[:2]), None]
+    failing = patched(managers[0], True) if name == "send_async" else None
+    with pytest.raises(OSError, match="mine"):
+        asyncio.run(failing) if failing is not None else patched(managers[0], True)
+    assert lanes.producer.get() is None

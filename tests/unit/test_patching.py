@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -165,6 +166,42 @@ def test_a_group_goes_in_whole_or_not_at_all(package: str, tmp_path: Path) -> No
     assert "found (self, a, b=)" in patcher.decisions["bad"].reason
     assert patcher.decisions["good"].explanation.startswith("needs bad: wanted")
     assert defining.function is before["function"]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_needs_another_patch_goes_with_it_and_not_the_other_way_round(
+    package: str, tmp_path: Path, early: bool
+) -> None:
+    """Whether it turns out in the plan, or only when the module is there, that a patch cannot be applied."""
+    wrong = target(package, "function", "(z)") if early else target(package, "function", replace=refuse)
+    needed = spec("needed", wrong)
+    needing = replace(spec("needing", target(package, "Thing.method", "(self, x)")), needs=frozenset({"needed"}))
+    farther = replace(spec("farther", target(package, "Thing.static", "(x)")), needs=frozenset({"needing"}))
+    patcher = planned(package, tmp_path, farther, needing, needed)
+    patcher.module_ready(importlib.import_module(f"{package}.defining"))
+    states = {id: (decision.state, decision.needs) for id, decision in patcher.decisions.items()}
+    assert states == {
+        "needed": ("skipped", ""),
+        "needing": ("skipped", "needed"),
+        "farther": ("skipped", "needed"),
+    }
+
+    patcher = planned(
+        package, tmp_path, spec("needed", target(package, "function")), replace(needing, targets=(wrong,))
+    )
+    patcher.module_ready(importlib.import_module(f"{package}.defining"))
+    assert {id: d.state for id, d in patcher.decisions.items()} == {"needed": "applied", "needing": "skipped"}
+
+
+def refuse(original: Any) -> Any:
+    raise Refusal("mine")
+
+
+def test_a_patch_is_for_its_modes_only(package: str, tmp_path: Path) -> None:
+    one = replace(spec("one", target(package, "function")), modes=frozenset({"arena"}))
+    for mode, state in (("arena", "planned"), ("backport", "skipped")):
+        decision = planned(package, tmp_path, one, settings=Settings(mode=mode)).decisions["one"]  # type: ignore[arg-type]
+        assert (decision.state, decision.chosen) == (state, state == "skipped")
 
 
 def test_a_group_is_undone_when_a_later_target_turns_out_to_be_taken(package: str, tmp_path: Path) -> None:

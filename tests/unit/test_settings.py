@@ -34,6 +34,17 @@ def test_a_wrong_value_is_refused_with_the_right_ones(variable: str, value: str,
         read({variable: value})
 
 
+def test_a_capacity_is_a_number_of_mib() -> None:
+    assert read({"MMLANE_CAPACITY_MB": " 64 "}).capacity == 64 << 20
+    assert read({"MMLANE_CAPACITY_MB": ""}).capacity is None
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "64M", "1.5", "much"])
+def test_a_wrong_capacity_is_refused(value: str) -> None:
+    with pytest.raises(SettingsError, match=f"MMLANE_CAPACITY_MB={value} is not a number of MiB"):
+        read({"MMLANE_CAPACITY_MB": value})
+
+
 def test_flags_are_taken_off_and_carried_as_variables() -> None:
     argv = [
         "launch",

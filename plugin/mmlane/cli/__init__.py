@@ -8,9 +8,11 @@ import typer
 
 from mmlane import __version__
 from mmlane.cli.doctor import doctor
+from mmlane.cli.status import status
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(doctor)
+app.command()(status)
 
 
 def _show_version(wanted: bool) -> None:

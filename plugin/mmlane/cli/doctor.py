@@ -15,7 +15,7 @@ from rich.text import Text
 from mmlane import __version__
 from mmlane.cli.examination import USAGE, Examination, Here, examine, size
 from mmlane.host import PREFIXES, SharedMemory
-from mmlane.report import LANE_MISSING, Report
+from mmlane.report import Report
 from mmlane.settings import SettingsError
 
 STYLES = {
@@ -86,9 +86,7 @@ def _head(found: Examination, console: Console) -> None:
         title.append(f" ({found.untested() or 'tested'})", style="not bold")
     console.print(title)
     chosen = found.settings
-    mode = {"arena": f"arena; {LANE_MISSING}", "off": "off: the engine runs as it is"}.get(
-        chosen.mode, chosen.mode
-    )
+    mode = "off: the engine runs as it is" if chosen.mode == "off" else chosen.mode
     rows = [
         ("engine", str(found.root) if found.root is not None else "by the table, not checked against its source"),
         ("mode", mode),

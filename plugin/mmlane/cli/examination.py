@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from mmlane import __version__, engine, entry, host, settings
 from mmlane.cli import triggers
-from mmlane.report import LANE_MISSING, Report
+from mmlane.report import Report
 
 FINE, TROUBLE, USAGE, NO_ENGINE = 0, 1, 2, 3
 
@@ -96,7 +96,6 @@ class Examination:
             and {"version": report["engine"], "untested": self.untested(), "root": _text(self.root)},
             "settings": {
                 "mode": self.settings.mode,
-                "note": LANE_MISSING if self.settings.mode == "arena" else "",
                 "disable": sorted(self.settings.disable),
                 "strict": self.settings.strict,
                 "log": self.settings.log,

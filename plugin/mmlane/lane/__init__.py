@@ -7,8 +7,13 @@
     reader.join(address)
     tensor = reader.take(ticket, mode="view")   # given back when the tensor is let go
 
-docs/lane.md explains the protocol. Needs torch; nothing here knows the engine.
+Whoever else wants to know how lanes do: mmlane.lane.status.
+
+docs/lane.md explains the protocol. `Lane` and `Reader` need torch; nothing here knows the engine.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from mmlane.lane.errors import (
     JoinRefused,
@@ -20,8 +25,20 @@ from mmlane.lane.errors import (
     TicketError,
     UnknownLane,
 )
-from mmlane.lane.producer import Lane, LaneStats
-from mmlane.lane.reader import Mode, Reader
+from mmlane.lane.status import LaneStats, StatusError
+
+if TYPE_CHECKING:
+    from mmlane.lane.producer import Lane
+    from mmlane.lane.reader import Mode, Reader
+else:
+    # These need torch, which takes seconds to import; who asks for a lane's status does not.
+    _LATER = {"Lane": "producer", "Mode": "reader", "Reader": "reader"}
+
+    def __getattr__(name):
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+
 
 __all__ = [
     "JoinRefused",
@@ -34,6 +51,7 @@ __all__ = [
     "Reader",
     "Refused",
     "StaleTicket",
+    "StatusError",
     "TicketError",
     "UnknownLane",
 ]

@@ -1,7 +1,7 @@
 """The producer's control thread: lets readers in, notices their death, and looks after memory now and then.
 
-It sleeps unless somebody joins or dies, memory is wanted ahead of need, or a look is due. Give-backs do not wake
-it: they wait in the readers' sockets until the producer drains them.
+It sleeps unless somebody joins, dies or asks, memory is wanted ahead of need, or a look is due. Give-backs do not
+wake it: they wait in the readers' sockets until the producer drains them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from mmlane.lane import points, wire
 from mmlane.lane.errors import needed
 from mmlane.lane.fork import close_in_child
+
+if TYPE_CHECKING:  # which asks with what is here
+    from mmlane.lane.status import LaneStats
 
 logger = logging.getLogger("mmlane.lane")
 
@@ -37,6 +40,7 @@ class Host(Protocol):
 
     def joined(self, reader: int, group: str, connection: socket.socket) -> None: ...
     def drain(self) -> None: ...
+    def stats(self) -> LaneStats: ...
     def grow(self) -> None: ...
     def look(self) -> None: ...
     def ended(self, problem: str) -> None: ...
@@ -53,9 +57,18 @@ class _Guest:
 
 def peer_uid(connection: socket.socket) -> int:
     """The user at the other end of a Unix connection, as the kernel knows it."""
+    return _peer(connection)[1]
+
+
+def peer_pid(connection: socket.socket) -> int:
+    """The process at the other end, by its number here; 0 when it is in a PID namespace out of sight."""
+    return _peer(connection)[0]
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(credentials)
-    return int(uid)
+    pid, uid, _ = _CREDENTIALS.unpack(credentials)
+    return pid, uid
 
 
 def has_ended(connection: socket.socket) -> bool:
@@ -272,6 +285,9 @@ class Control:
                 self._greet(guest, *wire.read_hello(message))
             elif kind == wire.MAPPED and guest.group is not None:
                 self._admit(number, guest.group)
+            elif kind == wire.STATUS and guest.group is None:
+                guest.connection.send(wire.status(asdict(self._host.stats())), wire.QUIETLY)
+                self._see_off(number)
             elif kind == wire.SORRY:
                 self._dismiss(number, f"it could not join: {wire.read_sorry(message)}", logging.WARNING)
             else:
@@ -302,10 +318,13 @@ class Control:
         points.reached("accept.joined")
 
     def _dismiss(self, number: int, reason: str, level: int = logging.INFO) -> None:
-        guest = self._guests.pop(number)
         self.strangers += 1
         logger.log(level, "a visitor of a lane was sent away: %s", reason)
-        self._events.unregister(guest.connection)
         with suppress(OSError):  # gone already
-            guest.connection.send(wire.sorry(reason), wire.QUIETLY)
-        guest.connection.close()
+            self._guests[number].connection.send(wire.sorry(reason), wire.QUIETLY)
+        self._see_off(number)
+
+    def _see_off(self, number: int) -> None:
+        connection = self._guests.pop(number).connection
+        self._events.unregister(connection)
+        connection.close()

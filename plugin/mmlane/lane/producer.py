@@ -11,8 +11,8 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from types import TracebackType
 
 import torch
@@ -23,6 +23,7 @@ from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused, neede
 from mmlane.lane.ledger import Extent, Ledger
 from mmlane.lane.sources import Identity, Sources, identity
 from mmlane.lane.space import Space
+from mmlane.lane.status import LaneStats
 from mmlane.lane.ticket import DIMENSIONS, NAMES, Content, digest, read, write
 
 logger = logging.getLogger("mmlane.lane")
@@ -35,37 +36,6 @@ _GLANCE = 8  # idle extents to look at in one put
 _AT_A_TIME = 4096  # segments to hand back in one look: more would not fit into the readers' sockets
 
 _lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class LaneStats:
-    """A lane at one moment. All sizes in bytes.
-
-    capacity: address room. warm: memory committed. taken: in extents, of which `kept` hold no ticket and wait
-    for their tensor to be put again. expected, readers: by group. puts: tickets issued. shared: puts that needed
-    no copy.
-    refused: puts refused, by cause. orphans: tickets that no reader ever saw, reclaimed. strays: messages from
-    readers that made no sense. strangers: visitors sent away. degraded: one line for each thing this kernel or
-    sandbox lacks.
-    """
-
-    address: str
-    is_open: bool
-    capacity: int
-    warm: int
-    taken: int
-    kept: int
-    extents: int
-    tickets: int
-    expected: dict[str, int]
-    readers: dict[str, int]
-    puts: int
-    shared: int
-    refused: dict[Cause, int]
-    orphans: int
-    strays: int
-    strangers: int
-    degraded: tuple[str, ...]
 
 
 class _Books:
@@ -125,9 +95,11 @@ class Lane:
         self._opened = threading.Condition(self._lock)
         self._committing = threading.Lock()
         self._withdrawn: deque[tuple[int, int]] = deque()
+        self._recalled: deque[tuple[int, int]] = deque()
         self._sources = Sources()
         self._refused: Counter[Cause] = Counter()
-        self._puts = self._shared = self._strays = 0
+        self._puts = self._shared = self._copied = self._strays = 0
+        self._copy_seconds = 0.0
         self._ahead = 0  # bytes to have ready for the next put, as large as the largest since the last look
         self._undrained = 0  # puts since the last drain
         self._promised = 0  # bytes that puts under way are about to commit
@@ -185,6 +157,11 @@ class Lane:
         with self._lock:
             return self._is_open()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the lane has ended, by `close` or by itself."""
+        return bool(self._closed)
+
     def wait_open(self, timeout: float | None = None) -> bool:
         """Wait until the lane is open; False after `timeout` seconds, or when it is closed."""
         self._check_process()
@@ -225,10 +202,14 @@ class Lane:
             if cold:
                 self._commit(mapping, cold)
             points.reached("put.reserved")
+            began = time.perf_counter()
             memory.copy(tensor, nbytes, mapping.owner(self._base + placed.offset))
+            took = time.perf_counter() - began
             points.reached("put.copied")
             with self._lock, self._books:
                 extent = None
+                self._copied += nbytes
+                self._copy_seconds += took
                 self._release()
                 return self._publish(tensor, nbytes, placed, same, version)
         except BaseException as error:
@@ -259,6 +240,16 @@ class Lane:
         if content.address == self.address:
             self._withdrawn.append((content.slot, content.serial))  # the next drain does it: it takes no lock here
 
+    def recall(self, ticket: bytes) -> None:
+        """Have a ticket reclaimed that was probably never sent, or got lost: once no reader says it has it.
+
+        Within two periods (`idle`) instead of after `orphan` seconds; a reader that has it keeps it, one that sees
+        it later refuses it. Can be called wherever Python runs, finalizers included. Raises MalformedTicket.
+        """
+        content = read(ticket)
+        if content.address == self.address:
+            self._recalled.append((content.slot, content.serial))
+
     def drain(self) -> None:
         """Handle what readers have given back so far. `put` does so when it needs room, and now and then."""
         self._check_process()
@@ -277,6 +268,7 @@ class Lane:
             extents = {ticket.extent for ticket in ledger.live.values()} | set(ledger.idle)
             return LaneStats(
                 address=self.address,
+                pid=self._pid,
                 is_open=self._is_open(),
                 capacity=ledger.space.capacity,
                 warm=ledger.space.warm_bytes,
@@ -288,6 +280,8 @@ class Lane:
                 readers=dict(Counter(ledger.readers.values())),
                 puts=self._puts,
                 shared=self._shared,
+                copied=self._copied,
+                copy_seconds=self._copy_seconds,
                 refused=dict(self._refused),
                 orphans=ledger.orphans,
                 strays=self._strays,
@@ -582,6 +576,11 @@ class Lane:
 
     def _ask_after_orphans(self) -> None:
         now = time.monotonic()
+        while self._recalled:
+            slot, serial = self._recalled.popleft()
+            recalled = self._ledger.live.get(slot)
+            if recalled is not None and recalled.serial == serial:
+                recalled.issued = -inf
         for ticket in self._ledger.issued_before(now - self._orphan):
             ticket.issued = now  # asked again later, should somebody hold it
             self._control.send(wire.REVOKE, [(ticket.slot, ticket.serial)], ticket.debtors())

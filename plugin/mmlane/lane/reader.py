@@ -194,7 +194,7 @@ class Reader:
         self.group = group
         self._linger = linger
         self._pid = os.getpid()
-        self._closed = False
+        self._closed = self._failed = False
         self._links: dict[str, _Link] = {}
         self._by_number: dict[int, _Link] = {}
         self._joining = threading.Lock()
@@ -222,6 +222,8 @@ class Reader:
             link = self._links.get(address)
             if link is not None and link.gone_at is None:
                 return
+            if self._failed:
+                raise JoinRefused(f"lane {address} could not be joined: this reader's thread has failed")
             with ExitStack() as scope:
                 try:
                     with needed("a Unix socket"):
@@ -419,9 +421,10 @@ class Reader:
         try:
             self._serve()
         except Exception:
-            # The sockets stay open: their end would tell producers that what is held here is free.
-            logger.exception("a reader's thread has failed, and no more tickets can be taken")
-            self._closed = True
+            # The sockets stay open: their end would tell producers that what is held here is free. Tickets can be
+            # taken all the same; what stays out is room in full sockets, and answers to producers' questions.
+            logger.exception("a reader's thread has failed: no more lanes can be joined")
+            self._failed = True
 
     def _serve(self) -> None:
         while not (self._closed and not self._by_number):

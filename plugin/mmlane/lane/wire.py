@@ -11,18 +11,24 @@ DONE (slot, serial)...    ->                                       tickets given
 COOLED (offset, nbytes)...->                                       nothing here touches it any more
                           <-  REVOKE (slot, serial)...             has anybody seen these?
 FORGONE (slot, serial)... ->                                       never, and never will
+
+anybody of the same user      producer
+STATUS                    ->
+                          <-  STATUS facts                         and the end of the connection; or SORRY why
 """
 
 from __future__ import annotations
 
+import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from socket import MSG_DONTWAIT, MSG_NOSIGNAL
-from typing import Final
+from typing import Any, Final
 
 VERSION = 1
 LIMIT = 4096  # bytes of a message
+STATUS_LIMIT = 1 << 16  # but of the answer to STATUS
 PAIRS = 128  # pairs in a message
 
 
@@ -38,6 +44,7 @@ COLD: Final = 8
 COOLED: Final = 9
 REVOKE: Final = 10
 JOINED: Final = 11
+STATUS: Final = 12
 
 
 class ProtocolError(Exception):
@@ -92,6 +99,27 @@ def sorry(reason: str) -> bytes:
 def read_sorry(message: bytes) -> str:
     """The reason."""
     return message[1:].decode(errors="replace")
+
+
+def status(facts: Mapping[str, object]) -> bytes:
+    """How a lane does. Raises ProtocolError where that is more than a message holds."""
+    message = bytes((STATUS,)) + json.dumps(facts, separators=(",", ":")).encode()
+    if len(message) > STATUS_LIMIT:
+        raise ProtocolError(f"a status of {len(message)} bytes, of which a message holds {STATUS_LIMIT}")
+    return message
+
+
+def read_status(message: bytes) -> dict[str, Any]:
+    """The facts. Raises ProtocolError."""
+    if kind(message) != STATUS:
+        raise ProtocolError(f"message {kind(message)} instead of a status")
+    try:
+        facts = json.loads(message[1:])
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"damaged status {message[:16]!r}") from error
+    if not isinstance(facts, dict):
+        raise ProtocolError(f"damaged status {message[:16]!r}")
+    return facts
 
 
 QUIETLY: Final = MSG_DONTWAIT | MSG_NOSIGNAL  # how to send: neither wait nor die of a closed end

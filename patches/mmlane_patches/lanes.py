@@ -1,0 +1,243 @@
+"""This process's end of the lanes: a tokenizer's `Producer`, a scheduler's `Rank`, and who is expected where.
+
+Neither does anything before the first large feature: an engine that serves text only has no lane.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from contextlib import suppress
+from contextvars import ContextVar
+from math import inf
+from typing import Any
+
+import torch
+
+from mmlane.lane import Lane, LaneError, LaneUnavailable, Reader, UnknownLane
+
+logger = logging.getLogger("mmlane")
+
+INLINE = 64 << 10  # bytes up to which a tensor travels inside its request, which is faster (docs/arena.md)
+OPENING_S = 60.0  # after which a lane that has not opened is worth a line
+RETRY_S = 10.0  # before a rank tries again to join a lane that it could not join
+
+# By tokenizer manager: a process may have several engines, one after the other or at once.
+producers: weakref.WeakKeyDictionary[Any, Producer] = weakref.WeakKeyDictionary()
+# While a request is sent: its manager's.
+producer: ContextVar[Producer | None] = ContextVar("producer", default=None)
+rank: Rank | None = None
+
+
+class Producer:
+    """The lane of a tokenizer; made with the first large feature, closed when the tokenizer is let go.
+
+    readers: reader group -> number of ranks. capacity: bytes, or None for the lane's own default. metrics: whether
+    the engine has Prometheus metrics.
+    """
+
+    def __init__(self, readers: dict[str, int], capacity: int | None = None, *, metrics: bool = False) -> None:
+        self._readers = readers
+        self._capacity = capacity
+        self._metrics = metrics
+        self._pid = os.getpid()
+        self._lane: Lane | None = None
+        self._tried = False
+        self._warned: set[str] = set()
+
+    def put(self, tensor: torch.Tensor) -> tuple[bytes | None, str]:
+        """A ticket for a tensor; or None, and the address that readers still have to hear of ("" when none)."""
+        lane = self._lane if self._tried else self._open()
+        if lane is None or os.getpid() != self._pid:
+            return None, ""
+        ticket = lane.put(tensor)
+        if isinstance(ticket, bytes):
+            return ticket, ""
+        if ticket.cause == "not_open":
+            return None, lane.address
+        self._warn(
+            ticket.cause,
+            f"the lane has no place for a feature ({ticket.cause}): {ticket.detail}. It goes by a shared-memory"
+            " segment, as do others like it; said once per cause, `mmlane status` counts them",
+        )
+        return None, ""
+
+    def take_back(self, ticket: bytes) -> None:
+        """A ticket that was never sent is void. Can be called from finalizers."""
+        if self._lane is not None and os.getpid() == self._pid:
+            self._lane.withdraw(ticket)
+
+    def lose(self, ticket: bytes) -> None:
+        """A ticket has been written into a message that was not sent, as far as is known."""
+        if self._lane is not None and os.getpid() == self._pid:
+            self._lane.recall(ticket)
+
+    @property
+    def lane(self) -> Lane | None:
+        """The lane, when there is one in this process."""
+        return self._lane if os.getpid() == self._pid else None
+
+    def _open(self) -> Lane | None:
+        self._tried = True
+        try:
+            self._lane = Lane(self._readers, capacity=self._capacity)
+        except LaneUnavailable as error:
+            self._warn("unavailable", f"no lane here: {error}. Features go by shared-memory segments instead")
+            return None
+        weakref.finalize(self, self._lane.close)
+        threading.Thread(target=self._announce, args=(self._lane,), name="mmlane-opening", daemon=True).start()
+        return self._lane
+
+    def _announce(self, lane: Lane) -> None:
+        if self._metrics:
+            self._measure(lane)
+        ranks = " + ".join(str(count) for count in self._readers.values())
+        began = time.monotonic()
+        while not lane.wait_open(OPENING_S):
+            if lane.is_closed:
+                return
+            self._warn(
+                "not_open",
+                f"the lane has not opened within {OPENING_S:.0f} s, because not all of its {ranks} ranks have"
+                " joined it; features go by shared-memory segments until it does; `mmlane status` tells who is"
+                " missing, the log of that rank why, and MMLANE=backport silences this",
+            )
+        logger.info(
+            "mmlane: the lane is open: %s ranks, %.1f GiB of room, %.1f s after the first feature",
+            *(ranks, lane.stats().capacity / 2**30, time.monotonic() - began),
+        )
+
+    def _measure(self, lane: Lane) -> None:
+        from mmlane_patches import metrics
+
+        try:
+            metrics.watch(lane)
+        except Exception as error:  # noqa: BLE001 - somebody else's library; features do not wait for metrics
+            self._warn("metrics", f"the lane is not in /metrics: {type(error).__name__}: {error}")
+
+    def _warn(self, cause: str, line: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            logger.warning("mmlane: %s", line)
+
+
+class Rank:
+    """A scheduler process as a reader: joins the lanes whose addresses it hears of, and takes tickets."""
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+        self._pid = os.getpid()
+        self._reader: Reader | None = None
+        self._making = threading.Lock()
+        self._heard: dict[str, float] = {}  # address -> when joining may be tried again
+        self._said: set[str] = set()
+
+    def notice(self, address: str) -> None:
+        """Join a lane, in the background; at once done for one that was heard of before. Never raises."""
+        if address in self._heard and self._heard[address] > time.monotonic():
+            return
+        self._heard[address] = inf
+        try:
+            threading.Thread(target=self._join, args=(address,), name="mmlane-joining", daemon=True).start()
+        except RuntimeError as error:  # no thread to be had: this may be in the middle of a collective
+            self._not_joined(address, error)
+
+    def _join(self, address: str) -> None:
+        try:
+            with self._making:
+                if self._reader is None:
+                    self._reader = Reader(self.group)
+            self._reader.join(address)
+        except (LaneError, OSError, RuntimeError) as error:
+            self._not_joined(address, error)
+
+    def _not_joined(self, address: str, error: Exception) -> None:
+        if str(error) not in self._said:
+            self._said.add(str(error))
+            logger.warning(
+                "mmlane: this rank (%s) has not joined a lane, so features go on by shared-memory segments: %s;"
+                " it tries again, and MMLANE=backport silences this",
+                *(self.group, error),
+            )
+        self._heard[address] = time.monotonic() + RETRY_S
+
+    def take(self, ticket: bytes) -> torch.Tensor:
+        """The feature of a ticket, private to this process and writable. Raises `TicketError`."""
+        if self._reader is None:
+            raise UnknownLane("this rank has joined no lane")
+        return self._reader.take(ticket, mode="cow")
+
+    def discard(self, ticket: bytes) -> None:
+        """Give a ticket back untaken. Can be called from finalizers."""
+        if self._reader is not None and os.getpid() == self._pid:
+            with suppress(LaneError):  # stale or of a lane that is gone: nothing to give back
+                self._reader.discard(ticket)
+
+
+# --- who takes part -----------------------------------------------------------------------------------------
+
+
+def group_of(server_args: Any, dp_rank: int | None) -> str:
+    """The reader group of a scheduler: the ranks of one data-parallel replica, also inside DP-attention."""
+    count, _ = _groups(server_args)
+    return f"dp{dp_rank or 0 if count > 1 else 0}"  # a router numbers engines that know nothing of each other, too
+
+
+def readers_of(server_args: Any) -> dict[str, int]:
+    """Reader group -> its number of ranks: those of the first pipeline stage, which receive from the tokenizer."""
+    count, size = _groups(server_args)
+    return {group_of(server_args, dp_rank): size for dp_rank in range(count)}
+
+
+def _groups(server_args: Any) -> tuple[int, int]:
+    """How many reader groups there are, and the ranks in each.
+
+    From 0.5.19 on `server_args` is what the user typed, and the context what the engine made of it.
+    """
+    context: Any = sys.modules.get("sglang.srt.runtime_context")
+    if hasattr(context, "num_dp_ranks_of"):  # from 0.5.22 on: replicas and attention groups are counted apart
+        parallel = context.get_parallel()
+        return parallel.num_dp_ranks, parallel.tp_size // parallel.attn_dp_size
+    given = context.get_parallel() if hasattr(context, "derive_attention_widths") else server_args
+    return given.dp_size, given.tp_size // given.dp_size if given.enable_dp_attention else given.tp_size
+
+
+def obstacle(server_args: Any) -> str:
+    """Why an engine launched like this goes without a lane; "" when nothing is in the way."""
+    if server_args.nnodes > 1:
+        return f"{server_args.nnodes} nodes, and a lane is one machine's memory"
+    if getattr(server_args, "elastic_ep_backend", None):
+        return "--elastic-ep-backend, where ranks may come later"
+    if server_args.skip_tokenizer_init:
+        return "--skip-tokenizer-init, where the engine sends features inside their requests"
+    return ""
+
+
+def become_producer(manager: Any, server_args: Any, *, multimodal: bool, capacity: int | None) -> None:
+    """Called in a process that tokenizes, once its tokenizer manager is there."""
+    found = obstacle(server_args)
+    if not found:
+        if capacity is None:
+            from mmlane.lane.memory import default_capacity
+
+            capacity = default_capacity() // max(server_args.tokenizer_worker_num, 1)
+        producers[manager] = Producer(readers_of(server_args), capacity, metrics=server_args.enable_metrics)
+    elif multimodal:
+        logger.warning(
+            "mmlane: no lane with %s; features travel as they do without it; MMLANE=backport silences this", found
+        )
+
+
+def become_rank(server_args: Any, dp_rank: int | None, *, first: bool) -> None:
+    """Called in a scheduler process; `first` of its replica is the one that says what concerns all."""
+    global rank
+    rank = Rank(group_of(server_args, dp_rank))
+    if first and not dp_rank and os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false"):
+        logger.warning(
+            "mmlane: no lane with SGLANG_RUST_SERVER, which makes its segments itself; features travel as they do"
+            " without it; MMLANE=backport silences this"
+        )

@@ -1,0 +1,60 @@
+"""Three engines in one container: one has crashed, one is at work, and one starts with the plugin."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from devkit.container import Container
+from devkit.server import EngineServer
+from devkit.sharedmemory import can_be_private
+from tests.engine import scenarios
+
+pytestmark = pytest.mark.engine
+
+
+def crash(server: EngineServer) -> set[str]:
+    """Kill a scheduler while images are on their way, and tell what that leaves."""
+    before = set(scenarios.segments(server))
+
+    def on_their_way() -> set[str]:
+        return set(scenarios.segments(server)) - before
+
+    with scenarios.schedulers_stopped(server) as pids:
+        for _ in range(3):
+            scenarios.in_background(lambda: scenarios.ANSWERED["one image"](server))
+        scenarios.wait_for(lambda: len(on_their_way()) == 3, lambda: f"three segments: {on_their_way()}")
+        server.kill(pids[0])
+        # The others follow: some releases end them themselves, at once or after a minute, and some do not notice.
+        # Python's tracker of segments, which would clean up, is among those that are killed.
+        for pid in server.find("resource_tracker"):
+            server.kill(pid)
+        server.stop()
+    return set(scenarios.segments(server))
+
+
+@pytest.mark.skipif(not can_be_private(), reason="needs the right to make namespaces")
+@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
+def test_a_start_reclaims_what_a_crash_left_and_nothing_of_a_living_engine(
+    release: str, plugin_wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Container(8 << 30) as container:
+        monkeypatch.setattr("devkit.server.privately", lambda command, size: container.inside(command))
+        with EngineServer(release) as crashed:
+            dead = crash(crashed)
+        assert len(dead) >= 3
+        with EngineServer(release, tp=1) as living:
+            with scenarios.schedulers_stopped(living):
+                answer = scenarios.in_background(lambda: living.generate([scenarios.image(7)], scenarios.TEXT))
+                scenarios.wait_for(lambda: len(scenarios.segments(living)) > len(dead), "the request's segment")
+                alive = set(scenarios.segments(living)) - dead
+                with EngineServer(release, plugin=plugin_wheel, tp=1, env={"MMLANE_SWEEP": "private"}) as started:
+                    segments = set(scenarios.segments(started))
+                    assert alive <= segments
+                    assert not dead & segments
+                    assert re.search(r"mmlane: reclaimed \d+ segments", started.log())
+                    assert re.search(r"mmlane: left 1 segment .*: process \d+ .* is older", started.log())
+                    assert scenarios.ANSWERED["one image"](started).status == 200
+            assert answer.result(scenarios.WAIT_S).status == 200

@@ -1,0 +1,61 @@
+"""`Lane.recall`: tickets that were probably never sent come back soon, and nobody loses what he holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmlane.lane import MalformedTicket, StaleTicket
+from tests.lane.together import eventually, random, same, together
+
+PERIOD = 0.02  # seconds, between the lane's looks at what is out
+
+
+def test_a_recalled_ticket_comes_back_and_is_refused_from_then_on() -> None:
+    with together(readers=2, idle=PERIOD) as pair:
+        ticket = pair.lane.put(random((5000,)))
+        assert isinstance(ticket, bytes)
+        pair.lane.recall(ticket)
+        eventually(lambda: pair.lane.stats().tickets == 0, "the ticket is back")
+        assert pair.lane.stats().orphans == 1
+        for reader in pair.readers:
+            with pytest.raises(StaleTicket):
+                reader.take(ticket)
+
+
+def test_who_holds_a_recalled_ticket_keeps_it() -> None:
+    """(3, 6) Also when only one of the readers has taken it: the other may still."""
+    with together(readers=2, idle=PERIOD) as pair:
+        tensor = random((5000,))
+        ticket = pair.lane.put(tensor, share=False)
+        assert isinstance(ticket, bytes)
+        held = pair.readers[0].take(ticket)
+        other = pair.lane.put(random((5000,), seed=1), share=False)
+        assert isinstance(other, bytes)
+        pair.lane.recall(ticket)
+        pair.lane.recall(other)
+        eventually(lambda: pair.lane.stats().tickets == 1, "the other ticket is back")
+        refused = pair.lane.put(random((5000,), seed=2), share=False)
+        assert isinstance(refused, bytes)
+        assert same(held, tensor)
+        for reader in pair.readers:
+            reader.discard(refused)
+        del held
+        eventually(lambda: pair.lane.stats().tickets == 0, "everything is back")
+
+
+def test_what_is_no_ticket_or_is_not_out_is_left_alone() -> None:
+    with together(idle=PERIOD) as pair, together(idle=PERIOD) as elsewhere:
+        foreign = elsewhere.put(random((5000,)))
+        ticket = pair.put(random((5000,)))
+        pair.reader.discard(ticket)
+        again = pair.put(random((5000,)))  # likely in the same slot, with another number
+        pair.lane.recall(ticket)
+        pair.lane.recall(foreign)
+        with pytest.raises(MalformedTicket):
+            pair.lane.recall(b"no ticket")
+        marker = pair.put(random((5000,), seed=3))
+        pair.lane.recall(marker)
+        eventually(lambda: pair.lane.stats().orphans == 1, "the marker is back")
+        assert same(pair.reader.take(again), random((5000,)))
+        assert elsewhere.lane.stats().tickets == 1
+        elsewhere.reader.discard(foreign)

@@ -1,0 +1,437 @@
+"""The sweep of /dev/shm: real files, real processes, in a container of their own.
+
+pytest is outside of it: whatever it leaves there is by a maker who is out of sight, and it runs Python.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+
+from devkit.container import Container
+from devkit.sharedmemory import can_be_private, privately
+from mmlane.settings import SettingsError, read
+from mmlane_patches import sweeping
+
+MIB = 1 << 20
+FAMILIES = ("psm", "sgl", "mmlane")
+PSM, SGL = "psm_0123abcd", "sgl_shm_mm_4711_0123abcd"
+ELSEWHERE = "mmlane_4711_12345_4026530000_0123456789abcdef"  # of another pid namespace
+SWEPT = (
+    "mmlane: reclaimed 1 segment (1.0 MiB) that a crashed engine left in /dev/shm; MMLANE_SWEEP=0 leaves them\n"
+)
+
+MAKER = """
+import mmap, os, secrets, sys
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+resource_tracker.register = lambda *_: None  # a tracker cleans up; an engine that is killed takes it along
+family, library = sys.argv[1:]
+if library:
+    code = mmap.mmap(os.open(library, os.O_RDONLY), 0, access=mmap.ACCESS_READ)
+started = open("/proc/self/stat").read().rpartition(")")[2].split()[19]
+name = {
+    "psm": None,
+    "sgl": f"sgl_shm_mm_{os.getpid()}_{secrets.token_hex(4)}",
+    "mmlane": f"mmlane_{os.getpid()}_{started}_{os.stat('/proc/self/ns/pid').st_ino}_{secrets.token_hex(8)}",
+}[family]
+segment = SharedMemory(name, create=True, size=1 << 20)
+segment.buf[:] = bytes(1 << 20)
+segment.close()
+print(segment.name, flush=True)
+sys.stdin.read()
+"""
+
+
+class Living:
+    """A process in the container, until `kill`."""
+
+    def __init__(self, container: Container, *command: str) -> None:
+        self._process = subprocess.Popen(
+            container.inside(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        self.said = self._process.stdout.readline().strip()
+
+    def kill(self) -> None:
+        pid = self._process.pid
+        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(child), 9)
+        self._process.wait()
+
+    def __enter__(self) -> Living:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._process:  # closes its pipes
+            if self._process.poll() is None:
+                self.kill()
+
+
+@pytest.fixture
+def container() -> Iterator[Container]:
+    if not can_be_private():
+        pytest.skip("needs the right to make namespaces")
+    with Container() as container:
+        yield container
+
+
+@pytest.fixture
+def torch(tmp_path: Path) -> str:
+    """What a process with torch in it has mapped."""
+    library = tmp_path / "libtorch_cpu.so"
+    library.write_bytes(bytes(mmap.PAGESIZE))
+    return str(library)
+
+
+def leave(container: Container, *names: str) -> None:
+    """What nobody in sight has made, older than whoever starts now."""
+    for name in names:
+        file = container.shm / name
+        file.touch(mode=0o600)
+        file.write_bytes(bytes(MIB))
+    grow_old()
+
+
+def grow_old() -> None:
+    time.sleep(2 * sweeping.SLACK_S)
+
+
+def sweep(container: Container, chosen: str = "private", before: str = "") -> str:
+    """What an engine that starts there says of its sweep. `before` is run first, with the module as `s`."""
+    code = f"import mmlane_patches.sweeping as s\n{before}\ns.sweep()"
+    environ = {**os.environ, "MMLANE_SWEEP": chosen}
+    command = container.inside([sys.executable, "-c", code])
+    return subprocess.run(command, env=environ, stderr=subprocess.PIPE, text=True, check=True).stderr
+
+
+def there(container: Container) -> set[str]:
+    return {entry.name for entry in container.shm.iterdir()}
+
+
+# --- dead ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_living_makers_segment_on_its_way_stays_and_a_killed_ones_goes(
+    container: Container, family: str, torch: str
+) -> None:
+    with Living(container, sys.executable, "-c", MAKER, family, torch) as maker:
+        assert there(container) == {maker.said}
+        grow_old()
+        told = sweep(container)
+        assert there(container) == {maker.said}
+        if family == "mmlane":
+            assert told == ""  # known to be alive; of the others there is reason to tell
+        else:
+            assert re.search(r"left 1 segment \(1.0 MiB\).* is older", told)
+        maker.kill()
+        assert sweep(container) == SWEPT
+        assert there(container) == set()
+
+
+def test_a_maker_whom_nobody_has_waited_for_is_dead(container: Container) -> None:
+    """As in a container whose first process does not do so."""
+    zombie = ["sh", "-c", '"$@" & exec sleep 1000', "sh", sys.executable, "-c", MAKER, "mmlane", ""]
+    with Living(container, *zombie) as parent:
+        pid = parent.said.split("_")[1]
+        state = Path(f"/proc/{container.pid}/root/proc/{pid}/stat")
+        while state.read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
+        assert sweep(container) == SWEPT
+
+
+def test_a_thousand(container: Container) -> None:
+    leave(container, *(f"psm_{number:08x}" for number in range(1000)))
+    assert "reclaimed 1000 segments (1000.0 MiB)" in sweep(container)
+    assert there(container) == set()
+
+
+def test_what_is_not_an_engines_stays(container: Container) -> None:
+    names = ["mine", "psm_mine", "sem.mp-0123abcd", "nccl-0123", "mmlane_0123", f"{PSM}0", f"{SGL}0"]
+    leave(container, *names, PSM)
+    assert sweep(container) == SWEPT
+    assert there(container) == set(names)
+
+
+def test_what_is_not_a_plain_private_file_of_ours_stays(container: Container) -> None:
+    def name(number: int) -> str:
+        return f"psm_{number:08x}"
+
+    shm = container.shm
+    leave(container, *map(name, range(4)))
+    os.chown(shm / name(0), 12345, 12345)
+    (shm / name(1)).chmod(0o640)
+    (shm / "another").hardlink_to(shm / name(2))
+    (shm / name(4)).symlink_to("another")
+    (shm / name(5)).mkdir()
+    os.mkfifo(shm / name(6), 0o600)
+    grow_old()
+    before = there(container)
+    assert sweep(container) == SWEPT
+    assert there(container) == before - {name(3)}
+
+
+# --- pids repeat ---
+
+
+def name_of(container: Container, pid: int, started: int) -> str:
+    namespace = Path(f"/proc/{container.pid}/ns/pid").stat().st_ino
+    return f"mmlane_{pid}_{started}_{namespace}_0123456789abcdef"
+
+
+UNTIL_30 = ["sh", "-c", "while :; do sleep 1000 >&- & [ $! -ge 30 ] && break; done; echo; wait"]
+
+
+@pytest.mark.parametrize("name", [SGL.replace("4711", "30"), None])
+def test_a_pid_that_somebody_else_has_since(container: Container, name: str | None) -> None:
+    leave(container, name or name_of(container, 30, 12345))
+    with Living(container, *UNTIL_30):
+        assert sweep(container) == SWEPT
+
+
+def test_a_pid_of_a_process_that_may_have_been_the_maker(container: Container) -> None:
+    """It is older than the segment. That its start time is another may be due to another time namespace."""
+    with Living(container, *UNTIL_30) as somebody:
+        grow_old()
+        leave(container, name_of(container, 30, 12345))
+        assert sweep(container) == ""
+        somebody.kill()
+    assert there(container)
+
+
+def test_a_maker_by_its_start_time_alone(container: Container) -> None:
+    """Even if the clock was set forward, and it seems to be younger than its segment."""
+    with Living(container, sys.executable, "-c", MAKER, "mmlane", "") as maker:
+        forward = "now = s.time.time; s.time.time = lambda: now() + 3600"
+        assert sweep(container, before=forward) == ""
+        assert there(container) == {maker.said}
+
+
+def test_a_maker_without_a_start_time_is_not_known(container: Container) -> None:
+    leave(container, name_of(container, 30, 0))
+    assert sweeping.UNSEEN in sweep(container, "1")
+    assert there(container)
+
+
+# --- who else may want it ---
+
+
+@pytest.mark.parametrize("name", [PSM, SGL, ELSEWHERE])
+def test_an_older_engine_may_want_what_the_dead_left(container: Container, name: str, torch: str) -> None:
+    """Also a scheduler that a living tokenizer of an unseen name has sent it to."""
+    with Living(container, sys.executable, "-c", MAKER, "mmlane", torch) as engine:
+        leave(container, name)
+        told = sweep(container)
+        assert f"left 1 segment (1.0 MiB) in /dev/shm, {name} among them: process " in told
+        assert there(container) == {name, engine.said}
+        engine.kill()
+        assert "reclaimed 2 segments" in sweep(container)
+
+
+def test_python_without_torch_may_want_only_what_is_anybodys(container: Container) -> None:
+    with Living(container, sys.executable, "-c", MAKER, "mmlane", "") as program:
+        leave(container, PSM, SGL, ELSEWHERE)
+        told = sweep(container)
+        assert "reclaimed 2 segments" in told
+        assert "left 1 segment" in told
+        assert there(container) == {PSM, program.said}
+
+
+def test_a_younger_engine_knows_nothing_of_it(container: Container, torch: str) -> None:
+    leave(container, PSM, SGL, ELSEWHERE)
+    with Living(container, sys.executable, "-c", MAKER, "mmlane", torch) as engine:
+        assert "reclaimed 3 segments" in sweep(container)
+        assert there(container) == {engine.said}
+
+
+def test_another_users_processes_do_not_count(container: Container) -> None:
+    code = "print(flush=True); import sys; sys.stdin.read()"
+    drop = ["setpriv", "--reuid", "12345", "--clear-groups", "--"]
+    python = "/usr/bin/python3"  # one that everybody may run
+    if not Path(python).exists():
+        pytest.skip(f"no {python}")
+    with Living(container, *drop, python, "-c", code):
+        leave(container, PSM)
+        assert sweep(container) == SWEPT
+
+
+@pytest.mark.parametrize("how", ["reading", "writing", "mapped", "mapped privately"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_somebody_has_open_or_mapped_stays(container: Container, family: str, how: str, torch: str) -> None:
+    """By a process that is out of sight: this one."""
+    with Living(container, sys.executable, "-c", MAKER, family, torch) as maker:
+        maker.kill()
+    grow_old()
+    file = os.open(
+        container.shm / maker.said, os.O_RDONLY if how in ("reading", "mapped privately") else os.O_RDWR
+    )
+    mapping = None
+    if how.startswith("mapped"):
+        flags = mmap.MAP_PRIVATE if how == "mapped privately" else mmap.MAP_SHARED
+        mapping = mmap.mmap(file, MIB, flags, mmap.PROT_READ)
+        os.close(file)
+    assert sweep(container) == ""
+    assert there(container) == {maker.said}
+    if mapping is not None:
+        mapping.close()
+    else:
+        os.close(file)
+    assert sweep(container) == SWEPT
+
+
+# --- what cannot be seen ---
+
+
+def test_another_container_may_share_it(container: Container) -> None:
+    """Only what this pid namespace has made is known to be dead."""
+    own = name_of(container, 4711, 12345)
+    leave(container, own, PSM, SGL, ELSEWHERE)
+    told = sweep(container, "1")
+    assert told.startswith(SWEPT)
+    assert "left 3 segments (3.0 MiB)" in told
+    assert sweeping.UNSEEN in told
+    assert there(container) == {PSM, SGL, ELSEWHERE}
+    assert "reclaimed 3 segments" in sweep(container, "private")
+
+
+@pytest.mark.parametrize(
+    ("do", "why"),
+    [
+        ("mount -o remount,hidepid=2 /proc", "/proc hides processes (hidepid)"),
+        ("umount /proc", "/proc is that of another pid namespace"),
+        ("mkdir /dev/shm/real && mount --bind {disk} /dev/shm", "/dev/shm is not a tmpfs"),
+    ],
+)
+def test_everything_stays_where_not_everything_is_seen(
+    container: Container, do: str, why: str, tmp_path: Path
+) -> None:
+    subprocess.run(container.inside(["sh", "-ec", do.format(disk=tmp_path)]), check=True)
+    own = name_of(container, 4711, 12345)
+    leave(container, own, PSM, SGL)
+    told = sweep(container)
+    # Without its /proc it has no word for its own namespace either.
+    assert f": {why}; {sweeping.BY_HAND}\n" in told
+    assert {own, PSM, SGL} <= there(container)
+    assert "reclaimed" not in told
+
+
+def test_a_kernel_without_leases(container: Container) -> None:
+    leave(container, PSM)
+    broken = f"def refuse(*_): raise OSError({errno.EINVAL}, 'Invalid argument')\ns.fcntl.fcntl = refuse"
+    assert "left 1 segment" in (told := sweep(container, before=broken))
+    assert "Invalid argument, so that nothing can be known of them" in told
+    assert there(container) == {PSM}
+
+
+def test_in_the_first_namespace_everybody_is_in_sight() -> None:
+    """And this process runs Python and is older than what it leaves."""
+    if Path("/proc/self/ns/pid").stat().st_ino != sweeping.FIRST_PID_NAMESPACE or not can_be_private():
+        pytest.skip("needs the right to make namespaces, and the first pid namespace")
+    script = (
+        f"umask 077; head -c {MIB} /dev/zero > /dev/shm/{PSM}; "
+        f"{sys.executable} -c 'from mmlane_patches.sweeping import sweep; sweep()'; ls /dev/shm"
+    )
+    done = subprocess.run(privately(["sh", "-c", script], 2 * MIB), capture_output=True, text=True, check=True)
+    assert re.search(r"left 1 segment \(1.0 MiB\).*: process \d+ \(.+\) is older", done.stderr), done.stderr
+    assert done.stdout.split() == [PSM]
+
+
+# --- meanwhile ---
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "os.utime(file)",  # moves its change time
+        "os.unlink(file); open(file, 'wb').close(); os.chmod(file, 0o600)",
+        "os.truncate(file, 4096)",
+    ],
+)
+def test_what_is_no_longer_what_was_looked_at_stays(container: Container, change: str) -> None:
+    leave(container, PSM)
+    meanwhile = (
+        "import os\njudge = s.Judge\n"
+        f"def late(private):\n    file = '/dev/shm/{PSM}'\n    {change}\n    return judge(private)\n"
+        "s.Judge = late\ns._younger = lambda *_: True"
+    )
+    assert sweep(container, before=meanwhile) == ""
+    assert there(container) == {PSM}
+
+
+def test_two_that_start_at_once_do_not_disturb_each_other(container: Container) -> None:
+    leave(container, PSM)
+    directory = os.open(container.shm, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    assert sweep(container) == ""
+    assert there(container) == {PSM}
+    os.close(directory)
+    assert sweep(container) == SWEPT
+
+
+def test_who_opens_a_segment_meanwhile_waits_and_kills_nobody(container: Container) -> None:
+    leave(container, PSM)
+    opened = (
+        "import os, subprocess\nunlink = os.unlink\n"
+        "def slow(name, dir_fd):\n"
+        f"    opener = subprocess.Popen(['cat', '/dev/shm/{PSM}'], stdout=subprocess.DEVNULL)\n"
+        "    while not b'break_lease' in (wchan := open(f'/proc/{opener.pid}/wchan', 'rb').read()):\n"
+        "        assert opener.poll() is None, wchan\n"
+        "    unlink(name, dir_fd=dir_fd)\n"
+        "s.os.unlink = slow"
+    )
+    assert sweep(container, before=opened) == SWEPT
+
+
+# --- the engine starts ---
+
+
+def test_0_leaves_everything(container: Container) -> None:
+    leave(container, PSM, name_of(container, 4711, 12345))
+    assert sweep(container, "0") == ""
+    assert len(there(container)) == 2
+
+
+def test_nothing_in_it_stops_the_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(private: bool) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/dev/shm")
+
+    monkeypatch.setattr(sweeping, "_sweep", fail)
+    monkeypatch.delenv("MMLANE_SWEEP", raising=False)
+    launch = sweeping.before_launch(lambda server_args: [server_args])
+    assert launch("args") == ["args"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mmlane: did not look for leftovers in /dev/shm: PermissionError: ")
+
+
+def test_a_file_that_cannot_be_unlinked_is_told(container: Container) -> None:
+    leave(container, PSM)
+    subprocess.run(container.inside(["mount", "-o", "remount,ro", "/dev/shm"]), check=True)
+    assert "Read-only file system" in sweep(container)
+    assert there(container) == {PSM}
+
+
+def test_the_setting() -> None:
+    assert [read({"MMLANE_SWEEP": value}).sweep for value in ("", "0", "1", "private")] == [
+        "1",
+        "0",
+        "1",
+        "private",
+    ]
+    with pytest.raises(SettingsError, match="MMLANE_SWEEP=all is not one of: 0, 1, private"):
+        read({"MMLANE_SWEEP": "all"})
