@@ -89,7 +89,8 @@ class Producer:
             self._warn("unavailable", f"no lane here: {error}. Features go by shared-memory segments instead")
             return None
         weakref.finalize(self, self._lane.close)
-        threading.Thread(target=self._announce, args=(self._lane,), name="mmlane-opening", daemon=True).start()
+        with suppress(RuntimeError):  # no thread to be had: nobody says when it opens
+            threading.Thread(target=self._announce, args=(self._lane,), name="mmlane-opening", daemon=True).start()
         return self._lane
 
     def _announce(self, lane: Lane) -> None:

@@ -1,24 +1,32 @@
 """The engine's own receive function in four real processes on real gloo groups, one of them held up. A test runs:
 
-    PYTHON_OF_AN_ENGINE receive_ranks.py {attn,tp,tp-without-agreement}...
+    PYTHON_OF_AN_ENGINE receive_ranks.py {attn,tp,tp-without-agreement,lane-attn,lane-tp}...
 
 The model cannot run on a CPU with DP-attention, but receiving can. Rank 0 gets a request from a real ZeroMQ socket
 and broadcasts it; rank 3 is held in the middle of unpickling it until rank 0 has come out of `recv_requests`, or
 until HOLD_S have passed, which is what happens when rank 0 rightly waits for it. Four ranks, because gloo
 broadcasts along a tree: rank 0 waits for its children 1 and 2 when it next broadcasts, and only rank 2 for rank 3.
 Prints one JSON object: for each scenario and rank "ok", or what it got instead.
+
+With a lane no rank is held. The ranks join it when they hear of it. Then come `by_lane`, `mixed` and `tampered`,
+and each rank tells what became of each request of these, and for which barriers and all-reduces it waited.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
+import gc
 import inspect
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.synchronize import Event
 from types import SimpleNamespace
@@ -53,62 +61,108 @@ class Hold:
         return (_hold, ())
 
 
-def make_request() -> Any:
-    """A request with one tensor, wrapped as the tokenizer does; what is not said is None."""
+def make_request(rid: str = "", *items: dict[str, Any]) -> Any:
+    """A request with one tensor, or these items, wrapped as the tokenizer does; what is not said is None."""
     from sglang.srt.managers import mm_utils
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
-    item = MultimodalDataItem(modality=Modality.IMAGE, feature=FEATURE.clone())
+    mm_items = [
+        MultimodalDataItem(modality=Modality.IMAGE, **item) for item in items or [{"feature": FEATURE.clone()}]
+    ]
     try:
         from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
 
-        mm_inputs: Any = MultimodalProcessorOutput(mm_items=[item])
+        mm_inputs: Any = MultimodalProcessorOutput(mm_items=mm_items)
     except ImportError:
-        mm_inputs = {"mm_items": [item]}
-    parameters = inspect.signature(TokenizedGenerateReqInput).parameters.values()
-    required = {parameter.name: None for parameter in parameters if parameter.default is parameter.empty}
+        mm_inputs = {"mm_items": mm_items}
     # The text comes before the inputs in every release, and so is unpickled before them.
-    request = TokenizedGenerateReqInput(**{**required, "input_text": Hold(), "mm_inputs": mm_inputs})
+    text = None if rid else Hold()
+    request = TokenizedGenerateReqInput(
+        **{**required(TokenizedGenerateReqInput), "input_text": text, "mm_inputs": mm_inputs}
+    )
+    request.rid = rid or None
     return mm_utils.wrap_shm_features(request)
 
 
-def serve_settings(groups: str) -> None:
+def make_batch(*requests: Any) -> Any:
+    """These in one message, so that they are received in one go."""
+    from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput as Batch
+
+    return Batch(**{**required(Batch), "batch": list(requests)})
+
+
+def required(cls: type) -> dict[str, None]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {parameter.name: None for parameter in parameters if parameter.default is parameter.empty}
+
+
+def items_of(request: Any) -> list[Any]:
+    found = request.mm_inputs
+    items: list[Any] = found["mm_items"] if isinstance(found, dict) else getattr(found, "mm_items", [])
+    return items
+
+
+def serve_settings(groups: str, **parallel: Any) -> None:
     """What the engine asks of its global arguments on the way of a request, on each release in its own manner."""
     from sglang.srt import server_args
+    from sglang.srt.distributed import communication_op
     from sglang.srt.managers import mm_utils, scheduler
 
     mm_utils._is_default_tensor_transport = False
-    server_args._global_server_args = settings(groups)
-    modules = [
+    given = functools.partial(settings, groups, **parallel)
+    server_args._global_server_args = given()
+    modules: list[Any] = [
         mm_utils,
         scheduler,
         sys.modules.get(f"{scheduler.__package__}.scheduler_components.request_receiver"),
+        sys.modules.get("sglang.srt.runtime_context"),
     ]
+    names = ("global_server_args", "server_args", "serving", "parallel", "disagg", "exec")
     for module in filter(None, modules):
-        for name in ("get_global_server_args", "get_server_args", "get_serving", "get_parallel", "get_disagg"):
-            if hasattr(module, name):
-                setattr(module, name, functools.partial(settings, groups))
+        for name in names:
+            if hasattr(module, f"get_{name}"):
+                setattr(module, f"get_{name}", given)
         if hasattr(module, "is_ep_scale_joiner"):
             module.is_ep_scale_joiner = bool  # False
+    for name in ("attn_tp_group", "attn_cp_group"):
+        if name in parallel:
+            setattr(communication_op, f"get_{name}", functools.partial(parallel.get, name))
 
 
-def settings(groups: str) -> Any:
-    return SimpleNamespace(
-        skip_tokenizer_init=False,
-        enable_dp_attention=groups == "attn",
-        enable_dp_attention_local_control_broadcast=False,
-        language_only=False,
-        encoder_transfer_backend="",
-        enable_trace=False,
-    )
+def settings(groups: str, **parallel: Any) -> Any:
+    given = {
+        "skip_tokenizer_init": False,
+        "enable_dp_attention": groups == "attn",
+        "attn_dp_enabled": groups == "attn",
+        "enable_dp_attention_local_control_broadcast": False,
+        "language_only": False,
+        "encoder_transfer_backend": "",
+        "enable_trace": False,
+        "is_ep_scale_joiner": False,
+        "moe": SimpleNamespace(is_ep_scale_joiner=False),
+        "tp_size": len(RANKS),
+        "dp_size": 1,
+        "num_dp_ranks": 1,
+        "attn_dp_size": 1,
+    }
+    return SimpleNamespace(**{**given, **parallel})
 
 
 def make_receiver(rank: int, groups: str, socket: Any) -> Any:
     """The engine's receiver with four ranks: one TP group, or one attention-TP group inside DP-attention."""
     group = dist.new_group(list(RANKS), backend="gloo")
     alone = [dist.new_group([r], backend="gloo") for r in RANKS][rank]
-    all_ranks = SimpleNamespace(rank=rank, ranks=list(RANKS), rank_in_group=rank, cpu_group=group)
+    all_ranks = SimpleNamespace(
+        rank=rank, ranks=list(RANKS), rank_in_group=rank, world_size=len(RANKS), cpu_group=group
+    )
+    itself = SimpleNamespace(rank=rank, ranks=[rank], rank_in_group=0, world_size=1, cpu_group=alone)
+    group_objects = {
+        "tp_group": all_ranks,
+        "attn_tp_group": all_ranks,
+        "attn_cp_group": itself,
+        "world_group": all_ranks,
+    }
     parallel = {
         "pp_rank": 0,
         "tp_rank": rank,
@@ -131,16 +185,15 @@ def make_receiver(rank: int, groups: str, socket: Any) -> Any:
         "enable_trace": False,
         "server_args": settings(groups),
         "model_config": SimpleNamespace(is_multimodal=True),
-        "tp_group": all_ranks,
+        "scheduler_stage_metrics": None,
         "tp_cpu_group": group,
-        "attn_tp_group": all_ranks,
         "attn_tp_cpu_group": group,
-        "attn_cp_group": SimpleNamespace(rank=rank, ranks=[rank], cpu_group=alone),
         "attn_cp_cpu_group": alone,
-        "world_group": all_ranks,
         "ps": SimpleNamespace(**parallel),
+        **group_objects,
         **parallel,
     }
+    serve_settings(groups, **group_objects, **parallel)
     try:
         from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver as Receiver
     except ImportError:
@@ -157,28 +210,49 @@ def run_rank(rank: int, groups: str, agreement: bool, directory: str, released: 
     global _rank, _released
     _rank, _released = rank, released
     try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=len(RANKS), timeout=TIMEOUT
-        )
-        serve_settings(groups)
+        receive = begin(rank, groups, directory)
         if not agreement:
             without_agreement()
-        socket = zmq.Context.instance().socket(zmq.PULL)
-        if rank == 0:
-            socket.connect(f"ipc://{directory}/requests")
-        receiver = make_receiver(rank, groups, socket)
-        requests: list[Any] = []
-        while not requests:
-            requests = receiver.recv_requests()
-        mm_inputs = requests[0].mm_inputs
-        items = mm_inputs["mm_items"] if isinstance(mm_inputs, dict) else mm_inputs.mm_items
-        received = len(items) == 1 and torch.equal(items[0].feature, FEATURE)
-        results.put((rank, "ok" if received else type(mm_inputs).__name__))
+        results.put((rank, judged(receive()[0])))
     except BaseException as error:  # noqa: BLE001 - it is what this rank has to report
         results.put((rank, f"{type(error).__name__}: {error}"))
     finally:
         if rank == 0:
             released.set()
+
+
+def begin(rank: int, groups: str, directory: str) -> Callable[[], list[Any]]:
+    """Make this process a rank: what it receives when it next receives anything."""
+    end_with_the_parent()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=len(RANKS), timeout=TIMEOUT
+    )
+    socket: Any = zmq.Context.instance().socket(zmq.PULL)
+    if rank == 0:
+        socket.connect(f"ipc://{directory}/requests")
+    receiver = make_receiver(rank, groups, socket)
+
+    def receive() -> list[Any]:
+        requests: list[Any] = []
+        while not requests:
+            requests = receiver.recv_requests()
+        return requests
+
+    return receive
+
+
+def end_with_the_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def judged(request: Any) -> str:
+    """Whether each value in a request is the feature; else what it has got instead of inputs."""
+    found: list[Any] = []
+    for item in items_of(request):
+        for value in (item.feature, getattr(item, "precomputed_embeddings", None)):
+            found += value if isinstance(value, list | tuple) else [] if value is None else [value]
+    right = found and all(isinstance(value, torch.Tensor) and torch.equal(value, FEATURE) for value in found)
+    return "ok" if right else type(request.mm_inputs).__name__
 
 
 def without_agreement() -> None:
@@ -188,34 +262,170 @@ def without_agreement() -> None:
 
 def scenario(groups: str, agreement: bool) -> dict[str, str]:
     """What each rank got when its requests came over these groups."""
+    with running(groups, run_rank, agreement) as (send, hear, _):
+        send(make_request())
+        heard: dict[str, str] = hear()
+        return heard
+
+
+@contextmanager
+def running(groups: str, function: Callable[..., None], *arguments: Any) -> Iterator[tuple[Any, Any, Event]]:
+    """Four ranks: how to send them a request, how to hear a result of each, and an event they share."""
     serve_settings(groups)
     fork = multiprocessing.get_context("fork")
-    released, results = fork.Event(), fork.Queue()
+    shared, results = fork.Event(), fork.Queue()
     with tempfile.TemporaryDirectory() as directory:
         ranks = [
-            fork.Process(target=run_rank, args=(rank, groups, agreement, directory, released, results))
+            fork.Process(target=function, args=(rank, groups, *arguments, directory, shared, results))
             for rank in RANKS
         ]
         for process in ranks:
             process.start()
-        with zmq.Context() as context, context.socket(zmq.PUSH) as sender:
-            sender.bind(f"ipc://{directory}/requests")
-            sender.send_pyobj(make_request())  # as the engine itself does with SGLANG_USE_PICKLE_IPC
-            found = dict(results.get(timeout=60) for _ in ranks)
-        for process in ranks:
-            process.join(30)
-            process.kill()
-    return {str(rank): result for rank, result in sorted(found.items())}
+        try:
+            with zmq.Context() as context, context.socket(zmq.PUSH) as sender:
+                sender.bind(f"ipc://{directory}/requests")
+
+                def hear() -> dict[str, Any]:
+                    found = dict(results.get(timeout=60) for _ in ranks)
+                    return {str(rank): result for rank, result in sorted(found.items())}
+
+                # The engine itself pickles with SGLANG_USE_PICKLE_IPC.
+                yield sender.send_pyobj, hear, shared
+            for process in ranks:
+                process.join(30)
+        finally:
+            for process in ranks:
+                process.kill()
+
+
+# --- by lane ------------------------------------------------------------------------------------------------
+
+
+def lane_scenario(groups: str) -> dict[str, Any]:
+    """What became of each case: in each rank, and of the lane's tickets."""
+    with running(groups, run_lane_rank) as (send, hear, over):
+        from mmlane_patches import lanes
+
+        producer = lanes.Producer({"dp0": len(RANKS)}, 64 << 20)  # here, when nothing will be forked any more
+        try:
+            sending = lanes.producer.set(producer)  # as while its manager sends
+            found: dict[str, Any] = {}
+            send(make_request("opening"))
+            found["opening"] = {"ranks": hear()}
+            assert producer.lane is not None
+            found["opening"]["is_open"] = producer.lane.wait_open(60)
+            for case in (by_lane, mixed, tampered):
+                before = producer.lane.stats().puts
+                send(case())
+                ranks = hear()
+                stats = producer.lane.stats()
+                found[case.__name__] = {"ranks": ranks, "puts": stats.puts - before, "tickets": stats.tickets}
+            lanes.producer.reset(sending)
+            over.set()
+            return found
+        finally:
+            if producer.lane is not None:
+                producer.lane.close()
+
+
+def full(rid: str) -> Any:
+    """A request with four values, in every place where a feature can be."""
+    return make_request(
+        rid,
+        {"feature": FEATURE.clone()},
+        {"feature": [FEATURE.clone(), FEATURE.clone()]},
+        {"precomputed_embeddings": FEATURE.clone()},
+    )
+
+
+def by_lane() -> Any:
+    return full("whole")
+
+
+def mixed() -> Any:
+    """One by lane, one by segment."""
+    from mmlane_patches import lanes
+
+    whole = full("lane")
+    sending = lanes.producer.set(None)
+    segments = full("segment")
+    lanes.producer.reset(sending)
+    return make_batch(whole, segments)
+
+
+def tampered() -> Any:
+    """Of two requests, one has a ticket with a bit that is wrong."""
+    bad = full("tampered")
+    pointer = items_of(bad)[0].feature
+    ticket = bytearray(pointer.ticket)
+    ticket[19] ^= 1  # of its offset
+    pointer.ticket = bytes(ticket)
+    return make_batch(bad, full("whole"))
+
+
+def run_lane_rank(rank: int, groups: str, directory: str, over: Event, results: Any) -> None:
+    try:
+        receive = begin(rank, groups, directory)
+        from mmlane_patches import lanes
+
+        lanes.become_rank(settings(groups), None, first=False)
+        waits = counted_collectives()
+        for _ in ("opening", by_lane, mixed, tampered):
+            waits.clear()
+            requests = receive()
+            found: dict[str, Any] = {
+                single.rid: judged(single)
+                for request in requests
+                for single in getattr(request, "batch", [request])
+            }
+            del requests
+            gc.collect()
+            results.put((rank, {**found, "waits": list(waits)}))
+    except BaseException as error:  # noqa: BLE001 - it is what this rank has to report
+        results.put((rank, f"{type(error).__name__}: {error}"))
+    over.wait(60)  # leaving earlier would cut off a peer in the middle of its collective
+
+
+def counted_collectives() -> list[str]:
+    """The names of the collectives that are called from now on, for which a rank waits."""
+    from sglang.srt.managers import scheduler
+
+    called: list[str] = []
+
+    def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.append(collective.__name__)
+            return collective(*args, **kwargs)
+
+        return call
+
+    modules = [dist, scheduler, sys.modules.get(f"{scheduler.__package__}.scheduler_components.request_receiver")]
+    for name in ("barrier", "all_reduce"):
+        replacement = counted(getattr(dist, name))
+        for module in modules:
+            if hasattr(module, name):
+                setattr(module, name, replacement)
+    return called
+
+
+SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
+    "attn": lambda: scenario("attn", True),
+    "tp": lambda: scenario("tp", True),
+    "tp-without-agreement": lambda: scenario("tp", False),
+    "lane-attn": lambda: lane_scenario("attn"),
+    "lane-tp": lambda: lane_scenario("tp"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("scenarios", nargs="+", choices=("attn", "tp", "tp-without-agreement"))
+    parser.add_argument("scenarios", nargs="+", choices=SCENARIOS)
     chosen = parser.parse_args().scenarios
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["SGLANG_USE_PICKLE_IPC"] = "1"  # read when the engine is imported
     # The engine is imported once, before any rank is forked: that is most of the time that this takes.
-    print(json.dumps({name: scenario(name.partition("-")[0], "without" not in name) for name in chosen}))
+    print(json.dumps({name: SCENARIOS[name]() for name in chosen}))
 
 
 if __name__ == "__main__":

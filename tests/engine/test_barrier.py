@@ -1,10 +1,13 @@
-"""The barrier races, made certain by holding one rank while it unpickles; see receive_ranks.py."""
+"""The barrier races, made certain by holding one rank while it unpickles, and ranks with a lane, which need no
+barrier; see receive_ranks.py.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.version import Version
@@ -18,14 +21,14 @@ GONE = "FileNotFoundError"
 ALL_OK = dict.fromkeys("0123", "ok")
 
 
-def receive(version: str, plugin: Path | None, *scenarios: str) -> dict[str, dict[str, str]]:
-    """What each of four ranks got in each scenario: "ok", or the error."""
+def receive(version: str, plugin: Path | None, *scenarios: str) -> dict[str, dict[str, Any]]:
+    """What each of four ranks got in each scenario: "ok", or the error. With a lane, for each case."""
     python = engine_environment(version, plugin=plugin).python
     result = subprocess.run(
         [str(python), str(SCRIPT), *scenarios], capture_output=True, text=True, check=False, timeout=300
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
+    found: dict[str, dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
     return found
 
 
@@ -43,3 +46,23 @@ def test_no_rank_takes_before_all_have_opened(version: str, plugin_wheel: Path) 
     found = receive(version, plugin_wheel, "attn", "tp", "tp-without-agreement")
     assert found["attn"] == found["tp"] == ALL_OK
     assert found["tp-without-agreement"]["3"] == "LostFeatures"
+
+
+@pytest.mark.parametrize("groups", ["attn", "tp"])
+def test_ranks_with_a_lane(version: str, plugin_wheel: Path, groups: str) -> None:
+    """Each of four ranks comes to the same end by itself, and waits only where a segment is in the message."""
+    isolated = Version(version) >= Version("0.5.19")
+    agreeing = ["barrier", "all_reduce"] if isolated else ["all_reduce"]
+    lost = "MMInputsProcessError" if isolated else "LostFeatures"
+
+    def on_all_ranks(*waits: str, **requests: str) -> dict[str, Any]:
+        return {rank: {**requests, "waits": list(waits)} for rank in ALL_OK}
+
+    name = f"lane-{groups}"
+    assert receive(version, plugin_wheel, name)[name] == {
+        "opening": {"ranks": on_all_ranks(*agreeing, opening="ok"), "is_open": True},
+        "by_lane": {"ranks": on_all_ranks(whole="ok"), "puts": 4, "tickets": 0},
+        "mixed": {"ranks": on_all_ranks(*agreeing, lane="ok", segment="ok"), "puts": 4, "tickets": 0},
+        # What else the lost request had is given back; the ticket that was changed is not out of anybody's hands.
+        "tampered": {"ranks": on_all_ranks(tampered=lost, whole="ok"), "puts": 8, "tickets": 1},
+    }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mmlane.lane import MalformedTicket, StaleTicket
-from tests.lane.together import eventually, random, same, together
+from tests.lane.processes import eventually
+from tests.lane.together import random, same, together
 
 PERIOD = 0.02  # seconds, between the lane's looks at what is out
 

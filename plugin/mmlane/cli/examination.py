@@ -73,8 +73,8 @@ class Examination:
             missing = [feature.name for feature in self.here.kernel if not feature.works]
             if missing:
                 found.append(
-                    f"this kernel lacks {', '.join(missing)}; nothing follows for this release, "
-                    "but the lane of a later one may fall back to segments here"
+                    f"this kernel lacks {', '.join(missing)}; the lane goes without where it can, "
+                    "otherwise features go by shared-memory segments here"
                 )
         return found
 

@@ -1,0 +1,530 @@
+"""Who takes part in the lanes, and what a producer and a rank say and do when one cannot be had."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mmlane.lane import Lane, Reader, memory  # noqa: E402
+from mmlane_patches import lanes  # noqa: E402
+from tests.lane.sandbox import DEADLINE, limit_address_space, run  # noqa: E402
+
+MIB = 1 << 20
+NOWHERE = "mmlane-1-00000000"
+WHOLE = {
+    "dp_size": 1,
+    "tp_size": 1,
+    "nnodes": 1,
+    "enable_dp_attention": False,
+    "elastic_ep_backend": None,
+    "skip_tokenizer_init": False,
+    "tokenizer_worker_num": 1,
+    "enable_metrics": False,
+}
+
+
+def launched(**options: Any) -> Any:
+    """The engine's arguments, as far as anybody here asks for them."""
+    return SimpleNamespace(**{**WHOLE, **options})
+
+
+class Manager:
+    """A tokenizer manager."""
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "rank", None)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "mmlane" and r.levelno == logging.WARNING]
+
+
+# --- who takes part -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, {"dp0": 1}),
+        ({"tp_size": 4}, {"dp0": 4}),
+        ({"tp_size": 2, "dp_size": 2}, {"dp0": 2, "dp1": 2}),
+        ({"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}, {"dp0": 2, "dp1": 2}),
+        (
+            {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True},
+            dict.fromkeys(("dp0", "dp1", "dp2", "dp3"), 1),
+        ),
+        ({"tp_size": 4, "dp_size": 1, "enable_dp_attention": True}, {"dp0": 4}),
+        ({"tp_size": 2, "pp_size": 2}, {"dp0": 2}),  # the second stage is sent nothing by the tokenizer
+    ],
+)
+def test_which_readers_are_expected(options: dict[str, Any], wanted: dict[str, int]) -> None:
+    server_args = launched(**options)
+    assert lanes.readers_of(server_args) == wanted
+    assert {lanes.group_of(server_args, rank) for rank in range(server_args.dp_size)} == wanted.keys()
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "dp_rank", "group"),
+    [(1, None, "dp0"), (1, 3, "dp0"), (2, None, "dp0"), (2, 0, "dp0"), (2, 1, "dp1")],
+)
+def test_which_group_a_rank_is_of(dp_size: int, dp_rank: int | None, group: str) -> None:
+    """Behind a router every engine is of size 1, and has a number all the same."""
+    lanes.become_rank(launched(dp_size=dp_size), dp_rank, first=True)
+    assert lanes.rank is not None and lanes.rank.group == group
+
+
+RUNTIME = "sglang.srt.runtime_context"
+PARALLEL = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "num_dp_ranks": 2, "attn_dp_size": 2}
+
+
+@pytest.mark.parametrize("names", [["derive_attention_widths"], ["num_dp_ranks_of"]], ids=["0.5.19", "0.5.22"])
+def test_the_engines_own_decision_counts_where_it_tells_it(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ModuleType(RUNTIME)
+    vars(context).update(dict.fromkeys(names), get_parallel=lambda: SimpleNamespace(**PARALLEL))
+    monkeypatch.setitem(sys.modules, RUNTIME, context)
+    typed = launched(tp_size=4)  # and the rest was decided since
+    assert lanes.readers_of(typed) == {"dp0": 2, "dp1": 2}
+    assert lanes.group_of(typed, 1) == "dp1"
+
+
+def test_before_that_the_arguments_are_what_the_engine_made_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ModuleType(RUNTIME)
+    vars(context)["get_parallel"] = lambda: SimpleNamespace(**PARALLEL)
+    monkeypatch.setitem(sys.modules, RUNTIME, context)
+    assert lanes.readers_of(launched(tp_size=4)) == {"dp0": 4}
+
+
+@pytest.mark.parametrize(
+    ("value", "dp_rank", "first", "said"),
+    [("1", None, True, 1), ("true", 0, True, 1), ("1", 1, True, 0), ("1", 0, False, 0), ("0", 0, True, 0)],
+)
+def test_one_rank_says_that_the_rust_server_has_no_lane(
+    value: str,
+    dp_rank: int | None,
+    first: bool,
+    said: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SGLANG_RUST_SERVER", value)
+    lanes.become_rank(launched(dp_size=2), dp_rank, first=first)
+    assert len(warnings(caplog)) == said
+
+
+OBSTACLES = [
+    ({"nnodes": 2}, "2 nodes"),
+    ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
+    ({"skip_tokenizer_init": True}, "--skip-tokenizer-init"),
+]
+
+
+@pytest.mark.parametrize(("options", "named"), OBSTACLES)
+def test_what_is_in_the_way(options: dict[str, Any], named: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert named in lanes.obstacle(launched(**options))
+    manager = Manager()
+    lanes.become_producer(manager, launched(**options), multimodal=False, capacity=None)
+    assert manager not in lanes.producers and warnings(caplog) == []  # who sends no images need not know
+    lanes.become_producer(manager, launched(**options), multimodal=True, capacity=None)
+    assert manager not in lanes.producers
+    (line,) = warnings(caplog)
+    assert named in line and "MMLANE=backport silences this" in line
+
+
+def test_nothing_is_in_the_way() -> None:
+    assert lanes.obstacle(launched()) == ""
+    older = launched()
+    del older.elastic_ep_backend  # which releases below 0.5.10 do not have
+    assert lanes.obstacle(older) == ""
+
+
+@pytest.mark.parametrize(("workers", "share"), [(0, 1), (1, 1), (4, 4)])
+def test_tokenizer_workers_share_the_capacity(workers: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "default_capacity", lambda: 400 * MIB)
+    server_args = launched(tp_size=2, tokenizer_worker_num=workers)
+    manager, with_a_wish = Manager(), Manager()
+    lanes.become_producer(manager, server_args, multimodal=True, capacity=None)
+    lanes.become_producer(with_a_wish, server_args, multimodal=True, capacity=8 * MIB)
+    for owner, capacity in ((manager, 400 * MIB // share), (with_a_wish, 8 * MIB)):  # a wish is for each
+        producer = lanes.producers[owner]
+        ticket, address = producer.put(torch.ones(9))
+        lane = producer.lane
+        assert ticket is None and lane is not None and lane.address == address
+        assert lane.stats().capacity == capacity and lane.expected == {"dp0": 2}
+        lane.close()
+
+
+def test_a_lane_ends_with_its_manager() -> None:
+    one, other = Manager(), Manager()  # two engines in one process
+    for manager in (one, other):
+        lanes.become_producer(manager, launched(), multimodal=True, capacity=8 * MIB)
+        lanes.producers[manager].put(torch.ones(9))
+    found = [lanes.producers[manager].lane for manager in (one, other)]
+    assert found[0] is not None and found[1] is not None
+    with Reader("dp0") as reader:
+        reader.join(found[0].address, DEADLINE)
+        reader.join(found[1].address, DEADLINE)
+        announcing()  # until then its thread keeps it
+        del one, manager
+        gc.collect()
+        assert found[0].is_closed and not found[1].is_closed
+        del other
+        gc.collect()
+        assert found[1].is_closed
+
+
+# --- a producer ---------------------------------------------------------------------------------------------
+
+
+class Opening:
+    """A producer and what it needs readers for."""
+
+    def __init__(self, readers: int = 1, capacity: int = 8 * MIB) -> None:
+        self.producer = lanes.Producer({"dp0": readers}, capacity)
+        self.readers: list[Reader] = []
+
+    @property
+    def lane(self) -> Lane:
+        assert self.producer.lane is not None
+        return self.producer.lane
+
+    def begin(self) -> str:
+        """The address that the first feature's readers hear of."""
+        ticket, address = self.producer.put(torch.ones(9))
+        assert ticket is None and address == self.lane.address
+        return address
+
+    def join(self) -> None:
+        self.readers.append(Reader("dp0"))
+        self.readers[-1].join(self.lane.address, DEADLINE)
+
+    def close(self) -> None:
+        for reader in self.readers:
+            reader.close()
+        if self.producer.lane is not None:
+            self.producer.lane.close()
+            announcing()
+
+
+def threads(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
+def announcing() -> None:
+    """Wait until producers have said what they have to say of their lanes' opening."""
+    for thread in threads("mmlane-opening"):
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def opening() -> Iterator[Opening]:
+    opening = Opening()
+    yield opening
+    opening.close()
+
+
+def test_the_line_when_it_opens(opening: Opening, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mmlane")
+    opening.begin()
+    assert opening.producer.put(torch.ones(9)) == (None, opening.lane.address)  # still
+    opening.join()
+    announcing()
+    (line,) = [r.getMessage() for r in caplog.records if "the lane is open" in r.getMessage()]
+    assert line.startswith("mmlane: the lane is open: 1 ranks, 0.0 GiB of room, ")
+    assert warnings(caplog) == []
+    ticket, address = opening.producer.put(torch.ones(9))
+    assert ticket is not None and address == ""
+    assert torch.equal(opening.readers[0].take(ticket), torch.ones(9))
+
+
+class Said(logging.Handler):
+    """Sets an event when a line with a certain text is logged."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+        self.count = 0
+        self.event = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.text in record.getMessage():
+            self.count += 1
+            self.event.set()
+
+
+@pytest.fixture
+def unopened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Said]:
+    said = Said("the lane has not opened within")
+    lanes.logger.addHandler(said)
+    monkeypatch.setattr(lanes, "OPENING_S", 0.0)
+    yield said
+    lanes.logger.removeHandler(said)
+
+
+def test_the_line_when_it_does_not_open(
+    opening: Opening, unopened: Said, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mmlane")
+    opening.begin()
+    assert unopened.event.wait(DEADLINE)
+    opening.join()  # late is better than never
+    announcing()
+    assert unopened.count == 1
+    late, opened = (r.getMessage() for r in caplog.records if r.name == "mmlane")
+    assert "not all of its 1 ranks" in late and "`mmlane status`" in late and "the lane is open" in opened
+
+
+def test_nobody_waits_for_a_lane_that_is_closed(opening: Opening, unopened: Said) -> None:
+    opening.begin()
+    assert unopened.event.wait(DEADLINE)
+    opening.lane.close()
+    announcing()
+    assert opening.producer.put(torch.ones(9)) == (None, "")
+
+
+@pytest.mark.parametrize(
+    ("cause", "too_large"), [("oversize", 9 * MIB), ("full", 5 * MIB)], ids=["oversize", "full"]
+)
+def test_a_tensor_that_has_no_place(
+    opening: Opening, cause: str, too_large: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    opening.begin()
+    opening.join()
+    kept = torch.ones(5 * MIB, dtype=torch.uint8)
+    held, _ = opening.producer.put(kept)
+    assert held is not None
+    for _ in range(2):
+        assert opening.producer.put(torch.zeros(too_large, dtype=torch.uint8)) == (None, "")
+    (line,) = warnings(caplog)
+    assert f"the lane has no place for a feature ({cause})" in line and "shared-memory segment" in line
+    assert opening.lane.stats().refused[cause] == 2  # type: ignore[index]
+    small, _ = opening.producer.put(torch.ones(9))
+    assert small is not None
+    for ticket in (held, small):
+        opening.readers[0].discard(ticket)
+
+
+def test_one_line_for_each_cause(opening: Opening, caplog: pytest.LogCaptureFixture) -> None:
+    opening.begin()
+    opening.join()
+    opening.producer.put(torch.zeros(9 * MIB, dtype=torch.uint8))
+    opening.producer.put(torch.eye(3).to_sparse())
+    opening.lane.close()
+    for _ in range(2):
+        assert opening.producer.put(torch.ones(9)) == (None, "")
+    assert [line.partition("(")[2].partition(")")[0] for line in warnings(caplog)] == [
+        "oversize",
+        "unsupported",
+        "closed",
+    ]
+
+
+def test_a_ticket_that_was_not_sent_is_void(opening: Opening) -> None:
+    opening.begin()
+    opening.join()
+    ticket, _ = opening.producer.put(torch.ones(9))
+    assert ticket is not None and opening.lane.stats().tickets == 1
+    opening.producer.take_back(ticket)
+    assert opening.lane.stats().tickets == 0
+
+
+def test_a_lane_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
+    producer = lanes.Producer({"dp0": 1}, capacity=1 << 62)
+    for _ in range(2):
+        assert producer.put(torch.ones(9)) == (None, "")
+    producer.take_back(b"no ticket of anybody")
+    assert producer.lane is None
+    (line,) = warnings(caplog)
+    assert line.startswith("mmlane: no lane here: ") and "shared-memory segments instead" in line
+
+
+def confined() -> tuple[list[tuple[bytes | None, str]], list[str]]:
+    """In a process that may have no more address room."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    lanes.logger.addHandler(handler)
+    limit_address_space(256 * MIB)
+    producer = lanes.Producer({"dp0": 1}, capacity=1 << 30)
+    return [producer.put(torch.ones(9)) for _ in range(2)], lines
+
+
+def test_a_process_without_address_room_goes_on() -> None:
+    found, lines = run(confined)
+    assert found == [(None, "")] * 2
+    (line,) = lines
+    assert "no lane here" in line and "ulimit -v" in line
+
+
+def in_a_child() -> tuple[bool, bool]:
+    """Whether a forked child gets nothing, and its parent goes on; called in a process of its own."""
+    opening = Opening()
+    opening.begin()
+    opening.join()
+    ticket, _ = opening.producer.put(torch.ones(9))
+    assert ticket is not None
+    pid = os.fork()
+    if pid == 0:
+        there = opening.producer
+        there.take_back(ticket)  # is its parent's
+        os._exit(0 if there.put(torch.ones(9)) == (None, "") and there.lane is None else 1)
+    nothing = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    here = torch.equal(opening.readers[0].take(ticket), torch.ones(9))
+    opening.close()
+    return nothing, here
+
+
+def test_a_forked_child_gets_no_ticket() -> None:
+    assert run(in_a_child) == (True, True)
+
+
+# --- a rank -------------------------------------------------------------------------------------------------
+
+
+def joining() -> None:
+    """Wait for those that join in the background."""
+    for thread in threads("mmlane-joining"):
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def rank() -> Iterator[lanes.Rank]:
+    rank = lanes.Rank("dp0")
+    yield rank
+    joining()
+    if rank._reader is not None:
+        rank._reader.close()
+
+
+def test_hints_lead_a_rank_into_every_lane(rank: lanes.Rank) -> None:
+    """Of several tokenizer workers, each has one."""
+    one, other = Opening(), Opening()
+    try:
+        for opening in (one, other, one):
+            rank.notice(opening.begin() if opening.producer.lane is None else opening.lane.address)
+        for opening in (one, other):
+            assert opening.lane.wait_open(DEADLINE)
+            ticket, _ = opening.producer.put(torch.ones(9))
+            assert ticket is not None
+            assert torch.equal(rank.take(ticket), torch.ones(9))
+            assert opening.lane.stats().readers == {"dp0": 1}
+    finally:
+        one.close()
+        other.close()
+
+
+class Clock:
+    """Stands in for `time` in `lanes`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_a_lane_that_is_gone_is_tried_again_later(
+    rank: lanes.Rank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, times, join = Clock(), 0, Reader.join
+
+    def counted(self: Reader, *arguments: Any) -> None:
+        nonlocal times
+        times += 1
+        join(self, *arguments)
+
+    monkeypatch.setattr(lanes, "time", clock)
+    monkeypatch.setattr(Reader, "join", counted)
+    for _ in range(3):  # while it tries, and when it has
+        rank.notice(NOWHERE)
+        joining()
+    (line,) = warnings(caplog)
+    assert "this rank (dp0) has not joined a lane" in line and NOWHERE in line and "tries again" in line
+    clock.now += lanes.RETRY_S - 0.1
+    rank.notice(NOWHERE)
+    joining()
+    assert [times, len(warnings(caplog))] == [1, 1]
+    clock.now += 0.2
+    rank.notice(NOWHERE)
+    joining()
+    assert [times, len(warnings(caplog))] == [2, 1]  # the same again, which need not be said again
+
+
+def test_a_rank_joins_at_a_later_try(rank: lanes.Rank, opening: Opening, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(lanes, "time", clock)
+    address = opening.begin()
+    rank.group = "dp1"  # which this lane does not expect
+    rank.notice(address)
+    joining()
+    assert rank._reader is not None
+    rank._reader.group = "dp0"
+    clock.now += lanes.RETRY_S
+    rank.notice(address)
+    joining()
+    assert opening.lane.wait_open(DEADLINE)
+
+
+def test_a_rank_without_room_for_a_thread_goes_on(
+    rank: lanes.Rank, opening: Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hint is heard while a message is unpickled, where an error would part this rank from its peers."""
+    address = opening.begin()
+    clock = Clock()
+    monkeypatch.setattr(lanes, "time", clock)
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as without_threads:
+        without_threads.setattr(threading.Thread, "start", start)
+        rank.notice(address)
+    clock.now += lanes.RETRY_S
+    rank.notice(address)
+    assert opening.lane.wait_open(DEADLINE)
+
+
+def test_a_producer_without_room_for_a_thread_goes_on(opening: Opening, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def not_ours(self: threading.Thread) -> None:
+        if self.name == "mmlane-opening":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", not_ours)
+    opening.begin()
+    opening.join()
+    ticket, _ = opening.producer.put(torch.ones(9))
+    assert ticket is not None
+    opening.readers[0].discard(ticket)
+
+
+def test_giving_back_what_cannot_be_is_nothing(rank: lanes.Rank, opening: Opening) -> None:
+    rank.discard(b"before it has joined any")
+    rank.notice(opening.begin())
+    assert opening.lane.wait_open(DEADLINE)
+    ticket, _ = opening.producer.put(torch.ones(9))
+    assert ticket is not None
+    for twice in (ticket, ticket, b"garbage"):
+        rank.discard(twice)
+    assert (opening.lane.stats().tickets, opening.lane.stats().strays) == (0, 0)
+
+
+def test_reading_who_takes_part_needs_no_engine() -> None:
+    assert "sglang" not in sys.modules
