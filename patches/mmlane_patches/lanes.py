@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from math import inf
@@ -88,42 +89,53 @@ class Producer:
         except LaneUnavailable as error:
             self._warn("unavailable", f"no lane here: {error}. Features go by shared-memory segments instead")
             return None
-        weakref.finalize(self, self._lane.close)
-        with suppress(RuntimeError):  # no thread to be had: nobody says when it opens
-            threading.Thread(target=self._announce, args=(self._lane,), name="mmlane-opening", daemon=True).start()
+        # In a thread: the garbage collector may run this where the lane's lock is held.
+        weakref.finalize(self, _in_a_thread, self._lane.close).atexit = False
+        _in_a_thread(_see_it_open, self._lane, self._metrics)
         return self._lane
-
-    def _announce(self, lane: Lane) -> None:
-        if self._metrics:
-            self._measure(lane)
-        ranks = " + ".join(str(count) for count in self._readers.values())
-        began = time.monotonic()
-        while not lane.wait_open(OPENING_S):
-            if lane.is_closed:
-                return
-            self._warn(
-                "not_open",
-                f"the lane has not opened within {OPENING_S:.0f} s, because not all of its {ranks} ranks have"
-                " joined it; features go by shared-memory segments until it does; `mmlane status` tells who is"
-                " missing, the log of that rank why, and MMLANE=backport silences this",
-            )
-        logger.info(
-            "mmlane: the lane is open: %s ranks, %.1f GiB of room, %.1f s after the first feature",
-            *(ranks, lane.stats().capacity / 2**30, time.monotonic() - began),
-        )
-
-    def _measure(self, lane: Lane) -> None:
-        from mmlane_patches import metrics
-
-        try:
-            metrics.watch(lane)
-        except Exception as error:  # noqa: BLE001 - somebody else's library; features do not wait for metrics
-            self._warn("metrics", f"the lane is not in /metrics: {type(error).__name__}: {error}")
 
     def _warn(self, cause: str, line: str) -> None:
         if cause not in self._warned:
             self._warned.add(cause)
             logger.warning("mmlane: %s", line)
+
+
+def _in_a_thread(work: Callable[..., None], *args: Any) -> None:
+    with suppress(RuntimeError):  # no thread to be had: a line is missing, or a lane stays until the process ends
+        threading.Thread(target=work, args=args, name="mmlane-lane", daemon=True).start()
+
+
+def _see_it_open(lane: Lane, metrics: bool) -> None:
+    """Say when a lane opens, and once if that takes long. Holds no producer, so that one can go meanwhile."""
+    if metrics:
+        _measure(lane)
+    ranks = " + ".join(str(count) for count in lane.expected.values())
+    began = time.monotonic()
+    late = False
+    while not lane.wait_open(OPENING_S):
+        if lane.is_closed:
+            return
+        if not late:
+            late = True
+            logger.warning(
+                "mmlane: the lane has not opened within %.0f s, because not all of its %s ranks have joined it;"
+                " features go by shared-memory segments until it does; `mmlane status` tells who is missing, the"
+                " log of that rank why, and MMLANE=backport silences this",
+                *(OPENING_S, ranks),
+            )
+    logger.info(
+        "mmlane: the lane is open: %s ranks, %.1f GiB of room, %.1f s after the first feature",
+        *(ranks, lane.stats().capacity / 2**30, time.monotonic() - began),
+    )
+
+
+def _measure(lane: Lane) -> None:
+    try:
+        from mmlane_patches import metrics
+
+        metrics.watch(lane)
+    except Exception as error:  # noqa: BLE001 - somebody else's library; features do not wait for metrics
+        logger.warning("mmlane: the lane is not in /metrics: %s: %s", type(error).__name__, error)
 
 
 class Rank:

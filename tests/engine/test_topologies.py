@@ -1,16 +1,19 @@
-"""Data parallelism and several tokenizer workers: other processes, other relays, the same promises."""
+"""Other processes, other relays, other ways through the scheduler: the same promises."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from devkit.client import IMAGE_SLOT, data_url
 from devkit.images import jpeg
 from devkit.server import EngineServer
 from tests.engine import scenarios
+from tests.engine.scenarios import image
 
 pytestmark = pytest.mark.engine
 
@@ -118,3 +121,67 @@ def test_64_mib_of_shared_memory(plugin_wheel: Path) -> None:
         assert len(roles(server)) == 4
         assert server.log().count("docker run --shm-size") == 1
         assert scenarios.ANSWERED["one image"](server).status == 200
+
+
+def ask_in_a_session(server: EngineServer) -> list[list[list[int]]]:
+    """Two turns about one image that is only sent with the first, and the tokens of both answers."""
+    session = server.client.post("/open_session", {"capacity_of_str_len": 10_000})
+    assert session.status == 200, session.body
+    found = []
+    rid = None
+    for text, images in ((f"{IMAGE_SLOT}What is it?", [image(12)]), (" And now?", [])):
+        request: dict[str, Any] = {
+            "text": text,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 8},
+            "session_params": {"id": session.body, "rid": rid},
+        }
+        if images:
+            request["image_data"] = [data_url(picture) for picture in images]
+        reply = server.client.post("/generate", request)
+        assert reply.status == 200, reply.body
+        found.append(scenarios.tokens(reply))
+        rid = reply.body["meta_info"]["id"]
+    server.client.post("/close_session", {"session_id": session.body})
+    return found
+
+
+@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
+def test_sessions_and_retraction(release: str, plugin_wheel: Path) -> None:
+    """A session keeps its image for the next turn; short of room for tokens, requests go and come back."""
+    arguments = ["--max-total-tokens", "2048"]
+    with EngineServer(release, args=arguments) as server:
+        expected = ask_in_a_session(server)
+    with EngineServer(release, plugin=plugin_wheel, args=arguments) as server:
+        scenarios.open_lanes(server)
+        assert ask_in_a_session(server) == expected
+        scenarios.wait_for_baseline(server)
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            asks = [
+                pool.submit(server.generate, [image(seed)], scenarios.TEXT, max_new_tokens=300)
+                for seed in range(12)
+            ]
+            assert {ask.result().status for ask in asks} == {200}
+        assert "retract" in server.log().lower()
+        scenarios.wait_for_baseline(server)
+
+
+@pytest.mark.releases("0.5.23", "0.5.16")
+def test_an_embedding_model(release: str, plugin_wheel: Path) -> None:
+    """Older releases send the inputs of embedding requests inside them; that stays so."""
+
+    def embedding(server: EngineServer) -> list[float]:
+        body = {"text": f"{IMAGE_SLOT}What is it?", "image_data": [data_url(image(13))]}
+        reply = server.client.post("/encode", body)
+        assert reply.status == 200, reply.body
+        found: list[float] = reply.body["embedding"]
+        return found
+
+    with EngineServer(release, args=["--is-embedding"]) as server:
+        expected = embedding(server)
+    with EngineServer(release, plugin=plugin_wheel, args=["--is-embedding"]) as server:
+        assert embedding(server) == pytest.approx(expected)
+        scenarios.wait_for(lambda: scenarios.lane(server).is_open, "the lane")
+        before = scenarios.lane(server).puts
+        assert embedding(server) == pytest.approx(expected)
+        assert scenarios.lane(server).puts == before + 1
+        scenarios.wait_for_baseline(server)

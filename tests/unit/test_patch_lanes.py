@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 
 from mmlane.lane import Lane, Reader, memory  # noqa: E402
 from mmlane_patches import lanes  # noqa: E402
+from tests.lane.processes import eventually  # noqa: E402
 from tests.lane.sandbox import DEADLINE, limit_address_space, run  # noqa: E402
 
 MIB = 1 << 20
@@ -225,7 +226,7 @@ def threads(name: str) -> list[threading.Thread]:
 
 def announcing() -> None:
     """Wait until producers have said what they have to say of their lanes' opening."""
-    for thread in threads("mmlane-opening"):
+    for thread in threads("mmlane-lane"):
         thread.join(DEADLINE)
         assert not thread.is_alive()
 
@@ -503,7 +504,7 @@ def test_a_producer_without_room_for_a_thread_goes_on(opening: Opening, monkeypa
     start = threading.Thread.start
 
     def not_ours(self: threading.Thread) -> None:
-        if self.name == "mmlane-opening":
+        if self.name == "mmlane-lane":
             raise RuntimeError("can't start new thread")
         start(self)
 
@@ -528,3 +529,16 @@ def test_giving_back_what_cannot_be_is_nothing(rank: lanes.Rank, opening: Openin
 
 def test_reading_who_takes_part_needs_no_engine() -> None:
     assert "sglang" not in sys.modules
+
+
+def test_a_producer_that_is_collected_while_its_lane_is_busy_closes_it_afterwards() -> None:
+    """The garbage collector runs anywhere, also where the lane's lock is held: it must not wait for that."""
+    producer = lanes.Producer({"dp0": 1}, 8 * MIB)
+    producer.put(torch.ones(9))
+    lane = producer.lane
+    assert lane is not None
+    with lane._lock:
+        del producer
+        gc.collect()
+        assert not lane.is_closed
+    eventually(lambda: lane.is_closed, "the lane's end")
