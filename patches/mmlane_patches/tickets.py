@@ -83,7 +83,7 @@ class LanePointer:
         if self.ticket is None and self._inline is None:
             super().__setstate__(state)  # type: ignore[misc]
         else:
-            self._describe(state["shape"], state["dtype"], state["precomputed_hash"])
+            self._describe(state.get("shape"), state.get("dtype"), state.get("precomputed_hash"))
         if lanes.rank is not None:
             self._state = "due"
             if self.hint:
