@@ -66,7 +66,7 @@ def test_every_process_reports(version: str, patched: EngineServer) -> None:
     lines = re.findall(r"mmlane: \[(\d+)\] (\w+): sglang (\S+), .*?; skipped (\w+)", patched.log())
     roles = sorted(role for _, role, _, _ in lines)
     assert roles == ["detokenizer", "main", "scheduler", "scheduler"]
-    assert {(found, skipped) for _, _, found, skipped in lines} == {(version, "none")}
+    assert {(found, skipped) for _, _, found, skipped in lines} == {(version, "arena")}  # not of this mode
     pids = {int(pid) for pid, *_ in lines}
     assert pids <= {process.pid for process in patched.processes()}
 
