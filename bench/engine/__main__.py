@@ -12,11 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
-from bench.engine.cases import plan
+from bench.engine.cases import Kind, plan
 from bench.engine.measuring import Measuring, order
 from bench.engine.plots import draw
 from bench.engine.records import Results
@@ -27,6 +27,7 @@ from devkit.server import ServerDied
 OUT = Path(__file__).resolve().parent.parent / "out"
 RELEASES = ("0.5.9", "0.5.12.post1", "0.5.23")
 MODES = ("off", "backport", "arena")
+KINDS = get_args(Kind)
 ROUNDS, QUICK_ROUNDS = 2, 1
 _WIDTH = 140
 
@@ -56,7 +57,7 @@ def main() -> int:
 def measure(options: argparse.Namespace, results: Results, path: Path, console: Console) -> bool:
     """Every release, round and mode; False where something kept from measuring all of it."""
     complete = True
-    cases = plan(quick=options.quick)
+    cases = [case for case in plan(quick=options.quick) if case.kind in options.only]
     try:
         with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:
             wheel = build_wheel(Path(scratch))
@@ -124,6 +125,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer cases and requests, one round")
     parser.add_argument("--releases", nargs="+", default=RELEASES, metavar="VERSION", help=", ".join(RELEASES))
     parser.add_argument("--modes", nargs="+", default=MODES, metavar="MODE", help="off backport arena")
+    parser.add_argument("--only", nargs="+", default=KINDS, choices=KINDS, help="kinds of requests (all)")
     parser.add_argument(
         "--rounds", type=int, help=f"servers for each release and mode ({ROUNDS}, quick {QUICK_ROUNDS})"
     )

@@ -24,12 +24,14 @@ _MOST_EMBEDDINGS = 8  # in flight: each takes its size several times over
 REQUESTS = {1: 12, 8: 32, 32: 64}  # that count, by concurrency
 QUICK_REQUESTS = {1: 5, 8: 16, 32: 32}
 
+Kind = Literal["text", "image", "embedding"]
+
 
 @dataclass(frozen=True, order=True)
 class Case:
     """One kind of request, so many at a time. `nbytes`: of an embedding."""
 
-    kind: Literal["text", "image", "embedding"]
+    kind: Kind
     images: int = 0
     nbytes: int = 0
     n: int = 1
