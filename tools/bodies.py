@@ -25,6 +25,8 @@ _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.Scheduler
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _REQUEST = "sglang.srt.managers.io_struct.GenerateReqInput"
 _MSGPACK = "sglang.srt.utils.msgpack_utils"
+_IPC = "sglang.srt.utils.cuda_ipc_transport_utils"
+_PROXY = f"{_IPC}.CudaIpcTensorTransportProxy"
 
 _RECEIVE = (
     f"{_SCHEDULER}.recv_requests",
@@ -79,6 +81,25 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
         f"{_MSGPACK}._decode_shm_pointer_mm_data",
         f"{_TOKENIZER}._handle_batch_request",
         *_RECEIVE,
+    ),
+    "ipc_redirect": (
+        f"{_PROXY}.__init__",
+        f"{_PROXY}.get_proxy_state",
+        f"{_PROXY}._reconstruct_from_ipc_extra",
+        f"{_IPC}._normalize_pool_cache_key",
+        f"{_IPC}._pool_handle_cache_get_or_open",
+    ),
+    "ipc_pool_budget": (
+        f"{_IPC}.MM_FEATURE_CACHE_SIZE",
+        f"{_IPC}.MmItemMemoryPool.return_a_slice_tensor_with_flag",
+        "sglang.srt.environ.Envs.SGLANG_MM_FEATURE_CACHE_MB",
+        "sglang.srt.server_args.get_global_server_args",
+    ),
+    # Everyone who opens the lock file.
+    "ipc_lock": (
+        f"{_PROXY}.reconstruct_on_target_device",
+        f"{_PROXY}._copy_slice_tensor_to_target",
+        f"{_PROXY}._acknowledge_consumption",
     ),
     # The names of segments.
     "shm_sweep": ("sglang.srt.utils.stale_shm_cleanup.make_shm_name", f"{_MM}.ShmPointerMMData"),

@@ -12,13 +12,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from mmlane.patching import Cell, EngineSource
+from mmlane.patching import Cell, EngineSource, signature_of
 from tools.steps import Function, Step, steps, steps_in
 
 MM_UTILS = "sglang.srt.managers.mm_utils"
 TOKENIZER = "sglang.srt.managers.tokenizer_manager"
 REQUESTS = "sglang.srt.managers.io_struct"
 ENGINE = "sglang.srt.entrypoints.engine"
+CUDA_IPC = "sglang.srt.utils.cuda_ipc_transport_utils"
+LEASES = "sglang.srt.multimodal.transport.cuda_ipc"  # from 0.5.18 in its place
+LEASED_POOL = "sglang.srt.multimodal.transport.memory_pool"
+PROCESSORS = "sglang.srt.multimodal.processors.base_processor"
+ENVIRON = "sglang.srt.environ"
 # Where requests are received: from 0.5.13, and before.
 RECEIVERS = (
     ("sglang.srt.managers.scheduler_components.request_receiver", "SchedulerRequestReceiver"),
@@ -270,6 +275,107 @@ def no_sweep(source: EngineSource) -> bool:
     return True
 
 
+# --- ipc_redirect, ipc_pool_budget, ipc_lock: features that travel as CUDA IPC handles ----------------------
+
+_OPENERS = {"_new_shared_cuda", "_pool_handle_cache_get_or_open", "_open_pooled_storage_uncached"}
+_READER = "rebuild_device_idx"
+
+
+def opens_on_producer(source: EngineSource) -> bool:
+    owner, received = _reconstructed(source)
+    values = _assigned(owner)
+    opened = [ast.unparse(step.call.args[-1]).lstrip("*") for step in received if step.name in _OPENERS]
+    handles = {values.get(name, name) for name in opened}
+    _found(bool(handles), "no handle is opened in reconstruct_on_target_device")
+    as_shared = {handle for handle in handles if re.fullmatch(r"ipc_extra\['(pool_)?handle'\]", handle)}
+    strange = {handle for handle in handles - as_shared if not handle.startswith(f"({_READER},) + ")}
+    _found(not strange, f"a handle is opened that is made in an unfamiliar way: {sorted(strange)}")
+    return bool(as_shared)
+
+
+def guards_producer(source: EngineSource) -> bool:
+    _, received = _reconstructed(source)
+    devices = {ast.unparse(step.call.args[0]) for step in received if _is_call_of(step, "torch.device")}
+    producers = {device for device in devices if "device_index" in device}
+    strange = {device for device in devices - producers if _READER not in device}
+    _found(bool(devices) and not strange, f"unfamiliar devices: {sorted(strange)}")
+    return bool(producers)
+
+
+def whole_pool_each(source: EngineSource) -> bool:
+    init = _need(source, PROCESSORS, "BaseMultimodalProcessor.__init__")
+    assert isinstance(init, Function)
+    made = [step for step in steps(init) if step.name == "MmItemMemoryPool"]
+    _found(len(made) == 1, f"{len(made)} pools are made")
+    name = ast.unparse(made[0].call.args[0])
+    size = _assigned(init).get(name, name)
+    whole = size == "MM_FEATURE_CACHE_SIZE"
+    _found(whole or "worker_num" in size, f"a pool has an unfamiliar size: {size}")
+    return whole
+
+
+def four_gib(source: EngineSource) -> bool:
+    default = signature_of(_need(source, ENVIRON, "Envs.SGLANG_MM_FEATURE_CACHE_MB"))
+    four, one = "EnvInt(4 * 1024)", "EnvInt(1 * 1024)"
+    _found(default in (four, one), f"an unfamiliar default: {default}")
+    return default == four
+
+
+def silent_when_full(source: EngineSource) -> bool:
+    owner = source.find(CUDA_IPC, "MmItemMemoryPool") or source.find(LEASES, "MmItemMemoryPool")
+    if not isinstance(owner, ast.ClassDef):
+        raise Unknown("no MmItemMemoryPool")
+    givers = ("return_a_slice_tensor_with_flag", "wrap_tensor")
+    given = [steps(node, owner) for node in owner.body if isinstance(node, Function) and node.name in givers]
+    _found(len(given) == 1, f"not one of {givers} in MmItemMemoryPool")
+    made = _names(given[0])
+    _found("get_available_chunk" in made or "copy_tensor" in made, f"no room is looked for in {made}")
+    return "warning" not in made
+
+
+def lock_in_tmp(source: EngineSource) -> bool:
+    owner, _ = _reconstructed(source)
+    constant = source.find(CUDA_IPC, "SHM_LOCK_FILE")
+    if constant is None:
+        homes = [source.file(module) for module in (CUDA_IPC, LEASES, LEASED_POOL)]
+        texts = [file.read_text(encoding="utf-8") for file in homes if file is not None]
+        _found(not any("flock" in text for text in texts), "no SHM_LOCK_FILE, but a lock on a file")
+        return False
+    opened = [step for node in owner.body if isinstance(node, Function) for step in steps(node)]
+    emptied = [step for step in opened if ast.unparse(step.call) == "open(SHM_LOCK_FILE, 'w+')"]
+    _found(bool(emptied), "SHM_LOCK_FILE, but nobody opens it as 'w+'")
+    path = signature_of(constant)
+    _found(path.startswith("'/tmp/"), f"a lock file at an unfamiliar place: {path}")
+    return True
+
+
+def _reconstructed(source: EngineSource) -> tuple[ast.ClassDef, tuple[Step, ...]]:
+    """The proxy of a tensor, and the steps by which a rank gets the tensor."""
+    name = "CudaIpcTensorTransportProxy"
+    for module in (CUDA_IPC, LEASES):
+        owner = source.find(module, name)
+        function = source.find(module, f"{name}.reconstruct_on_target_device")
+        if isinstance(owner, ast.ClassDef) and isinstance(function, Function):
+            return owner, steps(function, owner)
+    raise Unknown(f"no {name}.reconstruct_on_target_device")
+
+
+def _assigned(node: ast.AST) -> dict[str, str]:
+    """What each name is given in a body, the last time."""
+    found = {}
+    for assignment in (inner for inner in ast.walk(node) if isinstance(inner, ast.Assign)):
+        (target, *_), value = assignment.targets, assignment.value
+        pairs = [(target, value)]
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            pairs = list(zip(target.elts, value.elts, strict=True))
+        found.update({ast.unparse(name): ast.unparse(given) for name, given in pairs})
+    return found
+
+
+def _is_call_of(step: Step, dotted: str) -> bool:
+    return ast.unparse(step.call.func) == dotted
+
+
 # --- arena: how each feature travels ------------------------------------------------------------------------
 
 
@@ -327,5 +433,15 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("images_as_batch", "400 for several images with n > 1", images_as_batch),
         Fault("videos_cut", "only the first of several videos or audios", videos_cut),
     ),
+    "ipc_redirect": (
+        Fault("opens_on_producer", "opens handles on the producer's device", opens_on_producer),
+        Fault("guards_producer", "opens handles on the producer's device", guards_producer),
+    ),
+    "ipc_pool_budget": (
+        Fault("whole_pool_each", "a pool of the whole size in each tokenizer worker", whole_pool_each),
+        Fault("four_gib", "4 GiB by default", four_gib),
+        Fault("silent_when_full", "nothing is said when it is full", silent_when_full),
+    ),
+    "ipc_lock": (Fault("lock_in_tmp", "locks a file of a fixed name in /tmp", lock_in_tmp),),
     "shm_sweep": (Fault("no_sweep", "without a look at what a crash left", no_sweep),),
 }

@@ -10,7 +10,18 @@ from collections.abc import Sequence
 
 from mmlane.hookspecs import hookimpl
 from mmlane.patching import PatchSpec
-from mmlane_patches import arena, deferred_unwrap, fan_out, fan_out_images, shm_pointer, shm_sweep, tp_barrier
+from mmlane_patches import (
+    arena,
+    deferred_unwrap,
+    fan_out,
+    fan_out_images,
+    ipc_lock,
+    ipc_pool_budget,
+    ipc_redirect,
+    shm_pointer,
+    shm_sweep,
+    tp_barrier,
+)
 
 
 @hookimpl
@@ -22,6 +33,9 @@ def mmlane_patches() -> Sequence[PatchSpec]:
         tp_barrier.SPEC,
         fan_out.SPEC,
         fan_out_images.SPEC,
+        ipc_redirect.SPEC,
+        ipc_pool_budget.SPEC,
+        ipc_lock.SPEC,
         arena.SPEC,
         shm_sweep.SPEC,
     ]

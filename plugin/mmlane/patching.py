@@ -33,11 +33,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Target:
-    """One engine object that a patch replaces.
+    """One engine object that a patch replaces: a function, a method, a class, or a constant of a module.
 
     `name` is dotted inside `module` ("Scheduler.recv_requests"). `signature` lists the parameter lists that
     the replacement can live with, as in "(self, recv_reqs)": names and kinds, no annotations, no default
-    values (`x=` marks a default). For a class it is that of its `__init__`.
+    values (`x=` marks a default). For a class it is that of its `__init__`, for a constant its value as written,
+    which tells whether it is still the engine's own.
     `replace` is given the engine's object and returns what takes its place; as a string, "module:function", it is
     imported when the target's module is there, so that a patch file need not import what the engine is yet to.
     `since` and `before` bound the engine versions on which this target is the right place.
@@ -57,6 +58,11 @@ class Target:
     @property
     def signatures(self) -> tuple[str, ...]:
         return (self.signature,) if isinstance(self.signature, str) else self.signature
+
+    @property
+    def wanted(self) -> str:
+        """What is looked for, in words."""
+        return f"wanted {self.path}{' or '.join(_told(signature) for signature in self.signatures)}"
 
     def build(self, original: Any) -> Any:
         """What takes the place of the engine's `original`."""
@@ -109,6 +115,10 @@ class Refusal(Exception):
 # --- check: the engine's source, read without importing it -------------------------------------------------
 
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Assignment = ast.Assign | ast.AnnAssign
+
+
 class EngineSource:
     """The Python source of one engine: `root` is the directory that holds the package `sglang`."""
 
@@ -140,10 +150,10 @@ class EngineSource:
         node = self.find(target.module, target.name)
         if node is None:
             found = "no such module" if self.file(target.module) is None else "no such name in it"
-            raise Refusal(f"wanted {target.path}{' or '.join(target.signatures)}, found {found}")
+            raise Refusal(f"{target.wanted}, found {found}")
         actual = signature_of(node)
         if actual not in target.signatures:
-            raise Refusal(f"wanted {target.path}{' or '.join(target.signatures)}, found {actual}")
+            raise Refusal(f"{target.wanted}, found {actual}")
 
 
 @lru_cache(maxsize=16)
@@ -155,9 +165,19 @@ def _member(node: ast.AST, name: str) -> ast.AST | None:
     """The last definition of `name` directly in a module or class body, also under an `if` or `try`."""
     found = None
     for statement in _statements(node):
-        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and statement.name == name:
+        if name in defined(statement):
             found = statement
     return found
+
+
+def defined(statement: ast.AST) -> list[str]:
+    """The names that one statement defines."""
+    if isinstance(statement, ast.ClassDef | Function):
+        return [statement.name]
+    if isinstance(statement, Assignment) and statement.value is not None:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        return [target.id for target in targets if isinstance(target, ast.Name)]
+    return []
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
@@ -168,11 +188,14 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def signature_of(node: ast.AST) -> str:
-    """The parameter list of a function definition, or of a class's `__init__`, in `Target.signature`'s form."""
+    """What `Target.signature` is compared with: parameters of a function or a class's `__init__`, or a value."""
+    if isinstance(node, Assignment):
+        assert node.value is not None
+        return ast.unparse(node.value)
     if isinstance(node, ast.ClassDef):
         init = _member(node, "__init__")
         return signature_of(init) if init is not None else "()"
-    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    assert isinstance(node, Function)
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = len(positional) - len(arguments.defaults)
@@ -190,6 +213,11 @@ def signature_of(node: ast.AST) -> str:
     if arguments.kwarg:
         words.append("**" + arguments.kwarg.arg)
     return f"({', '.join(words)})"
+
+
+def _told(signature: str) -> str:
+    """A signature as it stands behind a name."""
+    return signature if signature.startswith("(") else f" = {signature}"
 
 
 # --- apply, verify, undo: the engine's objects -------------------------------------------------------------
@@ -236,11 +264,12 @@ def apply(target: Target, module: ModuleType, ours: Collection[Replacement] = ()
         owner = vars(owner).get(part)
         if owner is None:
             raise Refusal(f"wanted {target.path}, found no {part} in {module.__name__}")
-    original = vars(owner).get(attribute)
-    if original is None:
+    if attribute not in vars(owner):
         raise Refusal(f"wanted {target.path}, found no {attribute} there")
+    original = vars(owner)[attribute]
     stacked = any(replacement.installed is original for replacement in ours)
-    foreign = None if stacked else replaced_by(original, module)
+    engines_own = stacked or repr(original) in target.signatures  # the latter: a constant
+    foreign = None if engines_own else replaced_by(original, module)
     if foreign is not None:
         raise Refusal(f"{target.path} is already replaced by {foreign}")
     try:
@@ -285,7 +314,7 @@ def replaced_by(value: Any, module: ModuleType) -> str | None:
         return None if home.partition(".")[0] == engine else f"{home}.{function.__qualname__}"
     code = getattr(function, "__code__", None)
     if code is None:
-        return f"a {type(function).__name__} object"
+        return f"a {type(function).__name__} object" if callable(function) else repr(function)
     # A decorator copies __module__ and __qualname__, so only the code tells where a function comes from.
     for name, candidate in list(sys.modules.items()):
         if isinstance(candidate, ModuleType) and vars(candidate).get("__file__") == code.co_filename:
@@ -309,7 +338,8 @@ def _rebind(owner: Any, attribute: str, old: Any, new: Any) -> None:
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == engine and isinstance(module, ModuleType):
             for key, value in list(vars(module).items()):
-                if value is old:
+                # One small number or word may be the value of many constants.
+                if value is old and (key == attribute or callable(old)):
                     setattr(module, key, new)
 
 

@@ -87,9 +87,11 @@ def test_a_wheel_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     wheel = tmp_path / f"sglang-{real.version}-py3-none-any.whl"
     assert real.root is not None
     with zipfile.ZipFile(wheel, "w") as archive:
-        for folder in ("sglang/srt/entrypoints", "sglang/srt/managers", "sglang/srt/utils"):
-            for file in (real.root / folder).rglob("*.py"):
+        for folder in ("entrypoints", "managers", "utils", "multimodal"):
+            for file in (real.root / "sglang/srt" / folder).rglob("*.py"):
                 archive.write(file, file.relative_to(real.root))
+        for file in (real.root / "sglang/srt").glob("*.py"):
+            archive.write(file, file.relative_to(real.root))
         archive.writestr(f"sglang-{real.version}.dist-info/METADATA", "")
     assert main([str(wheel)]) == 0
     told = capsys.readouterr().out

@@ -9,7 +9,18 @@ from packaging.version import Version
 
 from mmlane.patching import EngineSource
 from tools import probes
-from tools.probes import ENGINE, MM_UTILS, RECEIVERS, REQUESTS, TOKENIZER
+from tools.probes import (
+    CUDA_IPC,
+    ENGINE,
+    ENVIRON,
+    LEASED_POOL,
+    LEASES,
+    MM_UTILS,
+    PROCESSORS,
+    RECEIVERS,
+    REQUESTS,
+    TOKENIZER,
+)
 from tools.releases import release
 
 RECEIVER, SCHEDULER = (module for module, _ in RECEIVERS)
@@ -20,12 +31,53 @@ Change = tuple[str, str, tuple[str, str], str | None]
 CHANGES: dict[str, list[Change]] = {
     "0.5.9": [
         ("deferred_unwrap", SCHEDULER, ("unwrap_shm_features(recv_req)", "recv_req"), None),
+        (
+            "ipc_redirect",
+            CUDA_IPC,
+            ('                ipc_extra["handle"],', "                nearer(ipc_extra),"),
+            None,
+        ),
+        ("ipc_redirect", CUDA_IPC, ("{source_device_index}", "{rebuild_device_idx}"), "-guards_producer"),
+        ("ipc_redirect", CUDA_IPC, ("{source_device_index}", "{some_device}"), None),
+        ("ipc_pool_budget", PROCESSORS, ("                MM_FEATURE_CACHE_SIZE,", "  A_SIZE,"), None),
+        ("ipc_pool_budget", ENVIRON, ("EnvInt(4 * 1024)", "EnvInt(2 * 1024)"), None),
+        ("ipc_pool_budget", ENVIRON, ("EnvInt(4 * 1024)", "EnvInt(1 * 1024)"), "-four_gib"),
+        (
+            "ipc_pool_budget",
+            CUDA_IPC,
+            ("        return None, None\n", "        logger.warning(0)\n"),
+            "-silent_when_full",
+        ),
+        ("ipc_pool_budget", CUDA_IPC, ("self.get_available_chunk(", "self.find_room("), None),
+        ("ipc_lock", CUDA_IPC, ('open(SHM_LOCK_FILE, "w+")', 'open(A_FILE, "r")'), None),
+        ("ipc_lock", CUDA_IPC, ('"/tmp/shm_wr_lock.lock"', '"/run/lock"'), None),
     ],
     "0.5.10": [
         ("shm_pointer", MM_UTILS, ("self._shm_handle = shared", "self.unlink(); shared"), "unlinks_in_setstate"),
         ("deferred_unwrap", SCHEDULER, ("unwrap_shm_features(", "mend("), None),
         ("deferred_unwrap", SCHEDULER, ("self.recv_limit_reached(", "unwrap_shm_features("), None),
         ("fan_out", TOKENIZER, ("tokenized_obj.stream = False", "own_items(tokenized_obj)"), None),
+        ("ipc_redirect", CUDA_IPC, ("cuda(\n                        *ipc_extra", "cuda(\n  *mended"), None),
+    ],
+    "0.5.11": [
+        ("ipc_redirect", CUDA_IPC, ("(rebuild_device_idx,) + tuple", "tuple"), None),
+        (
+            "ipc_redirect",
+            CUDA_IPC,
+            ("open(cache_key, redirected_handle)", 'open(0, ipc_extra["pool_handle"])'),
+            "opens_on_producer",
+        ),
+        ("ipc_redirect", CUDA_IPC, ("{rebuild_device_idx}", "{ipc_extra['device_index']}"), "guards_producer"),
+        ("ipc_redirect", CUDA_IPC, ("class CudaIpcTensorTransportProxy", "class Proxy"), None),
+        (
+            "ipc_pool_budget",
+            PROCESSORS,
+            ("                per_worker_pool_size,", "  MM_FEATURE_CACHE_SIZE,"),
+            "whole_pool_each",
+        ),
+        ("ipc_pool_budget", PROCESSORS, ("MM_FEATURE_CACHE_SIZE // worker_num", "MM_FEATURE_CACHE_SIZE"), None),
+        ("ipc_pool_budget", CUDA_IPC, ("self._warn_pool_full_once(src_tensor)", "pass"), "silent_when_full"),
+        ("ipc_pool_budget", CUDA_IPC, ("class MmItemMemoryPool", "class Pool"), None),
     ],
     "0.5.14": [
         ("shm_pointer", MM_UTILS, ("= shm.name", "= shm.reserve_in_a_new_way()"), None),
@@ -33,6 +85,13 @@ CHANGES: dict[str, list[Change]] = {
         ("tp_barrier", RECEIVER, ("barrier(group", "rendezvous(group"), None),
         ("tp_barrier", RECEIVER, ("barrier(group", "print(of"), "no_barrier"),
         ("fan_out", TOKENIZER, ("tokenized_obj.mm_inputs.mm_items =", "items ="), "shares_items"),
+    ],
+    "0.5.17": [
+        ("ipc_lock", CUDA_IPC, ("SHM_LOCK_FILE = ", "THE_LOCK_FILE = "), None),
+    ],
+    "0.5.18": [
+        ("ipc_lock", LEASED_POOL, ("import threading", "from fcntl import flock"), None),
+        ("ipc_pool_budget", LEASES, ("self._warn_pool_full_once(nbytes)", "pass"), "silent_when_full"),
     ],
     "0.5.20": [
         ("shm_pointer", MM_UTILS, ("self.tensor.clone()", "self.tensor.mend()"), None),

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from mmlane.compat import plan
 from mmlane.engine import Engine
-from mmlane.patching import EngineSource, PatchSpec, Target
+from mmlane.patching import EngineSource, PatchSpec, Target, defined
 from mmlane.settings import Settings
 from tools.releases import our_patches, release
 
@@ -27,8 +27,11 @@ def rename_a_parameter(file: Path, target: Target) -> str:
     *_, node = _down(tree, target.name)
     if isinstance(node, ast.ClassDef):
         *_, node = _down(node, "__init__")
-    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    node.args.args[-1].arg = "renamed_by_test"
+    if isinstance(node, ast.Assign):
+        node.value = ast.Constant("renamed_by_test")
+    else:
+        assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        node.args.args[-1].arg = "renamed_by_test"
     file.write_text(ast.unparse(tree), encoding="utf-8")
     return "renamed_by_test"
 
@@ -133,7 +136,7 @@ def _down(node: ast.AST, name: str) -> list[ast.AST]:
     """The definitions on the way to a dotted name, starting with `node`."""
     way = [node]
     for part in name.split("."):
-        way.append(next(n for n in way[-1].body if getattr(n, "name", None) == part))  # type: ignore[attr-defined]
+        way.append(next(n for n in way[-1].body if part in defined(n)))  # type: ignore[attr-defined]
     return way
 
 

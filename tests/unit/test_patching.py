@@ -29,8 +29,14 @@ class Thing:
     @staticmethod
     def static(x): return ("engine", x)
 def function(x, *, y=1): return ("engine", x)
+PLACE = "/somewhere"
+LIMIT: int = 3
+OTHER = 3
+computed = PLACE + "/else"
+if LIMIT:
+    PLACES = ("a", "b")
 """
-USING = "from {package}.defining import Thing, function\n"
+USING = "from {package}.defining import LIMIT, OTHER, PLACE, Thing, function\n"
 
 
 @pytest.fixture
@@ -87,6 +93,9 @@ def planned(package: str, tmp_path: Path, *specs: PatchSpec, settings: Settings 
         ("Thing", "(self, a, b=)"),
         ("Thing.method", "(self, x)"),
         ("Thing.static", "(x)"),
+        ("PLACE", "'/somewhere'"),
+        ("LIMIT", "3"),
+        ("PLACES", "('a', 'b')"),
     ],
 )
 def test_check_accepts_what_is_there(package: str, tmp_path: Path, name: str, signature: str) -> None:
@@ -100,6 +109,11 @@ def test_check_accepts_what_is_there(package: str, tmp_path: Path, name: str, si
         ("Thing", "(self, a)", r"found \(self, a, b=\)"),
         ("Thing.gone", "(self)", "found no such name in it"),
         ("gone", "(x)", "found no such name in it"),
+        ("PLACE", "'/elsewhere'", " = '/elsewhere', found '/somewhere'"),
+        ("PLACE", "(x)", "found '/somewhere'"),
+        ("GONE", "3", " = 3, found no such name in it"),
+        ("function", "3", r" = 3, found \(x, \*, y=\)"),
+        ("computed", "'/somewhere/else'", r"found PLACE \+ '/else'"),
     ],
 )
 def test_check_names_what_was_wanted_and_found(
@@ -148,6 +162,60 @@ def test_methods_static_methods_and_classes(package: str) -> None:
         replacement.undo()
     assert using.Thing is defining.Thing is thing
     assert vars(thing)["method"] is raw["method"] and vars(thing)["static"] is raw["static"]
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["using module first", "patch first"])
+@pytest.mark.parametrize(("name", "value"), [("PLACE", "/somewhere"), ("LIMIT", 3)])
+def test_a_constant(package: str, name: str, value: object, early: bool) -> None:
+    """Whoever imported it by its name gets ours; what merely has the same value (OTHER) does not."""
+    defining = importlib.import_module(f"{package}.defining")
+    using = importlib.import_module(f"{package}.using") if early else None
+    replacement = apply(target(package, name, repr(value), replace=lambda original: [original]), defining)
+    using = using or importlib.import_module(f"{package}.using")
+    assert getattr(defining, name) == [value]
+    assert getattr(using, name) is getattr(defining, name)
+    assert defining.OTHER == using.OTHER == 3
+    assert replacement.in_force()
+    replacement.undo()
+    assert getattr(defining, name) == getattr(using, name) == value
+    assert not replacement.in_force()
+
+
+def test_a_constant_that_somebody_else_has_set(package: str, tmp_path: Path) -> None:
+    """Before us it stands, and ours is refused; after us it stands as well, and is named."""
+    defining = importlib.import_module(f"{package}.defining")
+    moves = spec("moves", target(package, "PLACE", "'/somewhere'", replace=lambda original: f"{original}/ours"))
+    patcher = planned(package, tmp_path, moves)
+    patcher.module_ready(defining)
+    assert defining.PLACE == "/somewhere/ours"
+    assert patcher.overridden() == []
+    vars(defining)["PLACE"] = "/theirs"
+    (line,) = patcher.overridden()
+    assert "PLACE, patched by moves, has since been replaced by '/theirs'; so something is worse" in line
+    patcher.undo()
+    assert defining.PLACE == "/theirs"
+    patcher.module_ready(defining)
+    assert patcher.decisions["moves"].state == "skipped"
+    assert patcher.decisions["moves"].reason.endswith("PLACE is already replaced by '/theirs'")
+    assert defining.PLACE == "/theirs"
+
+
+def test_constants_stack_and_their_source_tells_a_change(package: str, tmp_path: Path) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    one, two = (
+        spec(id, target(package, "PLACE", "'/somewhere'", replace=lambda original, id=id: f"{original}/{id}"))
+        for id in ("one", "two")
+    )
+    patcher = planned(package, tmp_path, one, two)
+    patcher.module_ready(defining)
+    assert defining.PLACE == "/somewhere/one/two"
+    patcher.undo()
+    assert defining.PLACE == "/somewhere"
+    gone = planned(package, tmp_path, spec("gone", target(package, "PLACE", "'/other'")))
+    assert gone.decisions["gone"].reason.endswith("PLACE = '/other', found '/somewhere'")
+    del defining.PLACE
+    with pytest.raises(Refusal, match="found no PLACE there"):
+        apply(target(package, "PLACE", "'/somewhere'"), defining)
 
 
 def test_a_group_goes_in_whole_or_not_at_all(package: str, tmp_path: Path) -> None:
