@@ -34,11 +34,13 @@ def _producing(init: Callable[..., None]) -> Callable[..., None]:
         from mmlane import settings
         from mmlane_patches import lanes
 
+        wanted = settings.read(os.environ)
         lanes.become_producer(
             self,
             signature.bind(self, *args, **kwargs).arguments["server_args"],
             multimodal=getattr(self.model_config, "is_multimodal", True),
-            capacity=settings.read(os.environ).capacity,
+            capacity=wanted.capacity,
+            pinned=wanted.pinned,
         )
 
     return __init__
@@ -50,13 +52,19 @@ def _reading(init: Callable[..., None]) -> Callable[..., None]:
     @wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
+        from mmlane import settings
         from mmlane_patches import lanes
 
         given = signature.bind(self, *args, **kwargs).arguments
         ranks: Any = SimpleNamespace(**given)
         if "dp_rank" not in given:  # from 0.5.21 on
             ranks = sys.modules["sglang.srt.runtime_context"].get_parallel()
-        lanes.become_rank(given["server_args"], ranks.dp_rank, first=not (ranks.tp_rank or ranks.pp_rank))
+        lanes.become_rank(
+            given["server_args"],
+            ranks.dp_rank,
+            first=not (ranks.tp_rank or ranks.pp_rank),
+            pinned=settings.read(os.environ).pinned,
+        )
 
     return __init__
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from mmlane.lane import Lane, LaneError, LaneUnavailable, Reader, UnknownLane
+from mmlane.lane import Lane, LaneError, LaneUnavailable, Mode, Reader, UnknownLane
 
 logger = logging.getLogger("mmlane")
 
 INLINE = 64 << 10  # bytes up to which a tensor travels inside its request, which is faster (docs/arena.md)
 OPENING_S = 60.0  # after which a lane that has not opened is worth a line
+PINNED = 1 << 30  # bytes of all tokenizers' lanes that ranks on CUDA register, unless the user says otherwise
 RETRY_S = 10.0  # before a rank tries again to join a lane that it could not join
 
 # By tokenizer manager: a process may have several engines, one after the other or at once.
@@ -37,13 +38,16 @@ rank: Rank | None = None
 class Producer:
     """The lane of a tokenizer; made with the first large feature, closed when the tokenizer is let go.
 
-    readers: reader group -> number of ranks. capacity: bytes, or None for the lane's own default. metrics: whether
-    the engine has Prometheus metrics.
+    readers: reader group -> number of ranks. capacity: bytes, or None for the lane's own default. pinned: bytes of
+    it for ranks on CUDA to register. metrics: whether the engine has Prometheus metrics.
     """
 
-    def __init__(self, readers: dict[str, int], capacity: int | None = None, *, metrics: bool = False) -> None:
+    def __init__(
+        self, readers: dict[str, int], capacity: int | None = None, *, pinned: int = 0, metrics: bool = False
+    ) -> None:
         self._readers = readers
         self._capacity = capacity
+        self._pinned = pinned
         self._metrics = metrics
         self._pid = os.getpid()
         self._lane: Lane | None = None
@@ -85,7 +89,7 @@ class Producer:
     def _open(self) -> Lane | None:
         self._tried = True
         try:
-            self._lane = Lane(self._readers, capacity=self._capacity)
+            self._lane = Lane(self._readers, capacity=self._capacity, pinned=self._pinned)
         except LaneUnavailable as error:
             self._warn("unavailable", f"no lane here: {error}. Features go by shared-memory segments instead")
             return None
@@ -139,10 +143,16 @@ def _measure(lane: Lane) -> None:
 
 
 class Rank:
-    """A scheduler process as a reader: joins the lanes whose addresses it hears of, and takes tickets."""
+    """A scheduler process as a reader: joins the lanes whose addresses it hears of, and takes tickets.
 
-    def __init__(self, group: str) -> None:
+    device: the CUDA device that it copies features to, if any. writable: whether features can be written to all
+    the same, at the price of a private mapping, which cannot be pinned; on a CPU they always can.
+    """
+
+    def __init__(self, group: str, device: torch.device | None = None, *, writable: bool = False) -> None:
         self.group = group
+        self._device = device
+        self._mode: Mode | None = "cow" if writable else None
         self._pid = os.getpid()
         self._reader: Reader | None = None
         self._making = threading.Lock()
@@ -163,9 +173,9 @@ class Rank:
         try:
             with self._making:
                 if self._reader is None:
-                    self._reader = Reader(self.group)
+                    self._reader = Reader(self.group, device=self._device)
             self._reader.join(address)
-        except (LaneError, OSError, RuntimeError) as error:
+        except (LaneError, OSError, RuntimeError, ValueError) as error:
             self._not_joined(address, error)
 
     def _not_joined(self, address: str, error: Exception) -> None:
@@ -179,10 +189,10 @@ class Rank:
         self._heard[address] = time.monotonic() + RETRY_S
 
     def take(self, ticket: bytes) -> torch.Tensor:
-        """The feature of a ticket, private to this process and writable. Raises `TicketError`."""
+        """The feature of a ticket, on the CPU; writable unless it is to go to a GPU. Raises `TicketError`."""
         if self._reader is None:
             raise UnknownLane("this rank has joined no lane")
-        return self._reader.take(ticket, mode="cow")
+        return self._reader.take(ticket, self._mode)
 
     def discard(self, ticket: bytes) -> None:
         """Give a ticket back untaken. Can be called from finalizers."""
@@ -219,6 +229,15 @@ def _groups(server_args: Any) -> tuple[int, int]:
     return given.dp_size, given.tp_size // given.dp_size if given.enable_dp_attention else given.tp_size
 
 
+def on_cuda(server_args: Any) -> bool:
+    """Whether the engine's models run on CUDA. From 0.5.19 on only the context knows, unless the user said so."""
+    device = server_args.device
+    if device is None:
+        context: Any = sys.modules.get("sglang.srt.runtime_context")
+        device = context.get_device().device
+    return str(device).startswith("cuda")
+
+
 def obstacle(server_args: Any) -> str:
     """Why an engine launched like this goes without a lane; "" when nothing is in the way."""
     if server_args.nnodes > 1:
@@ -230,25 +249,39 @@ def obstacle(server_args: Any) -> str:
     return ""
 
 
-def become_producer(manager: Any, server_args: Any, *, multimodal: bool, capacity: int | None) -> None:
+def become_producer(
+    manager: Any, server_args: Any, *, multimodal: bool, capacity: int | None, pinned: int | None = None
+) -> None:
     """Called in a process that tokenizes, once its tokenizer manager is there."""
     found = obstacle(server_args)
     if not found:
+        workers = max(server_args.tokenizer_worker_num, 1)
         if capacity is None:
             from mmlane.lane.memory import default_capacity
 
-            capacity = default_capacity() // max(server_args.tokenizer_worker_num, 1)
-        producers[manager] = Producer(readers_of(server_args), capacity, metrics=server_args.enable_metrics)
+            capacity = default_capacity() // workers
+        if pinned is None:
+            pinned = PINNED // workers
+        producers[manager] = Producer(
+            readers_of(server_args),
+            capacity,
+            pinned=pinned if on_cuda(server_args) else 0,
+            metrics=server_args.enable_metrics,
+        )
     elif multimodal:
         logger.warning(
             "mmlane: no lane with %s; features travel as they do without it; MMLANE=backport silences this", found
         )
 
 
-def become_rank(server_args: Any, dp_rank: int | None, *, first: bool) -> None:
-    """Called in a scheduler process; `first` of its replica is the one that says what concerns all."""
+def become_rank(server_args: Any, dp_rank: int | None, *, first: bool, pinned: int | None = None) -> None:
+    """Called in the thread of a scheduler that has set its device.
+
+    `first` of its replica is the one that says what concerns all.
+    """
     global rank
-    rank = Rank(group_of(server_args, dp_rank))
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda(server_args) else None
+    rank = Rank(group_of(server_args, dp_rank), device, writable=pinned == 0)
     if first and not dp_rank and os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false"):
         logger.warning(
             "mmlane: no lane with SGLANG_RUST_SERVER, which makes its segments itself; features travel as they do"

@@ -20,7 +20,7 @@ from mmlane.lane.status import LaneStats
 PERIOD_S = 1.0
 
 MODE: Final = "livesum"  # of several tokenizer workers, those that live
-BYTES = Gauge("mmlane_lane_bytes", "Bytes: capacity, committed, used", ["kind"], multiprocess_mode=MODE)
+BYTES = Gauge("mmlane_lane_bytes", "Bytes: capacity, committed, pinned, used", ["kind"], multiprocess_mode=MODE)
 READERS = Gauge("mmlane_lane_readers", "Ranks: joined, expected", ["kind"], multiprocess_mode=MODE)
 EXTENTS = Gauge("mmlane_lane_extents", "Tensors in the lane", multiprocess_mode=MODE)
 TICKETS = Gauge("mmlane_lane_tickets", "Tickets that have not come back yet", multiprocess_mode=MODE)
@@ -53,6 +53,7 @@ def write() -> None:
         found = [_counted(lane) for lane in list(_watched)]
         BYTES.labels("capacity").set(sum(stats.capacity for stats in found))
         BYTES.labels("committed").set(sum(stats.warm for stats in found))
+        BYTES.labels("pinned").set(sum(stats.pinned for stats in found))
         BYTES.labels("used").set(sum(stats.taken for stats in found))
         READERS.labels("joined").set(sum(sum(stats.readers.values()) for stats in found))
         READERS.labels("expected").set(sum(sum(stats.expected.values()) for stats in found))

@@ -97,7 +97,7 @@ class LanePointer:
         return self.ticket is not None or self._inline is not None
 
     def materialize(self) -> torch.Tensor:
-        """The feature, private to this process and writable. Raises `TicketError`, or what a segment raises."""
+        """The feature, on the CPU, as `Rank.take` gives it. Raises `TicketError`, or what a segment raises."""
         if self._inline is not None:
             return self._inline
         if self.ticket is None:

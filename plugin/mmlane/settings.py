@@ -53,6 +53,8 @@ class Settings:
 
     capacity: the most that the lane of one tokenizer process may hold, in bytes; None: a quarter of the memory of
     the machine or control group, divided by the number of tokenizer workers.
+    pinned: of that, what ranks on CUDA register as pinned memory, in bytes; None: 1 GiB, divided by the number of
+    tokenizer workers; 0: nothing, and ranks get tensors of their own, which can be written to.
     sweep: whether to reclaim what a crashed engine left in /dev/shm; "private": also where that takes the user's
     word that no other container uses that /dev/shm.
     log "info": one block at engine start, and whatever needs attention; "warning": only the latter;
@@ -64,6 +66,7 @@ class Settings:
     strict: bool = False
     log: Log = "info"
     capacity: int | None = None
+    pinned: int | None = None
     sweep: Sweep = "1"
 
 
@@ -78,7 +81,8 @@ def read(environ: Mapping[str, str]) -> Settings:
         disable=disable,
         strict=strict == "1",
         log=cast(Log, log),
-        capacity=_mebibytes("MMLANE_CAPACITY_MB", environ),
+        capacity=_mebibytes("MMLANE_CAPACITY_MB", environ, least=1),
+        pinned=_mebibytes("MMLANE_PINNED_MB", environ, least=0),
         sweep=cast(Sweep, _one_of("MMLANE_SWEEP", environ, SWEEPS, "1")),
     )
 
@@ -90,9 +94,9 @@ def _one_of(variable: str, environ: Mapping[str, str], right: tuple[str, ...], d
     return value
 
 
-def _mebibytes(variable: str, environ: Mapping[str, str]) -> int | None:
+def _mebibytes(variable: str, environ: Mapping[str, str], *, least: int) -> int | None:
     value = environ.get(variable, "").strip()
-    if value and (not value.isdecimal() or int(value) == 0):
+    if value and (not value.isdecimal() or int(value) < least):
         raise SettingsError(f"{variable}={environ[variable]} is not a number of MiB, such as 4096")
     return int(value) << 20 if value else None
 

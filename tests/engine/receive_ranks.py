@@ -8,8 +8,8 @@ until HOLD_S have passed, which is what happens when rank 0 rightly waits for it
 broadcasts along a tree: rank 0 waits for its children 1 and 2 when it next broadcasts, and only rank 2 for rank 3.
 Prints one JSON object: for each scenario and rank "ok", or what it got instead.
 
-With a lane no rank is held. The ranks join it when they hear of it. Then come `by_lane`, `mixed` and `tampered`,
-and each rank tells what became of each request of these, and for which barriers and all-reduces it waited.
+With a lane no rank is held. The ranks join it when they hear of it. Then come `by_lane`, `mixed`, `tampered` and
+`overflow`, and each rank tells what became of each request of these, and for which barriers and all-reduces it waited.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ def serve_settings(groups: str, **parallel: Any) -> None:
 
 def settings(groups: str, **parallel: Any) -> Any:
     given = {
+        "device": "cpu",
         "skip_tokenizer_init": False,
         "enable_dp_attention": groups == "attn",
         "attn_dp_enabled": groups == "attn",
@@ -251,6 +252,7 @@ def judged(request: Any) -> str:
     for item in items_of(request):
         for value in (item.feature, getattr(item, "precomputed_embeddings", None)):
             found += value if isinstance(value, list | tuple) else [] if value is None else [value]
+    found = [getattr(value, "proxy_state", {"tensor_data": value})["tensor_data"] for value in found]
     right = found and all(isinstance(value, torch.Tensor) and torch.equal(value, FEATURE) for value in found)
     return "ok" if right else type(request.mm_inputs).__name__
 
@@ -314,7 +316,7 @@ def lane_scenario(groups: str) -> dict[str, Any]:
             found["opening"] = {"ranks": hear()}
             assert producer.lane is not None
             found["opening"]["is_open"] = producer.lane.wait_open(60)
-            for case in (by_lane, mixed, tampered):
+            for case in (by_lane, mixed, tampered, overflow):
                 before = producer.lane.stats().puts
                 send(case())
                 ranks = hear()
@@ -363,6 +365,21 @@ def tampered() -> Any:
     return make_batch(bad, full("whole"))
 
 
+def overflow() -> Any:
+    """With CUDA IPC: what found room in the pool is a proxy, the rest has been copied back to the CPU."""
+    from sglang.srt.managers.mm_utils import CudaIpcTensorTransportProxy
+
+    proxy: Any = CudaIpcTensorTransportProxy.__new__(CudaIpcTensorTransportProxy)  # to make one takes a GPU
+    proxy.proxy_state = {"ipc_extra": None, "tensor_data": FEATURE.clone()}
+    return make_request(
+        "overflow",
+        {"feature": proxy},
+        {"feature": FEATURE.clone()},
+        {"feature": [FEATURE.clone()]},
+        {"precomputed_embeddings": FEATURE.clone()},
+    )
+
+
 def run_lane_rank(rank: int, groups: str, directory: str, over: Event, results: Any) -> None:
     try:
         receive = begin(rank, groups, directory)
@@ -370,7 +387,7 @@ def run_lane_rank(rank: int, groups: str, directory: str, over: Event, results: 
 
         lanes.become_rank(settings(groups), None, first=False)
         waits = counted_collectives()
-        for _ in ("opening", by_lane, mixed, tampered):
+        for _ in ("opening", by_lane, mixed, tampered, overflow):
             waits.clear()
             requests = receive()
             found: dict[str, Any] = {

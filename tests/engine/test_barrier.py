@@ -63,6 +63,7 @@ def test_ranks_with_a_lane(version: str, plugin_wheel: Path) -> None:
         "mixed": {"ranks": on_all_ranks(*agreeing, lane="ok", segment="ok"), "puts": 4, "tickets": 0},
         # What else the lost request had is given back; the ticket that was changed is not out of anybody's hands.
         "tampered": {"ranks": on_all_ranks(tampered=lost, whole="ok"), "puts": 8, "tickets": 1},
+        "overflow": {"ranks": on_all_ranks(overflow="ok"), "puts": 3, "tickets": 1},
     }
     found = receive(version, plugin_wheel, "lane-attn", "lane-tp")
     assert found == {"lane-attn": expected, "lane-tp": expected}

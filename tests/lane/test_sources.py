@@ -61,7 +61,7 @@ def test_the_same_tensor_twice_is_one_extent_and_two_tickets(pair: Together) -> 
     assert first != second and offset(first) == offset(second)
     stats = pair.lane.stats()
     assert (stats.tickets, stats.extents, stats.shared, stats.taken) == (2, 1, 1, 3 * PAGE)
-    one, two = pair.reader.take(first), pair.reader.take(second)
+    one, two = (pair.reader.take(ticket, "view") for ticket in (first, second))
     assert same(one, tensor) and same(two, tensor) and one.data_ptr() == two.data_ptr()
     del one
     assert pair.lane.stats().tickets == 1 and same(two, tensor)

@@ -74,14 +74,16 @@ def books(stats: LaneStats) -> dict[str, Any]:
 
 
 @contextmanager
-def together(readers: int = 1, *, linger: float = 30.0, **options: Any) -> Iterator[Together]:
+def together(
+    readers: int = 1, *, linger: float = 30.0, device: str | None = None, **options: Any
+) -> Iterator[Together]:
     """A lane, of 16 small segments by default. Nothing of it is left in this process when all is well."""
     before = oracle.lane_files(os.getpid())
     options = {"capacity": 16 * SEGMENT, "segment": SEGMENT, **options}
     pair = Together(Lane({"tp": readers}, **options))
     try:
         for _ in range(readers):
-            pair.readers.append(Reader("tp", linger=linger))
+            pair.readers.append(Reader("tp", linger=linger, device=device))
             pair.readers[-1].join(pair.lane.address, DEADLINE)
         assert pair.lane.wait_open(DEADLINE)
         yield pair

@@ -15,14 +15,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mmlane.lane import Lane, Reader, memory  # noqa: E402
+from mmlane.lane import Lane, LaneUnavailable, Reader, cuda, memory  # noqa: E402
 from mmlane_patches import lanes  # noqa: E402
+from tests.lane.fake_cuda import FakeGpu  # noqa: E402
 from tests.lane.processes import eventually  # noqa: E402
 from tests.lane.sandbox import DEADLINE, limit_address_space, run  # noqa: E402
 
 MIB = 1 << 20
 NOWHERE = "mmlane-1-00000000"
 WHOLE = {
+    "device": "cpu",
     "dp_size": 1,
     "tp_size": 1,
     "nnodes": 1,
@@ -166,6 +168,81 @@ def test_tokenizer_workers_share_the_capacity(workers: int, share: int, monkeypa
         assert ticket is None and lane is not None and lane.address == address
         assert lane.stats().capacity == capacity and lane.expected == {"dp0": 2}
         lane.close()
+
+
+CONTEXT = {"get_device": lambda: SimpleNamespace(device="cuda"), "get_parallel": lambda: None}
+
+
+@pytest.mark.parametrize(
+    ("device", "known", "on_cuda"),
+    [("cuda", {}, True), ("cuda:0", {}, True), ("cpu", {}, False), (None, CONTEXT, True), ("cpu", CONTEXT, False)],
+    ids=["cuda", "one cuda", "cpu", "0.5.19, not said", "0.5.19, said"],
+)
+def test_whether_the_engine_is_on_cuda(
+    device: str | None, known: dict[str, Any], on_cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ModuleType(RUNTIME)
+    vars(context).update(known)
+    monkeypatch.setitem(sys.modules, RUNTIME, context)
+    assert lanes.on_cuda(launched(device=device)) is on_cuda
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "wish", "pinned"),
+    [("cuda", 1, None, 1024), ("cuda", 4, None, 256), ("cuda", 4, 64, 64), ("cuda", 1, 0, 0), ("cpu", 1, None, 0)],
+)
+def test_what_a_lane_keeps_for_gpus(
+    device: str, workers: int, wish: int | None, pinned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: dict[str, Any] = {}
+
+    def refuse(readers: dict[str, int], **options: Any) -> None:
+        opened.update(options)
+        raise LaneUnavailable("only asked")
+
+    monkeypatch.setattr(lanes, "Lane", refuse)
+    manager = Manager()
+    lanes.become_producer(
+        manager,
+        launched(device=device, tokenizer_worker_num=workers),
+        multimodal=True,
+        capacity=None,
+        pinned=None if wish is None else wish * MIB,
+    )
+    lanes.producers[manager].put(torch.ones(9))
+    assert opened["pinned"] == pinned * MIB
+
+
+@pytest.mark.parametrize(("pinned", "writable"), [(None, False), (64 * MIB, False), (0, True)])
+def test_a_rank_on_cuda(pinned: int | None, writable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes views, on the device that its scheduler has set; without pinned memory, what can be written to."""
+    gpu = FakeGpu()
+    monkeypatch.setattr(cuda, "Cuda", gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    lanes.become_rank(launched(device="cuda"), None, first=True, pinned=pinned)
+    rank = lanes.rank
+    assert rank is not None
+    producer = lanes.Producer({"dp0": 1}, 8 * MIB, pinned=4 * MIB if pinned is None else pinned)
+    _, address = producer.put(torch.ones(9))
+    rank.notice(address)
+    lane = producer.lane
+    assert lane is not None and lane.wait_open(DEADLINE) and rank._reader is not None
+    assert rank._reader.wait_pinned(address, DEADLINE if pinned != 0 else 0) is (not writable)
+    ticket, _ = producer.put(torch.ones(9))
+    assert ticket is not None and gpu.index == 3
+    taken = rank.take(ticket)
+    assert torch.equal(taken, torch.ones(9))
+    (start, nbytes), *_ = [*gpu.registered.items(), (0, 0)]
+    assert (start <= taken.data_ptr() < start + nbytes) is not writable
+    if writable:
+        taken += 1
+    rank._reader.close()
+    lane.close()
+
+
+def test_a_rank_on_a_cpu_has_no_device() -> None:
+    lanes.become_rank(launched(), None, first=True)
+    assert lanes.rank is not None and lanes.rank._device is None
 
 
 def test_a_lane_ends_with_its_manager() -> None:

@@ -45,6 +45,13 @@ def test_a_wrong_capacity_is_refused(value: str) -> None:
         read({"MMLANE_CAPACITY_MB": value})
 
 
+def test_pinned_memory_can_be_none_at_all() -> None:
+    assert read({"MMLANE_PINNED_MB": "64"}).pinned == 64 << 20
+    assert read({"MMLANE_PINNED_MB": "0"}).pinned == 0 and read({}).pinned is None
+    with pytest.raises(SettingsError, match="MMLANE_PINNED_MB=no is not a number of MiB"):
+        read({"MMLANE_PINNED_MB": "no"})
+
+
 def test_flags_are_taken_off_and_carried_as_variables() -> None:
     argv = [
         "launch",

@@ -31,6 +31,7 @@ def stats(**changes: object) -> LaneStats:
         "is_open": True,
         "capacity": 8 << 30,
         "warm": 64 << 20,
+        "pinned": 0,
         "taken": 0,
         "kept": 0,
         "extents": 0,

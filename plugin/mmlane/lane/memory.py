@@ -68,6 +68,7 @@ class Mapping:
     ) -> None:
         self.address = 0
         self.nbytes = nbytes
+        self.private = private
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable or private else 0)
         flags = mmap.MAP_PRIVATE | _MAP_NORESERVE if private else mmap.MAP_SHARED
         address = _libc.mmap(None, nbytes, protection, flags, fd, offset)

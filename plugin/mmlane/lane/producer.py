@@ -61,8 +61,9 @@ class Lane:
     Args:
         readers: group -> number of readers expected. A group is the readers that receive the same tickets.
         capacity: address room in bytes, rounded up to segments; by default a quarter of the memory of the machine
-        or control
-            group. Memory is committed only as it is used.
+            or control group. Memory is committed only as it is used.
+        pinned: bytes of it that are committed for good once the lane is open, rounded up to segments, at most the
+            capacity: readers on CUDA register them as pinned memory. Committed memory is used first.
         segment: bytes in which memory is committed and handed back.
         idle: seconds after which unused memory goes back to the system.
         orphan: seconds after which the readers are asked about a ticket that none of them has been heard of.
@@ -77,6 +78,7 @@ class Lane:
         readers: Mapping[str, int],
         *,
         capacity: int | None = None,
+        pinned: int = 0,
         segment: int = SEGMENT,
         idle: float = 60.0,
         orphan: float = 1800.0,
@@ -85,8 +87,11 @@ class Lane:
             raise ValueError(f"readers={dict(readers)!r}: name at least one group, each of at least one reader")
         if segment <= 0 or (capacity is not None and capacity <= 0) or idle <= 0 or orphan <= 0:
             raise ValueError(f"{segment=}, {capacity=}, {idle=}, {orphan=}: all must be positive")
+        if pinned < 0:
+            raise ValueError(f"{pinned=}: it must not be negative")
         segment = memory.round_up(segment)
         capacity = memory.round_up(memory.default_capacity() if capacity is None else capacity, segment)
+        pinned = min(memory.round_up(pinned, segment), capacity)
         self._pid = os.getpid()
         self._orphan = orphan
         self._closed = ""
@@ -111,12 +116,13 @@ class Lane:
             set()
         )  # those of them that were used since: asked about again once all have agreed
         self._keeps = False  # memory cannot be handed back here
+        self._kept = False  # what readers may pin is committed, and they know
         self._users = 1  # the control thread, and whoever copies: the last one frees the memory of a closed lane
 
         self.expected = dict(readers)
         self.address = f"mmlane-{self._pid}-{secrets.token_hex(8)}"
         self._base = SLOTS * 8  # the directory's size: where extents begin
-        self._ledger = Ledger(Space(capacity, segment, memory.PAGE), SLOTS, self.expected, self._clear)
+        self._ledger = Ledger(Space(capacity, segment, memory.PAGE, pinned), SLOTS, self.expected, self._clear)
         self._backing = memory.Backing(self._base + capacity)
         try:
             with needed("fallocate"):
@@ -272,6 +278,7 @@ class Lane:
                 is_open=self._is_open(),
                 capacity=ledger.space.capacity,
                 warm=ledger.space.warm_bytes,
+                pinned=ledger.space.pinned if self._kept else 0,
                 taken=ledger.space.taken_bytes,
                 kept=sum(extent.nbytes for extent in ledger.idle),
                 extents=len(extents),
@@ -505,11 +512,14 @@ class Lane:
         points.reached("grow.announced")
 
     def _look_ahead(self) -> None:
-        """Have memory ready for another tensor like those of late."""
+        """Have memory ready for another tensor like those of late, and what readers may pin."""
+        space = self._ledger.space
         if self._ahead and not self._starved:
-            offset = self._ledger.space.find(self._ahead)
-            if offset is not None and self._ledger.space.cold(offset, self._ahead):
+            offset = space.find(self._ahead)
+            if offset is not None and space.cold(offset, self._ahead):
                 self._control.wants_memory()
+        if space.pinned and not self._kept and self._is_open():
+            self._control.wants_memory()
 
     def _release(self) -> None:
         """One user less; the last one of a closed lane frees its memory."""
@@ -537,19 +547,42 @@ class Lane:
                 ],
                 [reader],
             )
+            if self._kept:
+                self._control.send(wire.KEPT, [(self._base, self._ledger.space.pinned)], [reader])
             self._look_ahead()
 
     def grow(self) -> None:
-        """Commit memory ahead of need."""
+        """Commit memory ahead of need, and for good what readers may pin."""
         with self._lock:
-            offset = None if self._closed else self._ledger.space.find(self._ahead)
-            cold = [] if offset is None else self._ledger.space.cold(offset, self._ahead)
+            space = self._ledger.space
+            offset = None if self._closed else space.find(self._ahead)
+            cold = [] if offset is None else space.cold(offset, self._ahead)
+            keep = space.pinned > 0 and not self._kept and self._is_open()
+        if keep:
+            self._keep(space)
         if cold:
             try:
                 self._commit(self._mapping, cold)
             except OSError as error:
                 logger.debug("lane %s: no memory ahead of need: %s", self, error)
                 self._starved = True
+
+    def _keep(self, space: Space) -> None:
+        with self._lock:
+            cold = space.cold(0, space.pinned)
+        try:
+            self._commit(self._mapping, cold)
+        except OSError as error:
+            logger.warning(
+                "lane %s: no memory for %d bytes to pin (%s), so readers copy from pageable memory; make `pinned`"
+                " smaller, or 0 to silence this",
+                *(self, space.pinned, error),
+            )
+            with self._lock:
+                space.pinned = 0  # what was committed goes back when it is idle
+            return
+        with self._lock:
+            self._kept = self._control.send(wire.KEPT, [(self._base, space.pinned)])  # else at the next look
 
     def look(self) -> None:
         """Once a period: hand back memory that nobody has used, and ask after tickets that nobody has seen."""
@@ -562,7 +595,8 @@ class Lane:
             self._ahead = 0
             self._ask_after_orphans()
             cold = self._cool()
-            if not self._ledger.live and (self._keeps or not self._ledger.space.warm_bytes):
+            for_good = self._ledger.space.pinned if self._kept else 0
+            if not self._ledger.live and (self._keeps or self._ledger.space.warm_bytes == for_good):
                 self._control.rest()
         self._hand_back(cold)
 

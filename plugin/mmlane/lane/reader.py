@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from types import TracebackType
 from typing import Literal, get_args
 
@@ -21,6 +22,7 @@ import torch
 
 from mmlane.lane import memory, points, wire
 from mmlane.lane.control import has_ended, peer_uid
+from mmlane.lane.cuda import Device, Pinned
 from mmlane.lane.errors import JoinRefused, LaneError, LaneUnavailable, StaleTicket, UnknownLane, needed
 from mmlane.lane.fork import close_in_child
 from mmlane.lane.ticket import Content, digest, read
@@ -44,6 +46,12 @@ class _Loan(weakref.ref[object]):
     mapping: memory.Mapping
     content: Content
 
+    def end(self) -> None:
+        """Nothing looks at the bytes any more: neither a tensor, nor a device."""
+        if self.mapping.private:
+            self.mapping.unmap()
+        self.link.give_back(self.content.slot, self.content.serial)
+
 
 _loans: dict[int, _Loan] = {}  # by id; held here, since a reader may forget a lane of which tensors are alive
 
@@ -51,15 +59,17 @@ _loans: dict[int, _Loan] = {}  # by id; held here, since a reader may forget a l
 def _let_go(loan: weakref.ref[object]) -> None:
     """The last alias of a tensor is gone."""
     loan = _loans.pop(id(loan))
-    if loan.mapping is not loan.link.mapping:
-        loan.mapping.unmap()  # a private one, and the last look at it is over
-    loan.link.give_back(loan.content.slot, loan.content.serial)
+    if loan.link.device is None:
+        loan.end()
+    else:
+        loan.link.device.settle(loan.end)
 
 
 class _Link:
     """One lane that a reader has joined: its connection, its memory, and what this reader holds of it.
 
     wants_room: called when the connection is full. idle: called when the last tensor is let go while leaving.
+    device: what the tensors are copied to; None for a reader that stays on the CPU.
     """
 
     def __init__(
@@ -70,6 +80,7 @@ class _Link:
         slots: int,
         wants_room: Callable[[_Link], None],
         idle: Callable[[], None],
+        device: Device | None,
     ) -> None:
         if (size := os.fstat(descriptor.fd).st_size) != nbytes or slots * 8 > nbytes:
             # Touching what is not there would end the process.
@@ -77,6 +88,9 @@ class _Link:
         self.connection = connection
         self.descriptor = descriptor
         self.mapping = memory.Mapping(descriptor.fd, nbytes)
+        self.device = device
+        self.pinned: Pinned | None = None  # a part of the same, registered with CUDA
+        self.pinning = threading.Event()  # which has been tried, with whatever result
         self.base = slots * 8  # the directory's size: where extents begin
         self.gone_at: float | None = None  # when the producer ended
         self.leaving = False
@@ -124,6 +138,8 @@ class _Link:
         """Give a ticket back when `owner` dies, and keep the mapping that it points into until then."""
         loan = _Loan(owner, _let_go)
         loan.link, loan.mapping, loan.content = self, mapping, content
+        if self.device is not None:
+            self.device.owe()
         _loans[id(loan)] = loan
 
     def forgo(self, slot: int, serial: int) -> None:
@@ -146,6 +162,29 @@ class _Link:
         self._outbox.append((kind, first, second))
         points.reached("give_back.queued")
         self.flush()
+
+    def pin(self, offset: int, nbytes: int) -> None:
+        """Have a part of the memory registered with CUDA, in the background; it stays committed."""
+        if self.device is not None and self.pinned is None:
+            self.device.pin(self.descriptor, offset, nbytes, self._pinned)
+
+    def _pinned(self, result: Pinned | Exception) -> None:
+        if isinstance(result, Exception):
+            logger.warning(
+                "a lane's memory is not pinned (%s), so it is copied to the GPU from pageable memory, which is"
+                " slower; give the lane a smaller `pinned`, or 0 to silence this",
+                str(result),  # without its traceback: a handler that keeps records would keep the mapping
+            )
+        elif not self.leaving:
+            self.pinned = result
+        self.pinning.set()
+
+    def unpin(self) -> None:
+        """Let go of what is registered, as soon as the device has read what it was told to."""
+        if self.device is not None and self.pinned is not None:
+            pinned, self.pinned = self.pinned, None
+            self.device.owe()
+            self.device.settle(partial(id, pinned))  # where it dies
 
     def flush(self, *, wait: bool = False) -> None:
         """Send what there is. Whoever is sending already, even further up on this very stack, sends for all.
@@ -187,10 +226,18 @@ class Reader:
 
     Args:
         group: which of the lanes' groups this process belongs to.
+        device: the CUDA device that tensors are copied to from here, as torch names it ("cuda:0"). Then what a
+            lane keeps for that (`Lane(pinned=...)`) is registered as pinned memory in the background, and a
+            ticket goes back when its tensor is let go *and* the device has done what it was told before that.
         linger: seconds for which tickets of a lane can still be taken after its producer has ended.
+
+    Raises ValueError for a device that is not CUDA's or not there, LaneUnavailable where no reader can be had.
     """
 
-    def __init__(self, group: str, *, linger: float = 30.0) -> None:
+    def __init__(self, group: str, *, device: torch.device | str | None = None, linger: float = 30.0) -> None:
+        where = None if device is None else torch.device(device)
+        if where is not None and where.type != "cuda":
+            raise ValueError(f"device {device!r}: a CUDA device, or None for a reader that stays on the CPU")
         self.group = group
         self._linger = linger
         self._pid = os.getpid()
@@ -204,6 +251,7 @@ class Reader:
             with needed("eventfd"):
                 self._bell = memory.Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._events.register(self._bell.fd, select.EPOLLIN)
+            self._device = None if where is None else Device(where.index or 0)
             threading.Thread(target=self._run, name=f"mmlane-reader-{group}", daemon=True).start()
         except (OSError, RuntimeError) as error:
             raise LaneUnavailable(
@@ -239,17 +287,20 @@ class Reader:
                     raise JoinRefused(f"lane {address} could not be joined: {reason}") from error
                 scope.pop_all()
 
-    def take(self, ticket: bytes, mode: Mode = "view") -> torch.Tensor:
+    def take(self, ticket: bytes, mode: Mode | None = None) -> torch.Tensor:
         """The tensor of a ticket, contiguous, on the CPU. A ticket can be taken once by each reader.
 
         mode: `view` is the producer's own bytes, without a copy: it must not be written to, or the process ends
-        with SIGSEGV. `cow` can be written to: a page that is written is copied first. `clone` is a copy.
+        with SIGSEGV. `cow` can be written to: a page that is written is copied first. `clone` is a copy. By
+        default `view` for a reader with a device, which only reads to copy them there, else `cow`.
 
         The ticket is given back when the last alias of the tensor's storage dies (slices, numpy arrays and dlpack
-        exports count), for a clone at once.
+        exports count), for a clone at once; with a device, when it has also done its work on what was let go.
 
         Raises MalformedTicket, StaleTicket, UnknownLane, and ValueError for an unknown mode.
         """
+        if mode is None:
+            mode = "cow" if self._device is None else "view"
         if mode not in _MODES:
             raise ValueError(f"mode {mode!r}: one of {', '.join(_MODES)}")
         link, content = self._claim(ticket)
@@ -270,6 +321,16 @@ class Reader:
     def lanes(self) -> tuple[str, ...]:
         """Addresses of the lanes that are joined and alive."""
         return tuple(address for address, link in list(self._links.items()) if link.gone_at is None)
+
+    def wait_pinned(self, address: str, timeout: float | None = None) -> bool:
+        """Wait until a joined lane's memory is registered with CUDA; False if that failed, or after `timeout` s.
+
+        Nothing else waits for it: until then, tensors are copied from pageable memory. Raises UnknownLane.
+        """
+        link = self._links.get(address)
+        if link is None:
+            raise UnknownLane(f"lane {address} is not joined")
+        return link.pinning.wait(timeout) and link.pinned is not None
 
     def close(self) -> None:
         """Leave all lanes. Tensors that are held stay valid; a lane is left when its last tensor is let go."""
@@ -343,7 +404,7 @@ class Reader:
             else:
                 descriptor = memory.Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
                 logger.warning("lane %s goes without SCM_RIGHTS: its memory was opened as %s", address, path)
-            link = _Link(connection, descriptor, nbytes, slots, self._wants_room, self._ring)
+            link = _Link(connection, descriptor, nbytes, slots, self._wants_room, self._ring, self._device)
         except (OSError, ValueError) as error:
             with suppress(OSError):  # gone already
                 connection.send(wire.sorry(f"{nbytes} bytes could not be mapped: {error}"), socket.MSG_NOSIGNAL)
@@ -389,7 +450,9 @@ class Reader:
     def _tensor(self, link: _Link, content: Content, mode: Mode) -> torch.Tensor:
         where, nbytes = link.base + content.offset, content.nbytes
         mapping = link.mapping
-        private = None
+        pinned = link.pinned
+        if mode == "view" and pinned is not None and pinned.holds(where, nbytes):
+            mapping, where = pinned, where - pinned.offset
         if mode == "cow" and nbytes:
             try:
                 private = memory.Mapping(link.descriptor.fd, memory.round_up(nbytes), offset=where, private=True)
@@ -434,8 +497,12 @@ class Reader:
                 elif number in self._by_number:
                     self._attend(self._by_number[number], events)
             self._tidy()  # while no name here keeps a link, and its mapping, alive
-        self._links.clear()  # no ticket can be taken any more, so no memory is kept for one
+        for link in self._links.values():  # no ticket can be taken any more, so no memory is kept for one
+            link.unpin()
+        self._links.clear()
         self._events.close()
+        if self._device is not None:
+            self._device.stop()
 
     def _attend(self, link: _Link, events: int) -> None:
         if events & select.EPOLLOUT:
@@ -454,7 +521,7 @@ class Reader:
                     self._heed(link, message)
                 except wire.ProtocolError as error:
                     # Not a reason to hang up: that would tell the producer that what is held here is free.
-                    logger.warning("a lane's producer said what made no sense, which is ignored: %s", error)
+                    logger.warning("a lane's producer said what made no sense, which is ignored: %s", str(error))
         except BlockingIOError:
             return
         except ConnectionResetError:  # its producer has ended, and had not read all that was sent to it
@@ -471,6 +538,8 @@ class Reader:
             if kind == wire.WARM and first + second <= link.mapping.nbytes:
                 link.mapping.populate(first, second)
                 points.reached("grow.heard")
+            elif kind == wire.KEPT and first % memory.PAGE == 0 and 0 < second <= link.mapping.nbytes - first:
+                link.pin(first, second)
             elif kind == wire.COLD:
                 points.reached("hand_back.heard")
                 link.say(wire.COOLED, first, second)
@@ -496,6 +565,7 @@ class Reader:
                 link.gone_at = now - self._linger
         for address, link in list(self._links.items()):
             if link.gone_at is not None and link.gone_at + self._linger <= now:
+                link.unpin()
                 del self._links[address]
 
     # --- fork ----------------------------------------------------------------------------------------------

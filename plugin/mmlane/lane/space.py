@@ -9,17 +9,20 @@ class Space:
     """Places ranges in [0, capacity): best fit, coalescing, where memory is already committed before elsewhere.
 
     All offsets and sizes are bytes, multiples of `page`. Memory is committed and handed back in segments of
-    `segment` bytes; a segment with memory is warm, one without is cold.
+    `segment` bytes; a segment with memory is warm, one without is cold. The first `pinned` bytes are never idle.
     """
 
-    def __init__(self, capacity: int, segment: int, page: int) -> None:
+    def __init__(self, capacity: int, segment: int, page: int, pinned: int = 0) -> None:
         if not 0 < page <= segment or segment % page or capacity % segment or capacity <= 0:
             raise ValueError(
                 f"capacity {capacity}, segment {segment}, page {page}: each must divide the one before"
             )
+        if not 0 <= pinned <= capacity or pinned % segment:
+            raise ValueError(f"{pinned} pinned bytes: whole segments of {segment}, {capacity} at most")
         self.capacity = capacity
         self.segment = segment
         self.page = page
+        self.pinned = pinned
         self._taken: dict[int, int] = {}
         self._free: dict[int, int] = {0: capacity}  # start -> size
         self._starts: list[int] = [0]  # the free ranges' starts, in order
@@ -109,9 +112,9 @@ class Space:
         self._warm.difference_update(self._segments(offset, nbytes))
 
     def idle(self) -> set[int]:
-        """Offsets of the warm segments that nobody has used since the last call."""
+        """Offsets of the warm segments that nobody has used since the last call, and that may go."""
         in_use = {number for offset, size in self._taken.items() for number in self._segments(offset, size)}
-        idle = self._warm - in_use - self._touched
+        idle = self._warm - in_use - self._touched - set(range(self.pinned // self.segment))
         self._touched.clear()
         return {number * self.segment for number in idle}
 

@@ -25,10 +25,10 @@ class LaneStats:
     """A lane at one moment. All sizes in bytes.
 
     pid: the producer, as whoever asks would call it; 0 if it is out of sight, in another PID namespace.
-    capacity: address room. warm: memory committed. taken: in extents, of which `kept` hold no ticket and wait
-    for their tensor to be put again. expected, readers: by group. puts: tickets issued. shared: puts that needed
-    no copy. copied: copied into the lane by all other puts, in `copy_seconds`, added up over all threads; puts
-    that were refused after their copy count, too.
+    capacity: address room. warm: memory committed. pinned: of this, for good, for readers to pin. taken: in
+    extents, of which `kept` hold no ticket and wait for their tensor to be put again. expected, readers: by group.
+    puts: tickets issued. shared: puts that needed no copy. copied: copied into the lane by all other puts, in
+    `copy_seconds`, added up over all threads; puts that were refused after their copy count, too.
     refused: puts refused, by cause. orphans: tickets that no reader ever saw, reclaimed. strays: messages from
     readers that made no sense. strangers: visitors sent away. degraded: one line for each thing this kernel or
     sandbox lacks.
@@ -39,6 +39,7 @@ class LaneStats:
     is_open: bool
     capacity: int
     warm: int
+    pinned: int
     taken: int
     kept: int
     extents: int

@@ -9,6 +9,7 @@ DONE (slot, serial)...    ->                                       tickets given
                           <-  WARM (offset, nbytes)...             memory is there: fill page tables
                           <-  COLD (offset, nbytes)...             memory is about to go
 COOLED (offset, nbytes)...->                                       nothing here touches it any more
+                          <-  KEPT (offset, nbytes)...             memory is there to stay: it can be pinned
                           <-  REVOKE (slot, serial)...             has anybody seen these?
 FORGONE (slot, serial)... ->                                       never, and never will
 
@@ -26,7 +27,7 @@ from itertools import chain
 from socket import MSG_DONTWAIT, MSG_NOSIGNAL
 from typing import Any, Final
 
-VERSION = 1
+VERSION = 2
 LIMIT = 4096  # bytes of a message
 STATUS_LIMIT = 1 << 16  # but of the answer to STATUS
 PAIRS = 128  # pairs in a message
@@ -45,6 +46,7 @@ COOLED: Final = 9
 REVOKE: Final = 10
 JOINED: Final = 11
 STATUS: Final = 12
+KEPT: Final = 13
 
 
 class ProtocolError(Exception):

@@ -1,0 +1,268 @@
+"""The GPU that a reader copies to: host memory registered for it, and give-backs that wait until it has read.
+
+A copy to the device is only queued when `non_blocking=True` returns, and from pinned memory the device reads the
+lane itself, later. So an extent whose tensor is gone may still be read. It is given back once events, recorded on
+every stream that may have been told to copy it, have passed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+
+from mmlane.lane import memory
+
+logger = logging.getLogger("mmlane.lane")
+
+_POLL = 0.001  # seconds between looks at events that have not passed
+_AFTER_ERROR = 1.0  # seconds before CUDA is asked again after it has failed
+_AT_EXIT = 5.0  # seconds at most to wait for it
+_PORTABLE, _READ_ONLY = 0x01, 0x08  # cudaHostRegisterPortable, cudaHostRegisterReadOnly
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+_streams: dict[Any, None] = {}  # that were made current since `_watch_streams`, in any thread
+
+
+class Cuda:
+    """The calls that a reader makes to one device, through torch: nothing but these.
+
+    Raises ValueError where torch has no such device.
+    """
+
+    def __init__(self, index: int) -> None:
+        if not index < torch.cuda.device_count():
+            raise ValueError(
+                f"device cuda:{index}: torch {torch.__version__} finds {torch.cuda.device_count()} here"
+            )
+        self.index = index
+
+    def enter(self) -> None:
+        """For a thread of ours: use this device, and do not disturb a graph capture in another thread."""
+        torch.cuda.set_device(self.index)
+        mode = ctypes.c_int(_RELAXED)
+        with suppress(OSError, AttributeError):  # no libcuda: another vendor's GPU, without this kind of capture
+            ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Pin host memory that is mapped read-only. Raises RuntimeError with CUDA's reason."""
+        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        error = cudart.cudaHostRegister(address, nbytes, _PORTABLE | _READ_ONLY)
+        if int(error) != 0:
+            raise RuntimeError(f"cudaHostRegister: {cudart.cudaGetErrorString(error)}")
+
+    def unregister(self, address: int) -> None:
+        """Undo `register`. Raises RuntimeError with CUDA's reason."""
+        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        error = cudart.cudaHostUnregister(address)
+        if int(error) != 0:
+            raise RuntimeError(f"cudaHostUnregister: {cudart.cudaGetErrorString(error)}")
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was told."""
+        torch.cuda.synchronize(self.index)
+
+    def current_stream(self) -> Any:
+        """The stream that the calling thread's work goes to now."""
+        return torch.cuda.current_stream(self.index)
+
+    def default_stream(self) -> Any:
+        return torch.cuda.default_stream(self.index)
+
+    def record(self, stream: Any) -> Any | None:
+        """An event behind all that the stream has been given; None while it is being captured into a graph."""
+        with torch.cuda.stream(stream):
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+            return event
+
+    def watch_streams(self) -> None:
+        """Note from now on every stream that is made current; torch does not list them."""
+        set_stream = torch.cuda.set_stream
+        if getattr(set_stream, "_notes_streams", False):
+            return
+
+        def noting(stream: Any) -> None:
+            set_stream(stream)
+            if stream is not None:
+                _streams.setdefault(stream)
+
+        noting._notes_streams = True  # type: ignore[attr-defined]
+        noting.__wrapped__ = set_stream  # type: ignore[attr-defined]
+        torch.cuda.set_stream = noting
+
+    def streams(self) -> list[Any]:
+        """The streams of this device that have been made current since `watch_streams`."""
+        return [stream for stream in list(_streams) if stream.device_index == self.index]
+
+
+class Pinned(memory.Mapping):
+    """A second mapping of the part of a lane that stays committed, registered with CUDA until it dies.
+
+    Another than the one that is joined with: CUDA refuses copies that are registered in part, so a tensor lies in
+    here as a whole or not at all.
+    """
+
+    def __init__(self, cuda: Cuda, fd: int, offset: int, nbytes: int) -> None:
+        super().__init__(fd, nbytes, offset=offset)
+        self.offset = offset
+        self._cuda: Cuda | None = None
+        self.populate(0, nbytes)
+        cuda.register(self.address, nbytes)
+        self._cuda = cuda
+
+    def holds(self, offset: int, nbytes: int) -> bool:
+        """Whether a range of the lane's file lies in here as a whole."""
+        return self.offset <= offset and offset + nbytes <= self.offset + self.nbytes
+
+    def unpin(self) -> None:
+        """Undo the registration; the mapping stays. Only when no copy from here can be under way."""
+        cuda, self._cuda = getattr(self, "_cuda", None), None
+        if cuda is not None:
+            try:
+                cuda.unregister(self.address)
+            except RuntimeError as error:  # CUDA has failed, or is shut down; the kernel undoes it
+                logger.debug("pinned memory of a lane: %s", error)
+
+    def unmap(self) -> None:
+        self.unpin()
+        super().unmap()
+
+
+class Device:
+    """What a reader's tensors are copied to: settles loans in a thread of its own, and pins memory in others.
+
+    A loan is settled by calling it, in that thread, once no stream can be reading what it lent.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._cuda = Cuda(index)
+        self._pid = os.getpid()
+        self._work: SimpleQueue[tuple[Callable[[], object], Any] | None] = SimpleQueue()  # safe in finalizers
+        self._known: dict[Any, None] = {}  # streams that were current where tensors were taken
+        self._counting = threading.Lock()
+        self._owed = self._settled = 0
+        self._stopped = False
+        self._pinned: weakref.WeakSet[Pinned] = weakref.WeakSet()
+        self._cuda.watch_streams()
+        self._thread = threading.Thread(target=self._run, name=f"mmlane-cuda-{index}", daemon=True)
+        self._thread.start()
+        atexit.register(_at_exit, weakref.ref(self))
+
+    def owe(self) -> None:
+        """There will be one more loan to settle; the calling thread copies with the stream that it has now."""
+        self._known.setdefault(self._cuda.current_stream())
+        with self._counting:
+            self._owed += 1
+
+    def settle(self, loan: Callable[[], object]) -> None:
+        """Call `loan` when the device has done all that it was told so far. For finalizers: waits for nothing."""
+        if os.getpid() == self._pid:
+            self._work.put((loan, self._cuda.current_stream()))
+
+    def pin(
+        self, file: memory.Descriptor, offset: int, nbytes: int, then: Callable[[Pinned | Exception], None]
+    ) -> None:
+        """Map and register a part of a file in the background; `then` is given it, or why it cannot be had."""
+
+        def pin() -> None:
+            try:
+                self._cuda.enter()
+                pinned = Pinned(self._cuda, file.fd, offset, nbytes)
+                self._pinned.add(pinned)
+            except (OSError, RuntimeError) as error:
+                then(error)
+            else:
+                then(pinned)
+
+        try:
+            threading.Thread(target=pin, name="mmlane-pinning", daemon=True).start()
+        except RuntimeError as error:
+            then(error)
+
+    def stop(self) -> None:
+        """End when every loan is settled."""
+        self._stopped = True
+        self._work.put(None)
+
+    def end(self) -> None:
+        """The process is about to end: unregister what is pinned, once the device has done all its work."""
+        try:
+            self._cuda.synchronize()
+        except RuntimeError as error:  # CUDA has failed; the kernel undoes it
+            logger.debug("pinned memory of a lane: %s", error)
+            return
+        for pinned in list(self._pinned):
+            pinned.unpin()
+
+    # --- the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        let_go: list[Callable[[], object]] = []  # for which nothing is recorded yet
+        streams: set[Any] = set()
+        recorded: list[tuple[list[Any], list[Callable[[], object]]]] = []
+        entered = False
+        pause = _POLL
+        while not self._stopped or self._settled < self._owed:
+            self._receive(let_go, streams, pause if let_go or recorded else None)
+            try:
+                if not entered:
+                    self._cuda.enter()
+                    entered = True
+                if let_go and (events := self._record(streams)) is not None:
+                    recorded.append((events, let_go))
+                    let_go, streams = [], set()
+                while recorded and all(event.query() for event in recorded[0][0]):
+                    self._finish(recorded.pop(0)[1])
+                pause = _POLL
+            except RuntimeError as error:
+                # Nobody can say what the device still reads, so nothing is given back: at worst the lane is full.
+                if pause == _POLL:
+                    logger.warning("a lane's reader cannot tell what the GPU has read, and keeps it: %s", error)
+                pause = _AFTER_ERROR
+                while recorded:  # other events, then
+                    let_go += recorded.pop()[1]
+
+    def _receive(self, let_go: list[Callable[[], object]], streams: set[Any], timeout: float | None) -> None:
+        with suppress(Empty):
+            item = self._work.get(timeout=timeout)
+            while True:
+                if item is not None:
+                    let_go.append(item[0])
+                    streams.add(item[1])
+                item = self._work.get_nowait()
+
+    def _finish(self, loans: list[Callable[[], object]]) -> None:
+        while loans:
+            self._settled += 1
+            loans.pop()()  # and no name here keeps it, and its mapping, alive
+
+    def _record(self, streams: set[Any]) -> list[Any] | None:
+        """Events on every stream that may have been told to copy; None while one of them is being captured."""
+        streams.update(self._known, self._cuda.streams(), (self._cuda.default_stream(),))
+        events = []
+        for stream in streams:
+            event = self._cuda.record(stream)
+            if event is None:
+                return None
+            events.append(event)
+        return events
+
+
+def _at_exit(device: weakref.ref[Device]) -> None:
+    living = device()
+    if living is not None and os.getpid() == living._pid:
+        ending = threading.Thread(target=living.end, daemon=True)  # a device may never come to an end of its work
+        ending.start()
+        ending.join(_AT_EXIT)

@@ -1,0 +1,125 @@
+"""The pinned lane on a real GPU: what tests/lane/test_cuda.py shows with a stand-in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+
+from bench.gpu.device import lacking
+from mmlane.lane import cuda
+from tests.lane.processes import DEADLINE, eventually
+from tests.lane.together import Together, random, same, together
+
+LACKING = lacking(None)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(LACKING is not None, reason=str(LACKING))]
+
+MIB = 1 << 20
+SIZE = 64 * MIB  # of the lane: one tensor fills it
+gpu: Any = torch.cuda
+LONG = 1_000_000_000  # cycles: about half a second, in which the host does a great deal
+
+
+@pytest.fixture
+def pair() -> Iterator[Together]:
+    with together(device="cuda:0", capacity=SIZE, segment=4 * MIB, pinned=SIZE) as pair:
+        assert pair.reader.wait_pinned(pair.lane.address, DEADLINE)
+        yield pair
+
+
+def all_back(pair: Together) -> None:
+    eventually(pair.nothing_is_out, "all extents are back")
+
+
+def test_a_tensor_is_pinned_and_arrives(pair: Together) -> None:
+    tensor = random((SIZE // 2,))
+    taken = pair.reader.take(pair.put(tensor))
+    assert taken.is_pinned() and same(taken.to("cuda", non_blocking=True).cpu(), tensor)
+    del taken
+    all_back(pair)
+
+
+def bytes_of_others(pair: Together, stream: Any) -> int:
+    """Of a tensor of zeros that fills the lane: how many bytes the device has from one that came after it.
+
+    Its copy is queued behind LONG on a stream, and it is let go at once.
+    """
+    with gpu.stream(stream):
+        gpu._sleep(LONG)
+        on_device = pair.reader.take(pair.put(torch.zeros(SIZE, dtype=torch.uint8))).to("cuda", non_blocking=True)
+        passed = gpu.Event()
+        passed.record()
+    others = torch.ones(SIZE, dtype=torch.uint8)
+
+    def put() -> bool:
+        ticket = pair.lane.put(others)
+        if isinstance(ticket, bytes):
+            pair.reader.discard(ticket)
+        return isinstance(ticket, bytes) or passed.query()
+
+    eventually(put, "there is room, or the device has read")
+    gpu.synchronize()
+    return int(on_device.sum())
+
+
+def test_room_that_the_device_still_reads_is_not_given_back(pair: Together) -> None:
+    for stream in (gpu.current_stream(), gpu.Stream()):
+        assert bytes_of_others(pair, stream) == 0
+        all_back(pair)
+
+
+def test_without_events_it_would_be(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test before can fail."""
+    monkeypatch.setattr(cuda.Device, "_record", lambda self, streams: [])
+    assert bytes_of_others(pair, gpu.Stream()) > 0
+
+
+def test_a_graph_is_captured_while_room_comes_back(pair: Together) -> None:
+    """Neither disturbs the other, though a capture forbids all threads most calls by default."""
+    source = torch.ones(9, device="cuda")
+    graph = gpu.CUDAGraph()
+    with gpu.graph(graph):
+        for seed in range(50):
+            pair.reader.take(pair.put(random((MIB,), seed=seed)))
+        result = source * 2
+    graph.replay()
+    gpu.synchronize()
+    assert result.sum() == 18
+    all_back(pair)
+
+
+def test_a_process_ends_well_with_memory_pinned() -> None:
+    script = """
+        import torch
+        from mmlane.lane import Lane, Reader
+
+        lane, reader = Lane({"tp": 1}, capacity=64 << 20, pinned=64 << 20), Reader("tp", device="cuda:0")
+        reader.join(lane.address)
+        assert reader.wait_pinned(lane.address, 60)
+        held = reader.take(lane.put(torch.ones(1 << 20)))
+        on_device = held.to("cuda", non_blocking=True)
+        print(int(on_device.sum()))
+        """
+    ended = subprocess.run(
+        [sys.executable, "-c", dedent(script)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{1 << 20}\n", "")
+
+
+def test_what_is_registered_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    undone: list[int] = []
+    unregister = cuda.Cuda.unregister
+
+    def noting(self: cuda.Cuda, address: int) -> None:
+        unregister(self, address)  # raises when CUDA does not know the address
+        undone.append(address)
+
+    monkeypatch.setattr(cuda.Cuda, "unregister", noting)
+    with together(device="cuda:0", capacity=SIZE, segment=4 * MIB, pinned=SIZE) as pair:
+        assert pair.reader.wait_pinned(pair.lane.address, DEADLINE)
+    eventually(lambda: len(undone) == 1, "it is unregistered")

@@ -1,0 +1,379 @@
+"""Readers with a device: pinned memory, and extents that come back after the device has read them.
+
+The device is a stand-in (fake_cuda.py); tests/gpu has the same on a real one.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from mmlane.lane import Lane, Reader, UnknownLane, cuda, memory, wire
+from tests.lane.fake_cuda import FakeGpu, FakeStream
+from tests.lane.processes import DEADLINE, eventually
+from tests.lane.together import SEGMENT, Together, random, same, together
+
+PINNED = 4 * SEGMENT
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    fake = FakeGpu()
+    monkeypatch.setattr(cuda, "Cuda", fake)
+    return fake
+
+
+@pytest.fixture
+def pair(gpu: FakeGpu) -> Iterator[Together]:
+    with together(device="cuda:0", pinned=PINNED) as pair:
+        assert pair.reader.wait_pinned(pair.lane.address, DEADLINE)
+        yield pair
+
+
+def is_pinned(gpu: FakeGpu, tensor: torch.Tensor) -> bool:
+    """Whether all of a tensor is registered with the device."""
+    first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    return any(start <= first and end <= start + nbytes for start, nbytes in gpu.registered.items())
+
+
+def all_back(pair: Together) -> None:
+    eventually(pair.nothing_is_out, "all extents are back")
+
+
+# --- pinned memory -----------------------------------------------------------------------------------------
+
+
+def test_what_the_lane_keeps_is_registered_and_tensors_lie_in_it(gpu: FakeGpu, pair: Together) -> None:
+    assert list(gpu.registered.values()) == [PINNED]
+    tensor = random((SEGMENT,))
+    taken = pair.reader.take(pair.put(tensor))
+    assert is_pinned(gpu, taken) and same(taken, tensor)
+
+
+def test_a_tensor_that_is_not_in_it_as_a_whole_is_not_in_it_at_all(gpu: FakeGpu, pair: Together) -> None:
+    """CUDA refuses to copy from a place that is registered in part."""
+    first = pair.reader.take(pair.put(random((PINNED - SEGMENT,))))
+    crossing = random((2 * SEGMENT,), seed=1)
+    taken = pair.reader.take(pair.put(crossing))
+    (start,) = gpu.registered
+    assert is_pinned(gpu, first) and same(taken, crossing)
+    assert not start <= taken.data_ptr() < start + PINNED
+
+
+def test_modes_by_default(gpu: FakeGpu, pair: Together) -> None:
+    """A view where tensors are only read to be copied; elsewhere what can be written to."""
+    ticket = pair.put(random((SEGMENT,)))
+    assert is_pinned(gpu, pair.reader.take(ticket))
+    with together() as plain:
+        taken = plain.reader.take(plain.put(random((SEGMENT,))))
+        taken += 1
+        del taken
+
+
+@pytest.mark.parametrize("mode", ["cow", "clone"])
+def test_other_modes_with_a_device(gpu: FakeGpu, pair: Together, mode: Any) -> None:
+    tensor = random((SEGMENT,))
+    taken = pair.reader.take(pair.put(tensor), mode)
+    taken += 1
+    assert not is_pinned(gpu, taken) and not same(taken, tensor)
+    del taken
+    all_back(pair)
+
+
+def test_nothing_is_registered_that_is_not_kept(gpu: FakeGpu) -> None:
+    with together(device="cuda:0") as pair:
+        tensor = random((SEGMENT,))
+        taken = pair.reader.take(pair.put(tensor))
+        assert same(taken, tensor) and not gpu.registered
+        assert not pair.reader.wait_pinned(pair.lane.address, 0)
+        del taken
+
+
+def test_a_reader_without_a_device_registers_nothing(gpu: FakeGpu) -> None:
+    with together(pinned=PINNED) as pair:
+        eventually(lambda: pair.lane.stats().pinned == PINNED, "the memory is kept")
+        assert same(pair.reader.take(pair.put(random((9,)))), random((9,)))
+        assert not gpu.registered
+
+
+def test_a_refusal_is_said_once_and_tensors_come_pageable(gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
+    gpu.refuses = "cudaHostRegister: operation not supported"
+    with together(device="cuda:0", pinned=PINNED) as pair:
+        assert not pair.reader.wait_pinned(pair.lane.address, DEADLINE)
+        for seed in range(3):
+            tensor = random((SEGMENT,), seed=seed)
+            assert same(pair.reader.take(pair.put(tensor)), tensor)
+        all_back(pair)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "not pinned (cudaHostRegister: operation not supported)" in said and "slower" in said
+
+
+def test_kept_memory_stays_and_other_memory_goes(gpu: FakeGpu) -> None:
+    with together(device="cuda:0", pinned=PINNED, idle=0.05) as pair:
+        assert pair.reader.wait_pinned(pair.lane.address, DEADLINE)
+        pair.reader.discard(pair.put(random((8 * SEGMENT,))))
+        assert pair.lane.stats().warm > PINNED
+        eventually(lambda: pair.lane.stats().warm == PINNED, "what was idle is handed back")
+        eventually(lambda: pair.lane._control._next_look is None, "nobody looks any more")
+        assert list(gpu.registered.values()) == [PINNED] and pair.lane.stats().pinned == PINNED
+
+
+def test_one_that_joins_later_pins_too(gpu: FakeGpu, pair: Together) -> None:
+    late = Reader("tp", device="cuda:0")
+    late.join(pair.lane.address, DEADLINE)
+    assert late.wait_pinned(pair.lane.address, DEADLINE)
+    assert list(gpu.registered.values()) == [PINNED, PINNED]
+    late.close()
+    eventually(lambda: len(gpu.registered) == 1, "it is unregistered")
+
+
+def test_no_memory_to_keep(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    check = memory.Backing.check
+
+    def full(self: memory.Backing, nbytes: int) -> None:
+        if nbytes > 2 * SEGMENT:
+            raise OSError(12, "no room")
+        check(self, nbytes)
+
+    monkeypatch.setattr(memory.Backing, "check", full)
+    with together(device="cuda:0", pinned=PINNED) as pair:
+        eventually(lambda: "no memory for" in caplog.text, "it is said")
+        tensor = random((SEGMENT,))
+        assert same(pair.reader.take(pair.put(tensor)), tensor)
+        assert not gpu.registered and pair.lane.stats().pinned == 0
+        all_back(pair)
+    assert caplog.text.count("no memory for") == 1 and "make `pinned` smaller" in caplog.text
+
+
+@pytest.mark.parametrize("kept", [(3, 4096), (0, 0), (0, 1 << 40), (1 << 40, 4096)])
+def test_nonsense_to_keep_is_ignored(gpu: FakeGpu, kept: tuple[int, int]) -> None:
+    with together(device="cuda:0") as pair:
+        pair.lane._control.send(wire.KEPT, [kept])
+        tensor = random((SEGMENT,))
+        assert same(pair.reader.take(pair.put(tensor)), tensor)
+        assert not gpu.registered
+
+
+# --- what the device still reads ---------------------------------------------------------------------------
+
+
+ALL = 16 * SEGMENT  # the lane's room
+
+
+def bytes_of_others(pair: Together, stream: FakeStream) -> int:
+    """Of a tensor of zeros that fills the lane: how many bytes the device has from those that came after.
+
+    It is let go as soon as it is to be copied. The stream stands still until the lane has heard of all there is to
+    hear, and others have been put. No source is kept: its extent would be, too.
+    """
+    stream.stands_still = True
+    on_device = stream.copy(pair.reader.take(pair.put(torch.zeros(ALL, dtype=torch.uint8))))
+    eventually(
+        lambda: len(stream.work) == 2 or pair.nothing_is_out(), "an event is behind the copy, or none will be"
+    )
+    ticket = pair.lane.put(torch.ones(ALL, dtype=torch.uint8))
+    if isinstance(ticket, bytes):
+        pair.reader.discard(ticket)
+    stream.run()
+    return int(on_device.sum())
+
+
+def test_room_that_the_device_still_reads_is_not_given_back(gpu: FakeGpu, pair: Together) -> None:
+    assert bytes_of_others(pair, gpu.default) == 0
+    all_back(pair)
+
+
+def test_without_events_it_would_be(gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test before can fail: with no event recorded, the device reads the next tensor's bytes."""
+    monkeypatch.setattr(cuda.Device, "_record", lambda self, streams: [])
+    assert bytes_of_others(pair, gpu.default) == ALL
+
+
+def test_alike_for_memory_that_is_not_pinned(gpu: FakeGpu) -> None:
+    """Where a GPU can read any memory, a pageable copy may be under way just so."""
+    with together(device="cuda:0") as pair:
+        assert bytes_of_others(pair, gpu.default) == 0
+        all_back(pair)
+
+
+def test_events_on_every_stream_that_was_current(gpu: FakeGpu, pair: Together) -> None:
+    """The stream of the copy need not be that of the thread in which the tensor is let go."""
+    side = FakeStream()
+    with gpu.stream(side):
+        assert gpu.current is side
+    assert bytes_of_others(pair, side) == 0
+    all_back(pair)
+
+
+def test_events_on_the_default_stream(gpu: FakeGpu, pair: Together) -> None:
+    """A thread that has set none copies there, whatever the one that took the tensor has."""
+    with gpu.stream(FakeStream()):
+        assert bytes_of_others(pair, gpu.default) == 0
+    all_back(pair)
+
+
+def test_events_on_the_streams_of_taking_and_of_letting_go(gpu: FakeGpu, pair: Together) -> None:
+    """They may have been current since before anybody watched."""
+    taking, letting_go = FakeStream(), FakeStream()
+    with gpu.stream(taking, seen=False):
+        taken = pair.reader.take(pair.put(random((SEGMENT,))))
+    with gpu.stream(letting_go, seen=False):
+        taking.stands_still = letting_go.stands_still = True
+        del taken
+    for stream in (taking, letting_go):
+        eventually(lambda stream=stream: len(stream.work) == 1, "an event is recorded")  # type: ignore[misc]
+        assert not pair.nothing_is_out()
+        stream.run()
+    all_back(pair)
+
+
+def test_a_stream_that_is_being_captured_is_waited_for(gpu: FakeGpu, pair: Together) -> None:
+    """An event that is recorded into a graph never passes."""
+    gpu.default.captures = True
+    taken = pair.reader.take(pair.put(random((SEGMENT,))))
+    del taken
+    gpu.asked.acquire(timeout=DEADLINE)
+    gpu.asked.acquire(timeout=DEADLINE)  # it has looked, and looks again
+    assert not pair.nothing_is_out()
+    gpu.default.captures = False
+    all_back(pair)
+
+
+def test_when_cuda_fails_nothing_is_given_back_until_it_works(
+    gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda, "_AFTER_ERROR", 0.01)
+    gpu.default.stands_still = True
+    first = pair.reader.take(pair.put(random((SEGMENT,))))
+    del first
+    eventually(lambda: gpu.default.work, "an event is recorded")
+    gpu.broken = "an illegal memory access was encountered"
+    second = pair.reader.take(pair.put(random((SEGMENT,), seed=1)))
+    del second
+    eventually(lambda: "cannot tell what the GPU has read" in caplog.text, "it is said")
+    gpu.default.run()
+    for _ in range(20):
+        assert gpu.asked.acquire(timeout=DEADLINE)
+    assert pair.lane.stats().tickets == 2
+    gpu.broken = ""
+    all_back(pair)
+    assert caplog.text.count("cannot tell what the GPU has read") == 1
+
+
+def test_a_thread_that_lets_go_waits_for_nothing(gpu: FakeGpu, pair: Together) -> None:
+    """Also from a finalizer that runs while another thread holds the queue's own lock."""
+    gpu.default.stands_still = True
+    held = [pair.reader.take(pair.put(random((9,)))) for _ in range(100)]
+    letting_go = threading.Thread(target=held.clear)
+    letting_go.start()
+    letting_go.join(DEADLINE)
+    assert not letting_go.is_alive()
+    gpu.default.run()
+    all_back(pair)
+
+
+def test_a_forked_child_does_not_touch_the_device(gpu: FakeGpu, pair: Together) -> None:
+    held = [pair.reader.take(pair.put(random((9,))))]
+    child = os.fork()
+    if child == 0:
+        held.clear()
+        os._exit(0 if pair.reader._device._work.empty() else 1)  # type: ignore[union-attr]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    held.clear()
+    all_back(pair)
+
+
+# --- the end -----------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_is_closed_unregisters_when_the_device_has_read(gpu: FakeGpu) -> None:
+    with together(device="cuda:0", pinned=PINNED) as pair:
+        assert pair.reader.wait_pinned(pair.lane.address, DEADLINE)
+        tensor = random((SEGMENT,))
+        gpu.default.stands_still = True
+        on_device = gpu.default.copy(pair.reader.take(pair.put(tensor)))
+        assert pair.reader._device is not None
+        device, thread = weakref.ref(pair.reader._device), pair.reader._device._thread
+        pair.readers.pop().close()
+        eventually(lambda: len(gpu.default.work) >= 2, "it waits for the device")
+        assert gpu.registered and pair.lane.stats().readers == {"tp": 1}
+        gpu.default.run()
+        eventually(lambda: not gpu.registered, "it is unregistered")
+        assert same(on_device, tensor)
+        eventually(lambda: not pair.lane.stats().readers, "it has left")
+        thread.join(DEADLINE)
+        eventually(lambda: gc.collect() * 0 or device() is None, "nothing of it is left")
+
+
+def test_a_producer_that_ends_is_unregistered(gpu: FakeGpu) -> None:
+    reader = Reader("tp", device="cuda:0", linger=0.05)
+    with Lane({"tp": 1}, capacity=16 * SEGMENT, segment=SEGMENT, pinned=PINNED) as lane:
+        reader.join(lane.address)
+        assert reader.wait_pinned(lane.address, DEADLINE)
+        ticket = lane.put(random((SEGMENT,)))
+        assert isinstance(ticket, bytes)
+        taken = reader.take(ticket)
+    with pytest.raises(UnknownLane):
+        while True:
+            reader.wait_pinned(lane.address)
+    assert gpu.registered and same(taken, random((SEGMENT,)))
+    del taken
+    eventually(lambda: not gpu.registered, "it is unregistered with its last tensor")
+    reader.close()
+
+
+def test_at_exit_it_is_unregistered(gpu: FakeGpu, pair: Together) -> None:
+    taken = pair.reader.take(pair.put(random((SEGMENT,))))
+    cuda._at_exit(weakref.ref(pair.reader._device))  # type: ignore[arg-type]
+    assert not gpu.registered and same(taken, random((SEGMENT,)))
+
+
+def test_at_exit_of_a_process_whose_device_has_failed(gpu: FakeGpu, pair: Together) -> None:
+    gpu.broken = "an illegal memory access was encountered"
+    cuda._at_exit(weakref.ref(pair.reader._device))  # type: ignore[arg-type]
+    gpu.broken = ""
+    assert gpu.registered
+
+
+# --- with torch as it is here ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", torch.device("cpu")])
+def test_a_device_that_is_not_cuda(device: str | torch.device) -> None:
+    with pytest.raises(ValueError, match="a CUDA device, or None"):
+        Reader("tp", device=device)
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="finds"):
+        Reader("tp", device=f"cuda:{torch.cuda.device_count()}")
+
+
+def test_streams_are_noted_when_they_are_made_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_current: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_stream", made_current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "_streams", {})
+    here, there = cuda.Cuda(0), cuda.Cuda(1)
+    here.watch_streams()
+    there.watch_streams()
+
+    class Stream:
+        def __init__(self, device_index: int) -> None:
+            self.device_index = device_index
+
+    one, two = Stream(0), Stream(1)
+    for stream in (one, two, one, None):
+        torch.cuda.set_stream(stream)  # type: ignore[arg-type]
+    assert made_current == [one, two, one, None]  # once each: it is not wrapped twice
+    assert here.streams() == [one] and there.streams() == [two]
