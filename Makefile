@@ -25,9 +25,9 @@ lint: $(READY)
 unit: $(READY)
 	$(RUN) -m pytest tests/unit
 
-# The lane in real processes, killed at every step; a soak of SOAK seconds among them.
+# The lane in real processes, killed at every step; a soak of SOAK seconds among them. On a GPU where there is one.
 lane: $(READY)
-	$(RUN) -m pytest tests/lane $(if $(SOAK),--soak $(SOAK))
+	$(RUN) -m pytest tests/lane tests/gpu $(if $(SOAK),--soak $(SOAK))
 
 contract: $(READY)
 	$(RUN) -m pytest tests/contract
@@ -49,12 +49,13 @@ fingerprints: $(READY)
 table: $(READY)
 	$(RUN) -m tools.compat_table
 
-# Figures: the start line, the lane beside the engine's transports and others, and the engine with and without the
-# plugin; plots and tables in bench/out. It takes hours; QUICK=1 takes a part of them.
+# Figures: the start line, the lane beside the engine's transports and others, the engine with and without the plugin,
+# and the way to a GPU where there is one; plots and tables in bench/out. It takes hours; QUICK=1 takes a part of them.
 bench: $(BENCH)
 	$(RUN) bench/startup.py
 	$(RUN) -m bench.transport $(if $(QUICK),--quick)
 	$(RUN) -m bench.engine $(if $(QUICK),--quick)
+	$(RUN) -m bench.gpu $(if $(QUICK),--quick)
 
 # What a user gets, and what the checks need on top of that.
 $(INSTALLED): pyproject.toml

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -49,7 +49,15 @@ def grids(records: Sequence[Record]) -> Iterator[Grid]:
 
 
 def show(records: Sequence[Record], console: Console) -> None:
-    for grid in grids(records):
+    render(grids(records), console)
+
+
+def markdown(records: Sequence[Record], about: str) -> str:
+    return write("Transports", about, grids(records))
+
+
+def render(tables: Iterable[Grid], console: Console) -> None:
+    for grid in tables:
         table = Table(title=grid.title, title_justify="left")
         for number, heading in enumerate(grid.headings):
             table.add_column(heading, justify="left" if number == 0 else "right")
@@ -58,9 +66,10 @@ def show(records: Sequence[Record], console: Console) -> None:
         console.print(table)
 
 
-def markdown(records: Sequence[Record], about: str) -> str:
-    parts = [f"# Transports\n\n{about}\n"]
-    for grid in grids(records):
+def write(title: str, about: str, tables: Iterable[Grid]) -> str:
+    """As Markdown."""
+    parts = [f"# {title}\n\n{about}\n"]
+    for grid in tables:
         lines = [grid.headings, ["---", *["---:"] * (len(grid.headings) - 1)], *grid.rows]
         parts.append(f"## {grid.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
     return "\n".join(parts)

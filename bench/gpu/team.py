@@ -1,0 +1,198 @@
+"""A producer and its consumers, each a process, and the rounds they do: one load, one way, one round at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu.device import Device
+from bench.gpu.ways import Load, Receiver, Sender, fill, is_right, mark, receiver, sender
+from bench.gpu.workers import Worker, gather
+from bench.transport.clock import seconds, stamp
+from bench.transport.group import Failed, Refusal
+from bench.transport.memory import available, tidy
+
+Problem = Failed | Refusal
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds. put: in the producer. first: from before the first copy of any consumer until all of them are on
+    their devices. again: a further copy, the slowest consumer. total: from before the put to the end of first."""
+
+    put: float
+    first: float
+    again: float
+    total: float
+
+
+class Producer:
+    """The producing process's orders. `nbytes`: the most that a load has."""
+
+    def __init__(self, consumers: int, nbytes: int, device: Device) -> None:
+        self._setting = (consumers, nbytes, device)
+        self._senders: dict[str, Sender] = {}
+        self._load: Load | None = None
+        self._tensors: list[Tensor] = []
+
+    def open(self, way: str) -> Any:
+        """What consumers need to find it."""
+        self._senders[way] = sender(way, *self._setting)
+        return self._senders[way].address
+
+    def ready(self, way: str) -> None:
+        self._senders[way].ready()
+
+    def send(self, way: str, load: Load, seed: int) -> tuple[int, int, list[Any]]:
+        """When it began and ended, and the messages."""
+        if load != self._load:
+            self._tensors = []
+            tidy()
+            self._tensors = [torch.empty(load.shape, dtype=load.dtype) for _ in range(load.count)]
+            for tensor in self._tensors:
+                fill(tensor)
+            self._load = load
+        for tensor in self._tensors:
+            mark(tensor, seed)
+        began = stamp()
+        messages = self._senders[way].send(self._tensors, seed)
+        return began, stamp(), messages
+
+    def free(self, way: str) -> None:
+        self._senders[way].free()
+
+    def close(self) -> None:
+        for one in self._senders.values():
+            one.close()
+
+
+class Consumer:
+    """A consuming process's orders."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        device.enter()
+        self._receivers: dict[str, Receiver] = {}
+        self._here: list[Tensor] = []
+        self._there: list[Tensor] = []
+
+    def open(self, way: str, address: Any) -> None:
+        self._receivers[way] = receiver(way, address, self._device)
+
+    def receive(self, way: str, messages: Sequence[Any]) -> None:
+        self._here = self._receivers[way].receive(messages)
+
+    def copy(self) -> tuple[int, int]:
+        """When the first copy was about to be queued, and when all were on the device."""
+        began = stamp()
+        self._there = [self._device.copy(tensor) for tensor in self._here]
+        self._device.synchronize()
+        return began, stamp()
+
+    def again(self, times: int) -> float:
+        """Seconds for one more copy, on average."""
+        began = stamp()
+        for _ in range(times):
+            for there, here in zip(self._there, self._here, strict=True):
+                there.copy_(here, non_blocking=True)
+        self._device.synchronize()
+        return seconds(stamp() - began) / times
+
+    def check(self, seed: int) -> bool:
+        """Whether the right bytes are on the device."""
+        return all(is_right(tensor, seed) for tensor in self._there)
+
+    def drop(self) -> None:
+        self._here, self._there = [], []
+
+    def reserved(self) -> int:
+        """Bytes that this process's allocator has on its GPU, features above all."""
+        return self._device.reserved()
+
+    def close(self) -> None:
+        self.drop()
+        for one in self._receivers.values():
+            one.close()
+
+
+class Team:
+    """One producer, with its GPU where a way needs one, and a consumer for each of `devices`."""
+
+    def __init__(self, devices: Sequence[Device], nbytes: int, device: Device) -> None:
+        self._devices = devices
+        self._nbytes = nbytes
+        self._seed = 0
+        self._addresses: dict[str, Any] = {}
+        self._consumers: list[Worker] = []
+        self._producer = Worker(Producer, len(devices), nbytes, device)
+        self._producer.answer()
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in (*self._consumers, self._producer):  # a pool outlives those that opened it
+            worker.end()
+
+    def offer(self, way: str) -> None:
+        """Have the producer open its end. Raises Failed, Refusal."""
+        if (lacks := 3 * self._nbytes - available()) > 0:
+            raise Refusal(f"{lacks >> 20} MiB more host memory wanted than there is")
+        self._addresses[way] = self._producer.call("open", way)
+
+    def join(self) -> None:
+        """Start the consumers."""
+        self._consumers = [Worker(Consumer, device) for device in self._devices]
+        gather(self._consumers)
+
+    def open(self, way: str) -> None:
+        """Have the consumers open theirs. Raises Failed, Refusal."""
+        self._all("open", way, self._addresses[way])
+        self._producer.call("ready", way)
+
+    def round(self, way: str, load: Load, again: int = 0) -> Round:
+        """Send, receive, copy, `again` so many times, check, free. Raises Failed, Refusal."""
+        self._seed += 1
+        try:
+            start, sent, messages = self._producer.call("send", way, load, self._seed)
+            self._all("receive", way, messages)
+            copies: list[tuple[int, int]] = self._all("copy")
+            slowest = max(self._all("again", again)) if again else 0.0
+            if not all(self._all("check", self._seed)):
+                raise Failed("other bytes arrived than were sent")
+        finally:
+            with suppress(Failed, Refusal):  # there is one on its way already, or the next round finds it
+                self._all("drop")
+        self._producer.call("free", way)
+        begin, end = min(copy[0] for copy in copies), max(copy[1] for copy in copies)
+        return Round(seconds(sent - start), seconds(end - begin), slowest, seconds(end - start))
+
+    def reserved(self) -> list[int]:
+        """Bytes of each consumer's allocator."""
+        return self._all("reserved")
+
+    def _all(self, order: str, *arguments: Any) -> list[Any]:
+        for consumer in self._consumers:
+            consumer.ask(order, *arguments)
+        return gather(self._consumers)
+
+
+def take_turns(
+    teams: Mapping[str, Team], load: Load, rounds: int, again: int = 0
+) -> dict[str, list[Round] | Problem]:
+    """Each way's rounds, or why it has none: one of each way by turns, forwards and backwards."""
+    found: dict[str, list[Round]] = {way: [] for way in teams}
+    problems: dict[str, Problem] = {}
+    for number in range(rounds):
+        order = [way for way in teams if way not in problems]
+        for way in order if number % 2 == 0 else reversed(order):
+            try:
+                found[way].append(teams[way].round(way, load, again))
+            except (Failed, Refusal) as problem:
+                problems[way] = problem
+    return {way: problems.get(way) or found[way] for way in teams}
