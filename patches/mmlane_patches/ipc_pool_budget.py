@@ -47,7 +47,7 @@ def _pool(init: Callable[[Any, int, Any], None]) -> Callable[[Any, int, Any], No
             memory_size = share(total, workers)
             logger.info(
                 "mmlane: the pool of CUDA IPC features takes %.0f MiB of GPU memory in each of %d tokenizer "
-                "workers (%s: %.0f MiB for all)",
+                "workers (%s: %.0f MiB for all, each with 128 at least)",
                 memory_size / MIB,
                 workers,
                 VARIABLE,

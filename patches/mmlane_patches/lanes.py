@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mmlane.lane import Lane, LaneError, LaneUnavailable, Mode, Reader, UnknownLane
+from mmlane.lane.cuda import watch_streams
 
 logger = logging.getLogger("mmlane")
 
@@ -235,7 +236,7 @@ def on_cuda(server_args: Any) -> bool:
     if device is None:
         context: Any = sys.modules.get("sglang.srt.runtime_context")
         device = context.get_device().device
-    return str(device).startswith("cuda")
+    return str(device).startswith("cuda") and torch.version.hip is None  # which torch calls cuda, too
 
 
 def obstacle(server_args: Any) -> str:
@@ -280,7 +281,10 @@ def become_rank(server_args: Any, dp_rank: int | None, *, first: bool, pinned: i
     `first` of its replica is the one that says what concerns all.
     """
     global rank
-    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda(server_args) else None
+    device = None
+    if on_cuda(server_args):
+        device = torch.device("cuda", torch.cuda.current_device())
+        watch_streams()  # before the scheduler sets its own
     rank = Rank(group_of(server_args, dp_rank), device, writable=pinned == 0)
     if first and not dp_rank and os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false"):
         logger.warning(

@@ -12,7 +12,6 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from mmlane.entry import say
@@ -43,10 +42,16 @@ def in_its_place(engines: str) -> PrivateLock | str:
     inherited = os.environ.get(VARIABLE)
     if inherited == engines:
         return engines  # and it has been said
-    if inherited:
-        with suppress(OSError):  # of another user, who started us
-            return _lock_in(Path(inherited).parent)
     problems = []
+    if inherited:
+        try:
+            return _lock_in(Path(inherited).parent)
+        except OSError as error:  # of another user, who started us; or no longer ours
+            say(
+                f"wanted the lock file of this engine's other processes, {inherited}, found that it cannot be "
+                f"used ({error}); this one takes another, so with CUDA IPC the pool may fill up: start the "
+                "engine anew"
+            )
     for directory in candidates():
         try:
             lock = _lock_in(directory)

@@ -9,7 +9,8 @@ broadcasts along a tree: rank 0 waits for its children 1 and 2 when it next broa
 Prints one JSON object: for each scenario and rank "ok", or what it got instead.
 
 With a lane no rank is held. The ranks join it when they hear of it. Then come `by_lane`, `mixed`, `tampered` and
-`overflow`, and each rank tells what became of each request of these, and for which barriers and all-reduces it waited.
+`overflow`, and each rank tells what became of each request of these, and for which barriers and all-reduces it
+waited.
 """
 
 from __future__ import annotations

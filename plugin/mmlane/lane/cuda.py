@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -24,13 +25,29 @@ from mmlane.lane import memory
 
 logger = logging.getLogger("mmlane.lane")
 
-_POLL = 0.001  # seconds between looks at events that have not passed
+_POLL = 0.005  # seconds between looks at events that have not passed
 _AFTER_ERROR = 1.0  # seconds before CUDA is asked again after it has failed
 _AT_EXIT = 5.0  # seconds at most to wait for it
 _PORTABLE, _READ_ONLY = 0x01, 0x08  # cudaHostRegisterPortable, cudaHostRegisterReadOnly
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
-_streams: dict[Any, None] = {}  # that were made current since `_watch_streams`, in any thread
+_streams: dict[Any, None] = {}  # that were made current since `watch_streams`, in any thread
+
+
+def watch_streams() -> None:
+    """Note from now on every stream that is made current; torch does not list them."""
+    set_stream = torch.cuda.set_stream
+    if getattr(set_stream, "_notes_streams", False):
+        return
+
+    @wraps(set_stream)
+    def noting(stream: Any) -> None:
+        set_stream(stream)
+        if stream is not None:
+            _streams.setdefault(stream)
+
+    noting._notes_streams = True  # type: ignore[attr-defined]
+    torch.cuda.set_stream = noting
 
 
 class Cuda:
@@ -50,7 +67,7 @@ class Cuda:
         """For a thread of ours: use this device, and do not disturb a graph capture in another thread."""
         torch.cuda.set_device(self.index)
         mode = ctypes.c_int(_RELAXED)
-        with suppress(OSError, AttributeError):  # no libcuda: another vendor's GPU, without this kind of capture
+        with suppress(OSError, AttributeError):  # no libcuda: nothing of this would have worked
             ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
     def register(self, address: int, nbytes: int) -> None:
@@ -85,22 +102,8 @@ class Cuda:
                 return None
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
-            return event
-
-    def watch_streams(self) -> None:
-        """Note from now on every stream that is made current; torch does not list them."""
-        set_stream = torch.cuda.set_stream
-        if getattr(set_stream, "_notes_streams", False):
-            return
-
-        def noting(stream: Any) -> None:
-            set_stream(stream)
-            if stream is not None:
-                _streams.setdefault(stream)
-
-        noting._notes_streams = True  # type: ignore[attr-defined]
-        noting.__wrapped__ = set_stream  # type: ignore[attr-defined]
-        torch.cuda.set_stream = noting
+            # A capture that began meanwhile has the event in its graph, and would be spoilt by a query.
+            return None if torch.cuda.is_current_stream_capturing() else event
 
     def streams(self) -> list[Any]:
         """The streams of this device that have been made current since `watch_streams`."""
@@ -115,9 +118,10 @@ class Pinned(memory.Mapping):
     """
 
     def __init__(self, cuda: Cuda, fd: int, offset: int, nbytes: int) -> None:
-        super().__init__(fd, nbytes, offset=offset)
-        self.offset = offset
         self._cuda: Cuda | None = None
+        self._stays = False
+        self.offset = offset
+        super().__init__(fd, nbytes, offset=offset)
         self.populate(0, nbytes)
         cuda.register(self.address, nbytes)
         self._cuda = cuda
@@ -128,15 +132,18 @@ class Pinned(memory.Mapping):
 
     def unpin(self) -> None:
         """Undo the registration; the mapping stays. Only when no copy from here can be under way."""
-        cuda, self._cuda = getattr(self, "_cuda", None), None
+        cuda, self._cuda = self._cuda, None
         if cuda is not None:
             try:
                 cuda.unregister(self.address)
-            except RuntimeError as error:  # CUDA has failed, or is shut down; the kernel undoes it
-                logger.debug("pinned memory of a lane: %s", error)
+            except RuntimeError as error:  # CUDA has failed, or is shut down
+                self._stays = True
+                logger.debug("pinned memory of a lane stays as it is until the process ends: %s", error)
 
     def unmap(self) -> None:
         self.unpin()
+        if self._stays:  # else CUDA would take what is mapped here next for what it has registered
+            self.address = 0
         super().unmap()
 
 
@@ -153,12 +160,13 @@ class Device:
         self._known: dict[Any, None] = {}  # streams that were current where tensors were taken
         self._counting = threading.Lock()
         self._owed = self._settled = 0
-        self._stopped = False
+        self._stopped = self._exiting = False
+        self._ended = threading.Event()
         self._pinned: weakref.WeakSet[Pinned] = weakref.WeakSet()
-        self._cuda.watch_streams()
+        watch_streams()
         self._thread = threading.Thread(target=self._run, name=f"mmlane-cuda-{index}", daemon=True)
         self._thread.start()
-        atexit.register(_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     def owe(self) -> None:
         """There will be one more loan to settle; the calling thread copies with the stream that it has now."""
@@ -180,8 +188,9 @@ class Device:
             try:
                 self._cuda.enter()
                 pinned = Pinned(self._cuda, file.fd, offset, nbytes)
-                self._pinned.add(pinned)
-            except (OSError, RuntimeError) as error:
+                with self._counting:
+                    self._pinned.add(pinned)
+            except Exception as error:  # noqa: BLE001 - torch has many ways to say that CUDA does not work
                 then(error)
             else:
                 then(pinned)
@@ -196,15 +205,12 @@ class Device:
         self._stopped = True
         self._work.put(None)
 
-    def end(self) -> None:
-        """The process is about to end: unregister what is pinned, once the device has done all its work."""
-        try:
-            self._cuda.synchronize()
-        except RuntimeError as error:  # CUDA has failed; the kernel undoes it
-            logger.debug("pinned memory of a lane: %s", error)
-            return
-        for pinned in list(self._pinned):
-            pinned.unpin()
+    def _at_exit(self) -> None:
+        """The process is about to end: unregister what is pinned, unless the device does not come to an end."""
+        if os.getpid() == self._pid:
+            self._exiting = True
+            self._work.put(None)
+            self._ended.wait(_AT_EXIT)
 
     # --- the thread ----------------------------------------------------------------------------------------
 
@@ -214,7 +220,7 @@ class Device:
         recorded: list[tuple[list[Any], list[Callable[[], object]]]] = []
         entered = False
         pause = _POLL
-        while not self._stopped or self._settled < self._owed:
+        while not self._exiting and (not self._stopped or self._settled < self._owed):
             self._receive(let_go, streams, pause if let_go or recorded else None)
             try:
                 if not entered:
@@ -226,13 +232,17 @@ class Device:
                 while recorded and all(event.query() for event in recorded[0][0]):
                     self._finish(recorded.pop(0)[1])
                 pause = _POLL
-            except RuntimeError as error:
+            except Exception as error:  # noqa: BLE001 - torch has many ways to say that CUDA has failed
                 # Nobody can say what the device still reads, so nothing is given back: at worst the lane is full.
                 if pause == _POLL:
                     logger.warning("a lane's reader cannot tell what the GPU has read, and keeps it: %s", error)
                 pause = _AFTER_ERROR
                 while recorded:  # other events, then
                     let_go += recorded.pop()[1]
+        if self._exiting:
+            self._unpin_all()
+        atexit.unregister(self._at_exit)
+        self._ended.set()
 
     def _receive(self, let_go: list[Callable[[], object]], streams: set[Any], timeout: float | None) -> None:
         with suppress(Empty):
@@ -246,7 +256,10 @@ class Device:
     def _finish(self, loans: list[Callable[[], object]]) -> None:
         while loans:
             self._settled += 1
-            loans.pop()()  # and no name here keeps it, and its mapping, alive
+            try:
+                loans.pop()()  # and no name here keeps it, and its mapping, alive
+            except Exception as error:  # noqa: BLE001 - the others' room is to come back all the same
+                logger.error("a lane's reader could not give a tensor's room back: %s", repr(error))
 
     def _record(self, streams: set[Any]) -> list[Any] | None:
         """Events on every stream that may have been told to copy; None while one of them is being captured."""
@@ -259,10 +272,12 @@ class Device:
             events.append(event)
         return events
 
-
-def _at_exit(device: weakref.ref[Device]) -> None:
-    living = device()
-    if living is not None and os.getpid() == living._pid:
-        ending = threading.Thread(target=living.end, daemon=True)  # a device may never come to an end of its work
-        ending.start()
-        ending.join(_AT_EXIT)
+    def _unpin_all(self) -> None:
+        with self._counting:
+            pinned = list(self._pinned)
+        try:
+            self._cuda.synchronize()
+            while pinned:
+                pinned.pop().unpin()
+        except Exception as error:  # noqa: BLE001 - CUDA has failed; the kernel undoes it
+            logger.debug("pinned memory of a lane stays as it is until the process ends: %s", error)

@@ -33,6 +33,8 @@ SLOTS = 1 << 16  # tickets that can be out at a time
 _AHEAD = 8 << 20  # bytes at most to commit ahead of need
 _DRAIN = 16  # puts after which give-backs are handled, needed or not
 _GLANCE = 8  # idle extents to look at in one put
+_STEP = 16  # segments to commit for good before looking again at what memory is left
+_PAUSE = 0.0005  # seconds between them, for puts that want to commit, too: the lock alone would not let them in
 _AT_A_TIME = 4096  # segments to hand back in one look: more would not fit into the readers' sockets
 
 _lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
@@ -116,7 +118,9 @@ class Lane:
             set()
         )  # those of them that were used since: asked about again once all have agreed
         self._keeps = False  # memory cannot be handed back here
-        self._kept = False  # what readers may pin is committed, and they know
+        self._keeping = False  # a thread commits what readers may pin, or has
+        self._kept = False  # it is committed, for good
+        self._told: set[int] = set()  # the readers that know
         self._users = 1  # the control thread, and whoever copies: the last one frees the memory of a closed lane
 
         self.expected = dict(readers)
@@ -437,6 +441,7 @@ class Lane:
     def _heard(self, reader: int, message: bytes) -> None:
         if not message:
             self._ledger.leave(reader)
+            self._told.discard(reader)
             for waiting in self._cooling.values():
                 waiting.discard(reader)
             return
@@ -478,8 +483,11 @@ class Lane:
 
     # --- memory --------------------------------------------------------------------------------------------
 
-    def _commit(self, mapping: memory.Mapping, cold: list[tuple[int, int]]) -> None:
-        """Have memory behind ranges of segments; without the lock. Raises OSError when there is none to be had."""
+    def _commit(self, mapping: memory.Mapping, cold: list[tuple[int, int]], *, pause: float = 0.0) -> None:
+        """Have memory behind ranges of segments; without the lock. Raises OSError when there is none to be had.
+
+        pause: seconds after each segment in which others may commit.
+        """
         space = self._ledger.space
         wanted = sum(size for _, size in cold)
         with self._lock:
@@ -501,6 +509,8 @@ class Lane:
                             space.warmed(at, space.segment)
                             self._promised -= space.segment
                             wanted -= space.segment
+                    if pause:
+                        time.sleep(pause)
                 mapping.populate(self._base + start, size, write=True)
                 points.reached("grow.populated")
         finally:
@@ -518,8 +528,56 @@ class Lane:
             offset = space.find(self._ahead)
             if offset is not None and space.cold(offset, self._ahead):
                 self._control.wants_memory()
-        if space.pinned and not self._kept and self._is_open():
-            self._control.wants_memory()
+        if space.pinned and self._is_open():
+            self._keep()
+
+    def _keep(self) -> None:
+        """Have what readers may pin committed, in a thread of its own, and let each know once it is."""
+        if self._kept:
+            kept = [(self._base, self._ledger.space.pinned)]
+            for reader in self._ledger.readers.keys() - self._told:
+                if self._control.send(wire.KEPT, kept, [reader]):  # else when it hears again
+                    self._told.add(reader)
+        elif not self._keeping:
+            self._keeping = True
+            self._users += 1
+            try:
+                threading.Thread(target=self._commit_for_good, name="mmlane-keeping", daemon=True).start()
+            except RuntimeError as error:
+                self._users -= 1
+                self._give_up_keeping(error)
+
+    def _commit_for_good(self) -> None:
+        space = self._ledger.space
+        step = _STEP * space.segment
+        problem: OSError | None = None
+        try:
+            for start in range(0, space.pinned, step):
+                if self._closed:
+                    return
+                with self._lock:
+                    cold = space.cold(start, min(step, space.pinned - start))
+                if cold:
+                    self._commit(self._mapping, cold, pause=_PAUSE)
+        except OSError as error:
+            problem = error
+        finally:
+            with self._lock:
+                if problem is not None:
+                    self._give_up_keeping(problem)
+                elif not self._closed:
+                    self._kept = True
+                    self._keep()
+                self._release()
+
+    def _give_up_keeping(self, error: Exception) -> None:
+        """Before any reader has been told: what was committed goes back when it is idle."""
+        logger.warning(
+            "lane %s: no memory for %d bytes to pin (%s), so readers copy from pageable memory; make `pinned`"
+            " smaller, or 0 to silence this",
+            *(self, self._ledger.space.pinned, error),
+        )
+        self._ledger.space.pinned = 0
 
     def _release(self) -> None:
         """One user less; the last one of a closed lane frees its memory."""
@@ -538,6 +596,7 @@ class Lane:
             serial = self._ledger.join(reader, group)
             self._control.send(wire.JOINED, [(serial, 0)], [reader])  # before any ticket that it owes
             self._opened.notify_all()
+            self._look_ahead()  # first what matters more: the next may be more than its socket holds
             self._control.send(
                 wire.WARM,
                 [  # not what is about to go without this reader being asked
@@ -547,42 +606,18 @@ class Lane:
                 ],
                 [reader],
             )
-            if self._kept:
-                self._control.send(wire.KEPT, [(self._base, self._ledger.space.pinned)], [reader])
-            self._look_ahead()
 
     def grow(self) -> None:
-        """Commit memory ahead of need, and for good what readers may pin."""
+        """Commit memory ahead of need."""
         with self._lock:
-            space = self._ledger.space
-            offset = None if self._closed else space.find(self._ahead)
-            cold = [] if offset is None else space.cold(offset, self._ahead)
-            keep = space.pinned > 0 and not self._kept and self._is_open()
-        if keep:
-            self._keep(space)
+            offset = None if self._closed else self._ledger.space.find(self._ahead)
+            cold = [] if offset is None else self._ledger.space.cold(offset, self._ahead)
         if cold:
             try:
                 self._commit(self._mapping, cold)
             except OSError as error:
                 logger.debug("lane %s: no memory ahead of need: %s", self, error)
                 self._starved = True
-
-    def _keep(self, space: Space) -> None:
-        with self._lock:
-            cold = space.cold(0, space.pinned)
-        try:
-            self._commit(self._mapping, cold)
-        except OSError as error:
-            logger.warning(
-                "lane %s: no memory for %d bytes to pin (%s), so readers copy from pageable memory; make `pinned`"
-                " smaller, or 0 to silence this",
-                *(self, space.pinned, error),
-            )
-            with self._lock:
-                space.pinned = 0  # what was committed goes back when it is idle
-            return
-        with self._lock:
-            self._kept = self._control.send(wire.KEPT, [(self._base, space.pinned)])  # else at the next look
 
     def look(self) -> None:
         """Once a period: hand back memory that nobody has used, and ask after tickets that nobody has seen."""

@@ -14,7 +14,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import partial
 from types import TracebackType
 from typing import Literal, get_args
 
@@ -91,6 +90,7 @@ class _Link:
         self.device = device
         self.pinned: Pinned | None = None  # a part of the same, registered with CUDA
         self.pinning = threading.Event()  # which has been tried, with whatever result
+        self._asked_to_pin = False
         self.base = slots * 8  # the directory's size: where extents begin
         self.gone_at: float | None = None  # when the producer ended
         self.leaving = False
@@ -165,7 +165,8 @@ class _Link:
 
     def pin(self, offset: int, nbytes: int) -> None:
         """Have a part of the memory registered with CUDA, in the background; it stays committed."""
-        if self.device is not None and self.pinned is None:
+        if self.device is not None and not self._asked_to_pin:
+            self._asked_to_pin = True
             self.device.pin(self.descriptor, offset, nbytes, self._pinned)
 
     def _pinned(self, result: Pinned | Exception) -> None:
@@ -182,9 +183,10 @@ class _Link:
     def unpin(self) -> None:
         """Let go of what is registered, as soon as the device has read what it was told to."""
         if self.device is not None and self.pinned is not None:
-            pinned, self.pinned = self.pinned, None
+            held = [self.pinned]
+            self.pinned = None
             self.device.owe()
-            self.device.settle(partial(id, pinned))  # where it dies
+            self.device.settle(held.clear)  # in the device's thread, which disturbs nobody
 
     def flush(self, *, wait: bool = False) -> None:
         """Send what there is. Whoever is sending already, even further up on this very stack, sends for all.
@@ -228,7 +230,8 @@ class Reader:
         group: which of the lanes' groups this process belongs to.
         device: the CUDA device that tensors are copied to from here, as torch names it ("cuda:0"). Then what a
             lane keeps for that (`Lane(pinned=...)`) is registered as pinned memory in the background, and a
-            ticket goes back when its tensor is let go *and* the device has done what it was told before that.
+            ticket goes back when its tensor is let go *and* the device has done what it was told before that, on
+            the streams that `torch.cuda.stream` and `set_stream` have made current.
         linger: seconds for which tickets of a lane can still be taken after its producer has ended.
 
     Raises ValueError for a device that is not CUDA's or not there, LaneUnavailable where no reader can be had.
@@ -236,8 +239,8 @@ class Reader:
 
     def __init__(self, group: str, *, device: torch.device | str | None = None, linger: float = 30.0) -> None:
         where = None if device is None else torch.device(device)
-        if where is not None and where.type != "cuda":
-            raise ValueError(f"device {device!r}: a CUDA device, or None for a reader that stays on the CPU")
+        if where is not None and (where.type != "cuda" or where.index is None):
+            raise ValueError(f"device {device!r}: one like cuda:0, or None for a reader that stays on the CPU")
         self.group = group
         self._linger = linger
         self._pid = os.getpid()
@@ -251,8 +254,14 @@ class Reader:
             with needed("eventfd"):
                 self._bell = memory.Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._events.register(self._bell.fd, select.EPOLLIN)
-            self._device = None if where is None else Device(where.index or 0)
-            threading.Thread(target=self._run, name=f"mmlane-reader-{group}", daemon=True).start()
+            self._device = None if where is None else Device(where.index)
+            thread = threading.Thread(target=self._run, name=f"mmlane-reader-{group}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                if self._device is not None:
+                    self._device.stop()
+                raise
         except (OSError, RuntimeError) as error:
             raise LaneUnavailable(
                 f"no reader can be had ({error}): raise `ulimit -n` or `ulimit -u`, or allow in the sandbox"
