@@ -136,6 +136,7 @@ def test_metrics(arena: CountingServer) -> None:
         return {
             'mmlane_lane_bytes{kind="capacity"}': stats.capacity,
             'mmlane_lane_bytes{kind="committed"}': stats.warm,
+            'mmlane_lane_bytes{kind="pinned"}': 0,
             'mmlane_lane_bytes{kind="used"}': stats.taken,
             "mmlane_lane_extents": stats.extents,
             "mmlane_lane_tickets": stats.tickets,
