@@ -126,6 +126,7 @@ def test_an_open_lane() -> None:
     ("changes", "words"),
     [
         ({"is_open": False, "readers": {}}, "waiting for readers: 2 in 'tp'"),
+        ({"pinned": 32 << 20}, "64 MiB committed (32 MiB of it to be pinned), 8 GiB capacity"),
         (
             {"is_open": False, "expected": {"tp": 2, "vit": 1}, "readers": {"tp": 2}},
             "waiting for readers: 1 in 'vit'",

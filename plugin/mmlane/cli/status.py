@@ -145,7 +145,8 @@ def _rows(lane: LaneStats) -> Iterator[tuple[str, str, str]]:
     yield (
         "memory",
         f"{size(lane.taken)} in use by {_count(lane.extents, 'extent')} ({size(lane.kept)} of it kept for reuse),"
-        f" {size(lane.warm)} committed, {size(lane.capacity)} capacity",
+        f" {size(lane.warm)} committed{f' ({size(lane.pinned)} of it to be pinned)' * bool(lane.pinned)},"
+        f" {size(lane.capacity)} capacity",
         "",
     )
     yield "tickets", f"{lane.tickets} out, {_count(lane.orphans, 'orphan')} reclaimed", ""
