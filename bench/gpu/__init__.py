@@ -28,11 +28,13 @@ what the host does. What arrived is summed on the device, and compared. GB are 1
 - `contexts`: what a consumer adds to the GPU memory in use (cudaMemGetInfo in another process, whose contexts were
   there before), less what its own allocator reserved. That is its context on its own GPU, and the needless one on
   the producer's that comes of opening a handle as it comes. To tell them apart takes two GPUs.
-- `h2d`: GB/s of the first copy of a tensor just taken, and of further copies of the same (`again`).
+- `h2d`: GB/s of the first copy of a tensor just taken, and of further copies of the same (`again`). What came
+  through a lane or a segment was just written by another process, perhaps on another NUMA node; a consumer's own
+  memory was not.
 - `concurrent`: GB/s of all processes together, from the first start to the last end, all reading the same tensor
   (`torch pinned`: each its own), on the devices round robin.
-- `registration`: seconds per GiB of cudaHostRegister, as the lane calls it, and cudaHostUnregister, of a read-only
-  shared mapping. `fresh`: nothing of the file is in memory; `populated`: all of it, page tables included. The
+- `registration`: seconds per GiB of cudaHostRegister, as the lane calls it, and cudaHostUnregister, of a shared
+  mapping. `fresh`: nothing of the file is in memory; `populated`: all of it, page tables included. The
   peer is a copy of as many pageable bytes to the device.
 - `first byte`: from before the producer's first put until all is on the consumer's device, for 32 images of
   1280x720 as Qwen2-VL's patches. `smart_resize` (transformers, image_processing_qwen2_vl.py) makes them 1288x728,

@@ -77,6 +77,10 @@ class Device:
         if not self.rehearse:
             torch.cuda.synchronize(self.index)
 
+    def reaches(self, other: int) -> bool:
+        """Whether this GPU can read the other one's memory."""
+        return self.rehearse or self.index == other or torch.cuda.can_device_access_peer(self.index, other)
+
     def used(self) -> int:
         """Bytes in use on this GPU, by whomever. Makes a context on it."""
         if self.rehearse:

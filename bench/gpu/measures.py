@@ -201,11 +201,11 @@ class Registrar:
         times.append(stamp())
         file = memory.Descriptor(os.memfd_create("mmlane-bench"))
         os.ftruncate(file.fd, nbytes)
-        mapping = memory.Mapping(file.fd, nbytes)
+        mapping = memory.Mapping(file.fd, nbytes, writable=True)
         if populated:
             os.posix_fallocate(file.fd, 0, nbytes)
-            if not mapping.populate(0, nbytes):
-                raise Refusal("MADV_POPULATE_READ wanted: Linux 5.14")
+            if not mapping.populate(0, nbytes, write=True):
+                raise Refusal("MADV_POPULATE_WRITE wanted: Linux 5.14")
         for step in self._steps(mapping):
             before = stamp()
             step()

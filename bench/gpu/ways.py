@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -26,6 +27,7 @@ SEGMENT = "engine segment"
 LANE_PAGEABLE, LANE_PINNED = "lane pageable", "lane pinned"
 POOL, POOL_AS_IT_COMES = "cuda ipc pool", "cuda ipc pool, not redirected"
 
+SEGMENTS = "mmlane-bench"  # how names in /dev/shm begin
 _GROUP = "bench"
 _PATIENCE_S = 120.0
 _IDLE_S = 3600.0  # memory is kept over the other ways' turns
@@ -142,13 +144,14 @@ class _LaneReceiver(Receiver):
 class _SegmentSender(Sender):
     def __init__(self) -> None:
         self._segments = ExitStack()
+        self._numbers = count()
 
     def send(self, tensors: Sequence[Tensor], seed: int) -> list[Any]:
         return [self._put(tensor) for tensor in tensors]
 
     def _put(self, tensor: Tensor) -> tuple[str, torch.dtype, torch.Size]:
         nbytes = tensor.numel() * tensor.itemsize
-        segment = SharedMemory(create=True, size=nbytes)
+        segment = SharedMemory(f"{SEGMENTS}_{os.getpid()}_{next(self._numbers)}", create=True, size=nbytes)
         self._segments.callback(segment.unlink)
         try:
             with (_SHM / segment.name).open("r+b") as file:
@@ -230,6 +233,8 @@ class _PoolReceiver(Receiver):
     def _open(self, handle: tuple[Any, ...]) -> Tensor:
         if handle not in self._pools:
             index = self._device.index if self._redirect else handle[0]
+            if self._redirect and not self._device.reaches(handle[0]):
+                raise Refusal(f"no peer access from GPU {index} to GPU {handle[0]}")
             if self._device.rehearse:
                 self._pools[handle] = torch.from_file(handle[1], shared=True, size=handle[2], dtype=torch.uint8)
             else:

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(LACKING is not None, reason=st
 
 def test_a_quick_run_is_complete(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=800, check=False)
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=540, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = Results.load(tmp_path / "gpu.json")
     assert not results.note
@@ -33,7 +33,8 @@ def test_a_quick_run_is_complete(tmp_path: Path) -> None:
         else:
             reason = record.reason or ""
             assert record.status == "skipped", reason
-            assert (one and reason.startswith("two GPUs wanted")) or "/dev/shm" in reason
+            known = ("/dev/shm", "no peer access")
+            assert (one and reason.startswith("two GPUs wanted")) or any(words in reason for words in known)
     assert {goal.verdict for goal in goals(results)} <= {"met", "MISSED"}
     assert results.machine["gpus"][0]["name"]
     assert "| goal | wanted |" in (tmp_path / "gpu.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from textwrap import dedent
 from typing import Any
@@ -49,12 +50,16 @@ def bytes_of_others(pair: Together, stream: Any) -> int:
 
     Its copy is queued behind LONG on a stream, and it is let go at once.
     """
+    zeros, others = torch.zeros(SIZE, dtype=torch.uint8), torch.ones(SIZE, dtype=torch.uint8)
+    on_device = torch.full((SIZE,), 2, dtype=torch.uint8, device="cuda")  # now: cudaMalloc may wait for the device
+    gpu._sleep(1)  # alike for the loading of a kernel
+    gpu.synchronize()
     with gpu.stream(stream):
         gpu._sleep(LONG)
-        on_device = pair.reader.take(pair.put(torch.zeros(SIZE, dtype=torch.uint8))).to("cuda", non_blocking=True)
+        on_device.copy_(pair.reader.take(pair.put(zeros, share=False)), non_blocking=True)
         passed = gpu.Event()
         passed.record()
-    others = torch.ones(SIZE, dtype=torch.uint8)
+    assert not passed.query(), "LONG was over too soon, or the copy was not asynchronous"
 
     def put() -> bool:
         ticket = pair.lane.put(others)
@@ -90,6 +95,37 @@ def test_a_graph_is_captured_while_room_comes_back(pair: Together) -> None:
     graph.replay()
     gpu.synchronize()
     assert result.sum() == 18
+    all_back(pair)
+
+
+def test_events_are_looked_at_during_a_capture(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread for which that is allowed; by any other it would spoil the capture."""
+    looks: list[Any] = []
+    query = gpu.Event.query
+
+    def looking(event: Any) -> Any:
+        looks.append(event)
+        return query(event)
+
+    monkeypatch.setattr(gpu.Event, "query", looking)
+    source, other = torch.ones(9, device="cuda"), gpu.Stream()
+    graph, doubled = gpu.CUDAGraph(), source * 2  # and its kernel is loaded
+    gpu._sleep(1)
+    gpu.synchronize()
+    with gpu.stream(other):
+        gpu._sleep(2 * LONG)
+        pair.reader.take(pair.put(random((MIB,))))  # let go: behind the sleep there is an event now
+    eventually(lambda: looks, "events are recorded")
+    with gpu.stream(gpu.Stream()):
+        graph.capture_begin()  # unlike `gpu.graph`, which waits for the device first
+        before = len(looks)
+        time.sleep(0.1)
+        during = len(looks) - before
+        again = source * 2
+        graph.capture_end()
+    graph.replay()
+    gpu.synchronize()
+    assert during > 0 and torch.equal(again, doubled)
     all_back(pair)
 
 

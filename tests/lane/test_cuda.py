@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -50,6 +51,13 @@ def is_pinned(gpu: FakeGpu, tensor: torch.Tensor) -> bool:
     return any(start <= first and end <= start + nbytes for start, nbytes in gpu.registered.items())
 
 
+def access(address: int) -> str:
+    """What may be done with the mapping that begins there, in the kernel's words."""
+    maps = Path("/proc/self/maps").read_text()
+    (found,) = re.findall(rf"^{address:x}-\S+ (\S+)", maps, re.MULTILINE)
+    return str(found)
+
+
 def all_back(pair: Together) -> None:
     eventually(pair.nothing_is_out, "all extents are back")
 
@@ -62,6 +70,24 @@ def test_what_the_lane_keeps_is_registered_and_tensors_lie_in_it(gpu: FakeGpu, p
     tensor = random((SEGMENT,))
     taken = pair.reader.take(pair.put(tensor))
     assert is_pinned(gpu, taken) and same(taken, tensor)
+
+
+def test_what_is_registered_can_be_written_to_until_then_and_not_after(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few drivers register a read-only mapping; and nobody but the producer is to write (6)."""
+    seen: list[str] = []
+    register = gpu.register
+
+    def registering(address: int, nbytes: int) -> None:
+        seen.append(access(address))
+        register(address, nbytes)
+
+    monkeypatch.setattr(gpu, "register", registering)
+    with together(device="cuda:0", pinned=PINNED) as pair:
+        assert pair.reader.wait_pinned(pair.lane.address, DEADLINE)
+        (start,) = gpu.registered
+        assert seen == ["rw-s"] and access(start) == "r--s"
 
 
 def test_a_tensor_that_is_not_in_it_as_a_whole_is_not_in_it_at_all(gpu: FakeGpu, pair: Together) -> None:
@@ -392,7 +418,7 @@ def test_what_cuda_does_not_unregister_is_not_mapped_anew(gpu: FakeGpu, monkeypa
     pinned = cuda.Pinned(gpu, file, 0, SEGMENT)  # type: ignore[arg-type]
     address = pinned.address
     del pinned
-    assert f"{address:x}-" in Path("/proc/self/maps").read_text()
+    assert access(address) == "r--s"
     memory._libc.munmap(address, SEGMENT)
     os.close(file)
 
@@ -524,18 +550,27 @@ def test_no_event_of_a_capture(looks: tuple[bool, ...], recorded: bool, monkeypa
 def test_streams_are_noted_when_they_are_made_current(monkeypatch: pytest.MonkeyPatch) -> None:
     made_current: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_stream", made_current.append)
+
+    class Stream:
+        def __init__(self, device_index: int) -> None:
+            self.device_index = device_index
+
+        def __enter__(self) -> Stream:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(cuda, "_streams", {})
     here, there = cuda.Cuda(0), cuda.Cuda(1)
     cuda.watch_streams()
     cuda.watch_streams()
 
-    class Stream:
-        def __init__(self, device_index: int) -> None:
-            self.device_index = device_index
-
-    one, two = Stream(0), Stream(1)
+    one, two, three = Stream(0), Stream(1), Stream(1)
     for stream in (one, two, one, None):
         torch.cuda.set_stream(stream)  # type: ignore[arg-type]
     assert made_current == [one, two, one, None]  # once each: it is not wrapped twice
-    assert here.streams() == [one] and there.streams() == [two]
+    with three as entered:  # which torch does in C++
+        assert entered is three
+    assert here.streams() == [one] and there.streams() == [two, three]

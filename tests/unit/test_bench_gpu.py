@@ -14,7 +14,7 @@ from bench.gpu.device import lacking
 from bench.gpu.measures import CONCURRENT, FIRST_BYTE, H2D, IMAGES, MEASURES, Plan
 from bench.gpu.records import REHEARSAL, Record, Results, goals
 from bench.gpu.report import grids
-from bench.gpu.ways import LANE_PINNED, PAGEABLE, TORCH_PINNED
+from bench.gpu.ways import LANE_PINNED, PAGEABLE, SEGMENTS, TORCH_PINNED
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "bench.gpu"]
@@ -32,13 +32,11 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Where a rehearsal's files are, and what it printed."""
     out = tmp_path_factory.mktemp("rehearsal")
-    segments = set(SHM.iterdir())
     done = run("--rehearse", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    assert not [
-        left for left in set(SHM.iterdir()) - segments if left.name.startswith("psm_")
-    ]  # Python's own prefix
+    left = [name.name for name in SHM.glob(f"{SEGMENTS}_*")]
+    assert not [name for name in left if not Path("/proc", name.split("_")[-2]).exists()]
     return out, done.stdout
 
 
@@ -140,7 +138,13 @@ def test_without_a_gpu_it_says_so_in_one_line_and_writes_nothing(tmp_path: Path)
 def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
     command = [*COMMAND, "--rehearse", "--out", str(tmp_path)]
     with subprocess.Popen(
-        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("contexts")

@@ -28,14 +28,14 @@ logger = logging.getLogger("mmlane.lane")
 _POLL = 0.005  # seconds between looks at events that have not passed
 _AFTER_ERROR = 1.0  # seconds before CUDA is asked again after it has failed
 _AT_EXIT = 5.0  # seconds at most to wait for it
-_PORTABLE, _READ_ONLY = 0x01, 0x08  # cudaHostRegisterPortable, cudaHostRegisterReadOnly
+_PORTABLE = 0x01  # cudaHostRegisterPortable
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 _streams: dict[Any, None] = {}  # that were made current since `watch_streams`, in any thread
 
 
 def watch_streams() -> None:
-    """Note from now on every stream that is made current; torch does not list them."""
+    """Note from now on every stream that is made current through torch.cuda; torch does not list them."""
     set_stream = torch.cuda.set_stream
     if getattr(set_stream, "_notes_streams", False):
         return
@@ -48,6 +48,14 @@ def watch_streams() -> None:
 
     noting._notes_streams = True  # type: ignore[attr-defined]
     torch.cuda.set_stream = noting
+    enter = getattr(torch.cuda.Stream, "__enter__", None)  # from 2.7 on; `with stream:` does not call set_stream
+    if enter is not None:
+
+        def entering(stream: Any) -> Any:
+            _streams.setdefault(stream)
+            return enter(stream)
+
+        torch.cuda.Stream.__enter__ = entering  # type: ignore[method-assign]
 
 
 class Cuda:
@@ -71,9 +79,9 @@ class Cuda:
             ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
     def register(self, address: int, nbytes: int) -> None:
-        """Pin host memory that is mapped read-only. Raises RuntimeError with CUDA's reason."""
+        """Pin host memory, which must be mapped to write. Raises RuntimeError with CUDA's reason."""
         cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        error = cudart.cudaHostRegister(address, nbytes, _PORTABLE | _READ_ONLY)
+        error = cudart.cudaHostRegister(address, nbytes, _PORTABLE)
         if int(error) != 0:
             raise RuntimeError(f"cudaHostRegister: {cudart.cudaGetErrorString(error)}")
 
@@ -114,17 +122,20 @@ class Pinned(memory.Mapping):
     """A second mapping of the part of a lane that stays committed, registered with CUDA until it dies.
 
     Another than the one that is joined with: CUDA refuses copies that are registered in part, so a tensor lies in
-    here as a whole or not at all.
+    here as a whole or not at all. It can be written to until CUDA has it: few drivers register a read-only mapping
+    (cudaDevAttrHostRegisterReadOnlySupported).
     """
 
     def __init__(self, cuda: Cuda, fd: int, offset: int, nbytes: int) -> None:
         self._cuda: Cuda | None = None
         self._stays = False
         self.offset = offset
-        super().__init__(fd, nbytes, offset=offset)
-        self.populate(0, nbytes)
+        writable = memory.Descriptor(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
+        super().__init__(writable.fd, nbytes, offset=offset, writable=True)
+        self.populate(0, nbytes, write=True)
         cuda.register(self.address, nbytes)
         self._cuda = cuda
+        self.protect()
 
     def holds(self, offset: int, nbytes: int) -> bool:
         """Whether a range of the lane's file lies in here as a whole."""
@@ -223,6 +234,8 @@ class Device:
         while not self._exiting and (not self._stopped or self._settled < self._owed):
             self._receive(let_go, streams, pause if let_go or recorded else None)
             try:
+                if self._exiting:
+                    break
                 if not entered:
                     self._cuda.enter()
                     entered = True
@@ -275,6 +288,8 @@ class Device:
     def _unpin_all(self) -> None:
         with self._counting:
             pinned = list(self._pinned)
+        if not pinned:
+            return  # asking CUDA would make a context now
         try:
             self._cuda.synchronize()
             while pinned:

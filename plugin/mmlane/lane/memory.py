@@ -37,6 +37,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 # One type for any length: ctypes makes a type per array length, and types are only freed by the garbage collector.
@@ -88,6 +89,11 @@ class Mapping:
         """Fill page tables (write: and pages) now, without the GIL; False where the kernel does not know how."""
         advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
         return bool(_libc.madvise(self.address + offset, nbytes, advice) == 0)
+
+    def protect(self) -> None:
+        """From now on it is read-only. Raises OSError."""
+        if _libc.mprotect(self.address, self.nbytes, mmap.PROT_READ) != 0:
+            raise _fail()
 
     def unmap(self) -> None:
         """Let the range go. Whatever still looks at it would crash: only for who knows that nothing does."""

@@ -231,7 +231,7 @@ class Reader:
         device: the CUDA device that tensors are copied to from here, as torch names it ("cuda:0"). Then what a
             lane keeps for that (`Lane(pinned=...)`) is registered as pinned memory in the background, and a
             ticket goes back when its tensor is let go *and* the device has done what it was told before that, on
-            the streams that `torch.cuda.stream` and `set_stream` have made current.
+            streams that were made current through torch.cuda.
         linger: seconds for which tickets of a lane can still be taken after its producer has ended.
 
     Raises ValueError for a device that is not CUDA's or not there, LaneUnavailable where no reader can be had.
