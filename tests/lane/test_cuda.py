@@ -75,7 +75,7 @@ def test_what_the_lane_keeps_is_registered_and_tensors_lie_in_it(gpu: FakeGpu, p
 def test_what_is_registered_can_be_written_to_until_then_and_not_after(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few drivers register a read-only mapping; and nobody but the producer is to write (6)."""
+    """Many drivers refuse to register a read-only mapping; and nobody but the producer is to write (6)."""
     seen: list[str] = []
     register = gpu.register
 

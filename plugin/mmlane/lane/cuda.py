@@ -122,8 +122,8 @@ class Pinned(memory.Mapping):
     """A second mapping of the part of a lane that stays committed, registered with CUDA until it dies.
 
     Another than the one that is joined with: CUDA refuses copies that are registered in part, so a tensor lies in
-    here as a whole or not at all. It can be written to until CUDA has it: few drivers register a read-only mapping
-    (cudaDevAttrHostRegisterReadOnlySupported).
+    here as a whole or not at all. It can be written to until CUDA has it: many drivers refuse to register a
+    read-only mapping (cudaDevAttrHostRegisterReadOnlySupported).
     """
 
     def __init__(self, cuda: Cuda, fd: int, offset: int, nbytes: int) -> None:
