@@ -366,7 +366,14 @@ def test_watching_goes_on_until_ctrl_c(company: Company) -> None:
     environ = {**os.environ, "COLUMNS": "100", "LINES": "200", "TERM": "xterm"}
     screen = ""
     words = [*COMMAND, "--watch"]
-    with subprocess.Popen(words, env=environ, stdin=theirs, stdout=theirs, stderr=theirs) as watching:
+    with subprocess.Popen(
+        words,
+        env=environ,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+    ) as watching:
         os.close(theirs)
 
         def shows(text: str) -> None:
