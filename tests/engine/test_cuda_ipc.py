@@ -212,7 +212,7 @@ def test_the_workers_share_what_was_set(chosen: Version, patched: dict[str, Resu
     (said,) = patched["4096"]["pools"]["said"]
     assert said == (
         "INFO: mmlane: the pool of CUDA IPC features takes 256 MiB of GPU memory in each of 16 tokenizer workers "
-        "(SGLANG_MM_FEATURE_CACHE_MB: 4096 MiB for all)"
+        "(SGLANG_MM_FEATURE_CACHE_MB: 4096 MiB for all, each with 128 at least)"
     )
 
 
