@@ -6,12 +6,10 @@ import argparse
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any, get_args
 
 from rich.console import Console
@@ -21,7 +19,8 @@ from bench.engine.measuring import Measuring, order
 from bench.engine.plots import draw
 from bench.engine.records import Results
 from bench.engine.tables import markdown, show
-from devkit.demo import CHECKOUT, build_wheel
+from bench.machine import facts
+from devkit.demo import build_wheel
 from devkit.server import ServerDied
 
 OUT = Path(__file__).resolve().parent.parent / "out"
@@ -34,7 +33,7 @@ _WIDTH = 140
 
 def main() -> int:
     options = _options()
-    signal.signal(signal.SIGTERM, _end)  # like Ctrl-C: servers are in sessions of their own
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: servers are in sessions of their own
     console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)  # a narrow table is not readable
     options.out.mkdir(parents=True, exist_ok=True)
@@ -89,18 +88,11 @@ def measure(options: argparse.Namespace, results: Results, path: Path, console: 
 
 
 def _machine(options: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=CHECKOUT, capture_output=True, text=True
-    )
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "cores": len(os.sched_getaffinity(0)),
+        **facts(),
         "processor": model[0].partition(":")[2].strip() if model else platform.machine(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "kernel": platform.release(),
         "load_before": os.getloadavg(),
-        "commit": commit.stdout.strip(),
-        "began": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "quick": options.quick,
         "caches": not options.no_caches,
     }
@@ -114,10 +106,6 @@ def _about(results: Results) -> str:
         f"{', quick' if machine['quick'] else ''}{'' if machine['caches'] else ', engine without caches'}."
         " In parentheses: the ratio to `off`. What is measured, and how: `bench/engine/__init__.py`."
     )
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _options() -> argparse.Namespace:

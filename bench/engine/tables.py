@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.engine.cases import Case
 from bench.engine.records import CALLS, LATENCY, MEMORY, Measure, Record, Results, median, ninetieth, values
-from bench.transport.tables import Grid
+from bench.transport.tables import Grid, render, write
 
 REFERENCE = "off"
 _MOST_RATIO = 100  # beyond, it says only that there is next to nothing to compare with
@@ -27,27 +26,11 @@ def grids(results: Results) -> Iterator[Grid]:
 
 
 def show(results: Results, console: Console) -> None:
-    for grid in grids(results):
-        table = Table(title=grid.title, title_justify="left")
-        for place, heading in enumerate(grid.headings):
-            table.add_column(heading, justify="left" if place < _words(grid) else "right")
-        for row in grid.rows:
-            table.add_row(*row)
-        console.print(table)
+    render(grids(results), console)
 
 
 def markdown(results: Results, about: str) -> str:
-    parts = [f"# In the engine\n\n{about}\n"]
-    for grid in grids(results):
-        alignment = ["---" if place < _words(grid) else "---:" for place in range(len(grid.headings))]
-        lines = [grid.headings, alignment, *grid.rows]
-        parts.append(f"## {grid.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-    return "\n".join(parts)
-
-
-def _words(grid: Grid) -> int:
-    """How many columns come before those with figures."""
-    return 2 if "" in grid.headings else 1
+    return write("In the engine", about, grids(results))
 
 
 def _grid(results: Results, release: str, title: str, cases: Sequence[Case], measures: Sequence[Measure]) -> Grid:
@@ -59,8 +42,8 @@ def _grid(results: Results, release: str, title: str, cases: Sequence[Case], mea
                 unit = f", {measure.unit}" if measure.unit else ""
                 name = [] if len(measures) == 1 else [f"{measure.name}{unit}"]
                 rows.append([str(case) if place == 0 else "", *name, *cells])
-    headings = ["request", *([""] if len(measures) > 1 else []), *results.modes]
-    return Grid(f"{release}: {title}", headings, rows)
+    words = ["request", *([""] if len(measures) > 1 else [])]
+    return Grid(f"{release}: {title}", [*words, *results.modes], rows, len(words))
 
 
 def _cell(results: Results, release: str, mode: str, case: Case, measure: Measure, first: bool) -> str:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import torch
 from rich.console import Console
@@ -31,7 +30,7 @@ def main() -> int:
     if not (options.rehearse or options.again) and (reason := lacking(options.devices)):
         console.print(f"skipped: {reason}", markup=False)
         return 0
-    signal.signal(signal.SIGTERM, _end)  # like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     options.out.mkdir(parents=True, exist_ok=True)
     stem = "gpu-rehearsal" if options.rehearse else "gpu"
     path = options.out / f"{stem}.json"
@@ -81,10 +80,6 @@ def measure(options: argparse.Namespace, path: Path, console: Console) -> Result
             raise
         console.print("interrupted: the measures that were finished count")
     return results
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _indices(text: str) -> Sequence[int]:

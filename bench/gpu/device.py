@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROOT = Path(__file__).resolve().parents[2]
+from bench.machine import facts
+
 _NODES = Path("/sys/devices/system/node/online")
 _ASKED = ("driver_version", "pcie.link.gen.max", "pcie.link.width.max")
 
@@ -107,20 +106,13 @@ class Watcher:
 
     def facts(self) -> dict[str, Any]:
         """The GPUs and the machine, as far as easily had."""
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=_ROOT, capture_output=True, text=True, check=False
-        )
         return {
+            **facts(),
             "gpus": [{"name": "none, rehearsal"} if d.rehearse else _facts(d.index) for d in self._devices],
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "threads": torch.get_num_threads(),
-            "cores": len(os.sched_getaffinity(0)),
             "numa_nodes": _NODES.read_text().strip() if _NODES.exists() else "unknown",
-            "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            "kernel": platform.release(),
-            "commit": commit.stdout.strip() or "unknown",
-            "began": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         }
 
     def close(self) -> None: ...

@@ -31,11 +31,12 @@ _HEADINGS = (
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: rows of text under headings; the first column to the left, the others to the right."""
+    """A table: rows of text under headings; the first `words` columns to the left, the others to the right."""
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: int = 1
 
 
 def grids(records: Sequence[Record]) -> Iterator[Grid]:
@@ -60,7 +61,7 @@ def render(tables: Iterable[Grid], console: Console) -> None:
     for grid in tables:
         table = Table(title=grid.title, title_justify="left")
         for number, heading in enumerate(grid.headings):
-            table.add_column(heading, justify="left" if number == 0 else "right")
+            table.add_column(heading, justify="left" if number < grid.words else "right")
         for row in grid.rows:
             table.add_row(*row)
         console.print(table)
@@ -70,7 +71,8 @@ def write(title: str, about: str, tables: Iterable[Grid]) -> str:
     """As Markdown."""
     parts = [f"# {title}\n\n{about}\n"]
     for grid in tables:
-        lines = [grid.headings, ["---", *["---:"] * (len(grid.headings) - 1)], *grid.rows]
+        alignment = ["---" if number < grid.words else "---:" for number in range(len(grid.headings))]
+        lines = [grid.headings, alignment, *grid.rows]
         parts.append(f"## {grid.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
     return "\n".join(parts)
 

@@ -32,16 +32,12 @@ def pair() -> Iterator[Together]:
         yield pair
 
 
-def all_back(pair: Together) -> None:
-    eventually(pair.nothing_is_out, "all extents are back")
-
-
 def test_a_tensor_is_pinned_and_arrives(pair: Together) -> None:
     tensor = random((SIZE // 2,))
     taken = pair.reader.take(pair.put(tensor))
     assert taken.is_pinned() and same(taken.to("cuda", non_blocking=True).cpu(), tensor)
     del taken
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def bytes_of_others(pair: Together, stream: Any) -> int:
@@ -74,7 +70,7 @@ def bytes_of_others(pair: Together, stream: Any) -> int:
 def test_room_that_the_device_still_reads_is_not_given_back(pair: Together) -> None:
     for stream in (gpu.current_stream(), gpu.Stream()):
         assert bytes_of_others(pair, stream) == 0
-        all_back(pair)
+        pair.wait_until_nothing_is_out()
 
 
 def test_without_events_it_would_be(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +90,7 @@ def test_a_graph_is_captured_while_tensors_are_let_go(pair: Together) -> None:
     graph.replay()
     gpu.synchronize()
     assert result.sum() == 18
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def test_events_are_looked_at_during_a_capture(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +120,7 @@ def test_events_are_looked_at_during_a_capture(pair: Together, monkeypatch: pyte
     graph.replay()
     gpu.synchronize()
     assert torch.equal(again, doubled)
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def test_a_process_ends_well_with_memory_pinned() -> None:

@@ -58,10 +58,6 @@ def access(address: int) -> str:
     return str(found)
 
 
-def all_back(pair: Together) -> None:
-    eventually(pair.nothing_is_out, "all extents are back")
-
-
 # --- pinned memory -----------------------------------------------------------------------------------------
 
 
@@ -117,7 +113,7 @@ def test_other_modes_with_a_device(gpu: FakeGpu, pair: Together, mode: Any) -> N
     taken += 1
     assert not is_pinned(gpu, taken) and not same(taken, tensor)
     del taken
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def test_nothing_is_registered_that_is_not_kept(gpu: FakeGpu) -> None:
@@ -143,7 +139,7 @@ def test_a_refusal_is_said_once_and_tensors_come_pageable(gpu: FakeGpu, caplog: 
         for seed in range(3):
             tensor = random((SEGMENT,), seed=seed)
             assert same(pair.reader.take(pair.put(tensor)), tensor)
-        all_back(pair)
+        pair.wait_until_nothing_is_out()
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "not pinned (cudaHostRegister: operation not supported)" in said and "slower" in said
 
@@ -183,7 +179,7 @@ def test_no_memory_to_keep(
         tensor = random((SEGMENT,))
         assert same(pair.reader.take(pair.put(tensor)), tensor)
         assert not gpu.registered and pair.lane.stats().pinned == 0
-        all_back(pair)
+        pair.wait_until_nothing_is_out()
     assert caplog.text.count("no memory for") == 1 and "make `pinned` smaller" in caplog.text
 
 
@@ -281,7 +277,7 @@ def bytes_of_others(pair: Together, stream: FakeStream) -> int:
 
 def test_room_that_the_device_still_reads_is_not_given_back(gpu: FakeGpu, pair: Together) -> None:
     assert bytes_of_others(pair, gpu.default) == 0
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def test_without_events_it_would_be(gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +290,7 @@ def test_alike_for_memory_that_is_not_pinned(gpu: FakeGpu) -> None:
     """Where a GPU can read any memory, a pageable copy may be under way just so."""
     with together(device="cuda:0") as pair:
         assert bytes_of_others(pair, gpu.default) == 0
-        all_back(pair)
+        pair.wait_until_nothing_is_out()
 
 
 def test_events_on_every_stream_that_was_current(gpu: FakeGpu, pair: Together) -> None:
@@ -303,14 +299,14 @@ def test_events_on_every_stream_that_was_current(gpu: FakeGpu, pair: Together) -
     with gpu.stream(side):
         assert gpu.current is side
     assert bytes_of_others(pair, side) == 0
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def test_events_on_the_default_stream(gpu: FakeGpu, pair: Together) -> None:
     """A thread that has set none copies there, whatever the one that took the tensor has."""
     with gpu.stream(FakeStream()):
         assert bytes_of_others(pair, gpu.default) == 0
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def test_events_on_the_streams_of_taking_and_of_letting_go(gpu: FakeGpu, pair: Together) -> None:
@@ -325,7 +321,7 @@ def test_events_on_the_streams_of_taking_and_of_letting_go(gpu: FakeGpu, pair: T
         eventually(lambda stream=stream: len(stream.work) == 1, "an event is recorded")  # type: ignore[misc]
         assert not pair.nothing_is_out()
         stream.run()
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def test_a_stream_that_is_being_captured_is_waited_for(gpu: FakeGpu, pair: Together) -> None:
@@ -337,7 +333,7 @@ def test_a_stream_that_is_being_captured_is_waited_for(gpu: FakeGpu, pair: Toget
     gpu.asked.acquire(timeout=DEADLINE)  # it has looked, and looks again
     assert not pair.nothing_is_out()
     gpu.default.captures = False
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def test_when_cuda_fails_nothing_is_given_back_until_it_works(
@@ -357,7 +353,7 @@ def test_when_cuda_fails_nothing_is_given_back_until_it_works(
         assert gpu.asked.acquire(timeout=DEADLINE)
     assert pair.lane.stats().tickets == 2
     gpu.broken = ""
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
     assert caplog.text.count("cannot tell what the GPU has read") == 1
 
 
@@ -378,7 +374,7 @@ def test_any_error_of_torch_counts_as_one_of_cuda(
     del taken
     eventually(lambda: "Torch not compiled" in caplog.text, "it is said")
     failing = False
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def test_a_give_back_that_fails_keeps_no_other(
@@ -431,7 +427,7 @@ def test_a_thread_that_lets_go_waits_for_nothing(gpu: FakeGpu, pair: Together) -
     letting_go.join(DEADLINE)
     assert not letting_go.is_alive()
     gpu.default.run()
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 def test_a_forked_child_does_not_touch_the_device(gpu: FakeGpu, pair: Together) -> None:
@@ -442,7 +438,7 @@ def test_a_forked_child_does_not_touch_the_device(gpu: FakeGpu, pair: Together) 
         os._exit(0 if pair.reader._device._work.empty() else 1)  # type: ignore[union-attr]
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     held.clear()
-    all_back(pair)
+    pair.wait_until_nothing_is_out()
 
 
 # --- the end -----------------------------------------------------------------------------------------------

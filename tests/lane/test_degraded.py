@@ -82,7 +82,7 @@ def confined(denials: tuple[Deny, ...], place: str) -> tuple[tuple[str, ...], li
         two.join(lane.address)
         travel(lane, [one, two])
         # And so it goes when memory has been idle.
-        wait_until(lambda: not lane.stats().warm or lane._keeps, "memory that is handed back or kept")
+        wait_until(lambda: not lane.stats().warm or lane._never_cools, "memory that is handed back or kept")
         travel(lane, [one, two])
         stats = lane.stats()
         assert stats.is_open and not stats.strays and not stats.strangers

@@ -56,6 +56,10 @@ class Together:
         stats = self.lane.stats()
         return stats.tickets == 0 and stats.taken == stats.kept
 
+    def wait_until_nothing_is_out(self) -> None:
+        """Give-backs may wait for a device."""
+        eventually(self.nothing_is_out, "all extents are back")
+
 
 def books(stats: LaneStats) -> dict[str, Any]:
     """All that a request that fails must not change: it may change its own count, and memory committed."""

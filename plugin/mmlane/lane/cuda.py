@@ -80,17 +80,18 @@ class Cuda:
 
     def register(self, address: int, nbytes: int) -> None:
         """Pin host memory, which must be mapped to write. Raises RuntimeError with CUDA's reason."""
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        error = cudart.cudaHostRegister(address, nbytes, _PORTABLE)
-        if int(error) != 0:
-            raise RuntimeError(f"cudaHostRegister: {cudart.cudaGetErrorString(error)}")
+        self._call("cudaHostRegister", address, nbytes, _PORTABLE)
 
     def unregister(self, address: int) -> None:
         """Undo `register`. Raises RuntimeError with CUDA's reason."""
+        self._call("cudaHostUnregister", address)
+
+    @staticmethod
+    def _call(name: str, *arguments: int) -> None:
         cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        error = cudart.cudaHostUnregister(address)
+        error = getattr(cudart, name)(*arguments)
         if int(error) != 0:
-            raise RuntimeError(f"cudaHostUnregister: {cudart.cudaGetErrorString(error)}")
+            raise RuntimeError(f"{name}: {cudart.cudaGetErrorString(error)}")
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was told."""
@@ -234,9 +235,7 @@ class Device:
         while not self._exiting and (not self._stopped or self._settled < self._owed):
             self._receive(let_go, streams, pause if let_go or recorded else None)
             try:
-                if self._exiting:
-                    break
-                if not entered:
+                if let_go and not entered:
                     self._cuda.enter()
                     entered = True
                 if let_go and (events := self._record(streams)) is not None:

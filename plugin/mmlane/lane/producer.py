@@ -117,7 +117,7 @@ class Lane:
         self._reused: set[int] = (
             set()
         )  # those of them that were used since: asked about again once all have agreed
-        self._keeps = False  # memory cannot be handed back here
+        self._never_cools = False  # memory cannot be handed back here
         self._keeping = False  # a thread commits what readers may pin, or has
         self._kept = False  # it is committed, for good
         self._told: set[int] = set()  # the readers that know
@@ -282,7 +282,7 @@ class Lane:
                 is_open=self._is_open(),
                 capacity=ledger.space.capacity,
                 warm=ledger.space.warm_bytes,
-                pinned=ledger.space.pinned if self._kept else 0,
+                pinned=self._for_good,
                 taken=ledger.space.taken_bytes,
                 kept=sum(extent.nbytes for extent in ledger.idle),
                 extents=len(extents),
@@ -338,6 +338,11 @@ class Lane:
 
     def _is_open(self) -> bool:
         return not self._closed and self._ledger.is_open()
+
+    @property
+    def _for_good(self) -> int:
+        """Bytes that are committed and will not be handed back."""
+        return self._ledger.space.pinned if self._kept else 0
 
     def _refuse(self, cause: Cause, detail: str) -> Refused:
         self._refused[cause] += 1
@@ -630,8 +635,7 @@ class Lane:
             self._ahead = 0
             self._ask_after_orphans()
             cold = self._cool()
-            for_good = self._ledger.space.pinned if self._kept else 0
-            if not self._ledger.live and (self._keeps or self._ledger.space.warm_bytes == for_good):
+            if not self._ledger.live and (self._never_cools or self._ledger.space.warm_bytes == self._for_good):
                 self._control.rest()
         self._hand_back(cold)
 
@@ -657,7 +661,7 @@ class Lane:
 
     def _cool(self) -> list[int]:
         """Announce the segments that have been idle for a period, and return those that all readers agreed to."""
-        if self._keeps:
+        if self._never_cools:
             return []
         idle = self._ledger.space.idle()
         again = [at for at in self._cooling if at not in idle and at not in self._reused]
@@ -684,13 +688,13 @@ class Lane:
                     try:
                         self._backing.hand_back(self._base + at, space.segment)
                     except OSError as error:
-                        self._keep_memory(error)
+                        self._stop_cooling(error)
                         return
                     space.cooled(at, space.segment)
         points.reached("hand_back.punched")
 
-    def _keep_memory(self, error: OSError) -> None:
-        self._keeps = True
+    def _stop_cooling(self, error: OSError) -> None:
+        self._never_cools = True
         self._cooling.clear()
         self._backing.degraded.append(
             f"hole punching: {error}; memory that was committed is kept until the lane ends"

@@ -1,0 +1,26 @@
+"""What every benchmark says of the machine and the moment that it ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def facts() -> dict[str, Any]:
+    """Cores, memory in bytes, kernel, commit of this checkout, and the time."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=_ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "kernel": platform.release(),
+        "commit": commit.stdout.strip() or "unknown",
+        "began": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+    }
