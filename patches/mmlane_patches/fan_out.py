@@ -11,13 +11,13 @@ When it can go: with the oldest supported engine at 0.5.13.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from mmlane.compat import matrix
 from mmlane.patching import Target
+from mmlane_patches.features import tokenized
 
 
 def own_items(request: Any) -> None:
@@ -34,13 +34,11 @@ def own_items(request: Any) -> None:
 
 
 def _send(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`_send_one_request(self, tokenized_obj)`, or `(self, obj, tokenized_obj, created_time=None)` on 0.5.9."""
-
-    position = list(inspect.signature(original).parameters).index("tokenized_obj")
+    request = tokenized(original)
 
     @wraps(original)
     def send_one_request(*args: Any, **kwargs: Any) -> Any:
-        own_items(args[position] if len(args) > position else kwargs["tokenized_obj"])
+        own_items(request(args, kwargs))
         return original(*args, **kwargs)
 
     return send_one_request

@@ -7,6 +7,7 @@ values. A batch request has its requests in `batch`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -50,3 +51,9 @@ def replace_values(request: Any, replacement: Callable[[Any], Any]) -> None:
                 setattr(item, field, type(value)(map(replacement, value)))
             elif value is not None:
                 setattr(item, field, replacement(value))
+
+
+def tokenized(send: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """What finds the request among the arguments of a `_send_one_request`; on 0.5.9 it is not the first."""
+    position = list(inspect.signature(send).parameters).index("tokenized_obj")
+    return lambda args, kwargs: args[position] if len(args) > position else kwargs["tokenized_obj"]

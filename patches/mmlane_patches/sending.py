@@ -1,7 +1,7 @@
 """How the tokenizer sends a request: by whose lane; what cannot be sent leaves no segment and no ticket behind.
 
 A pointer is the receiver's as soon as it has been pickled. When the rest of its request cannot be pickled, or the
-socket refuses it, nobody receives it.
+socket refuses it, nobody receives it. A request without multimodal inputs is sent as if nothing stood here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any
 
 from mmlane_patches import lanes
+from mmlane_patches.features import tokenized
 from mmlane_patches.pointer import made_here
 
 
@@ -29,19 +30,25 @@ def by_lane(send: Callable[..., Any]) -> Callable[..., Any]:
 def _inside(
     send: Callable[..., Any], context: Callable[[Any], AbstractContextManager[None]]
 ) -> Callable[..., Any]:
+    request = tokenized(send)
+
     if inspect.iscoroutinefunction(send):  # from 0.5.20 on
 
         @wraps(send)
-        async def send_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with context(self):
-                return await send(self, *args, **kwargs)
+        async def send_async(*args: Any, **kwargs: Any) -> Any:
+            if getattr(request(args, kwargs), "mm_inputs", None) is None:
+                return await send(*args, **kwargs)
+            with context(args[0]):
+                return await send(*args, **kwargs)
 
         return send_async
 
     @wraps(send)
-    def send_one_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with context(self):
-            return send(self, *args, **kwargs)
+    def send_one_request(*args: Any, **kwargs: Any) -> Any:
+        if getattr(request(args, kwargs), "mm_inputs", None) is None:
+            return send(*args, **kwargs)
+        with context(args[0]):
+            return send(*args, **kwargs)
 
     return send_one_request
 

@@ -1,4 +1,7 @@
-"""A request goes by its own manager's lane, and one that cannot be sent leaves no segment behind."""
+"""A request goes by its own manager's lane, and one that cannot be sent leaves no segment behind.
+
+A request that has no multimodal inputs meets none of it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import os
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mmlane_patches import lanes  # noqa: E402
-from mmlane_patches.pointer import PREFIX, SHM, SegmentPointer  # noqa: E402
+from mmlane_patches.pointer import PREFIX, SHM, SegmentPointer, made_here  # noqa: E402
 from mmlane_patches.sending import by_lane, unlink_if_unsent  # noqa: E402
 
 
@@ -26,50 +30,59 @@ def segments() -> list[str]:
     return [file.name for file in SHM.glob(f"{PREFIX}{os.getpid()}_*")]
 
 
-def send(self: Any, request: list[Any]) -> bytes:
-    request[0] = SegmentPointer(request[0])
-    return pickle.dumps(request)
+def send(self: Any, tokenized_obj: Any) -> bytes:
+    tokenized_obj.mm_inputs[0] = SegmentPointer(tokenized_obj.mm_inputs[0])
+    return pickle.dumps(tokenized_obj.mm_inputs)
 
 
-async def send_async(self: Any, request: list[Any]) -> bytes:
+async def send_async(self: Any, tokenized_obj: Any) -> bytes:
     await asyncio.sleep(0)
-    return send(self, request)
+    return send(self, tokenized_obj)
 
 
-def call(function: Callable[..., Any], request: list[Any]) -> Any:
-    result = function(None, request)
+def call(function: Callable[..., Any], *parts: Any) -> Any:
+    result = function(None, SimpleNamespace(mm_inputs=list(parts)))
     return asyncio.run(result) if asyncio.iscoroutine(result) else result
 
 
 @pytest.mark.parametrize("function", [send, send_async])
 def test_only_what_was_sent_stays(function: Callable[..., Any]) -> None:
     with pytest.raises(pickle.PicklingError):
-        call(function, [torch.ones(8), Unpicklable()])
+        call(function, torch.ones(8), Unpicklable())
     assert len(segments()) == 1  # the fault: the pointer had been pickled when its request failed
     for name in segments():
         (SHM / name).unlink()
 
     patched = unlink_if_unsent(function)
     with pytest.raises(pickle.PicklingError):
-        call(patched, [torch.ones(8), Unpicklable()])
+        call(patched, torch.ones(8), Unpicklable())
     assert segments() == []
-    received = pickle.loads(call(patched, [torch.ones(8), "text"]))
+    received = pickle.loads(call(patched, torch.ones(8), "text"))
     assert len(segments()) == 1
     assert torch.equal(received[0].materialize(), torch.ones(8))
     assert segments() == []
 
 
+REQUEST = SimpleNamespace(mm_inputs={})
+TEXT = SimpleNamespace(mm_inputs=None)
+
+
 class Manager:
     """What a tokenizer manager is to `lanes`: something to look up a producer by."""
 
-    def send(self, fails: bool) -> Any:
-        if fails:
-            raise OSError("mine")
-        return lanes.producer.get()
+    fails = False
 
-    async def send_async(self, fails: bool) -> Any:
+    def send(self, tokenized_obj: Any) -> Any:
+        if self.fails:
+            raise OSError("mine")
+        return lanes.producer.get(), made_here.get()
+
+    def send_as_0_5_9(self, obj: Any, tokenized_obj: Any, created_time: Any = None) -> Any:
+        return self.send(tokenized_obj)
+
+    async def send_async(self, tokenized_obj: Any) -> Any:
         await asyncio.sleep(0)
-        return self.send(fails)
+        return self.send(tokenized_obj)
 
 
 @pytest.mark.parametrize("name", ["send", "send_async"])
@@ -81,11 +94,27 @@ def test_each_manager_has_its_own_lane(name: str) -> None:
     patched = by_lane(getattr(Manager, name))
 
     async def all_at_once() -> list[Any]:
-        sent = [patched(manager, False) for manager in managers]
+        sent = [patched(manager, REQUEST) for manager in managers]
         return await asyncio.gather(*sent) if name == "send_async" else sent
 
-    assert asyncio.run(all_at_once()) == [*(lanes.producers[manager] for manager in managers[:2]), None]
-    failing = patched(managers[0], True) if name == "send_async" else None
+    used = [producer for producer, _ in asyncio.run(all_at_once())]
+    assert used == [*(lanes.producers[manager] for manager in managers[:2]), None]
+    managers[0].fails = True
+    failing = patched(managers[0], REQUEST) if name == "send_async" else None
     with pytest.raises(OSError, match="mine"):
-        asyncio.run(failing) if failing is not None else patched(managers[0], True)
+        asyncio.run(failing) if failing is not None else patched(managers[0], REQUEST)
     assert lanes.producer.get() is None
+
+
+@pytest.mark.parametrize("context", [by_lane, unlink_if_unsent])
+def test_a_text_only_request_is_sent_as_if_nothing_stood_here(context: Callable[..., Any]) -> None:
+    manager = Manager()
+    lanes.producers[manager] = lanes.Producer({"dp0": 1})
+    text = (None, None)
+    assert context(Manager.send)(manager, TEXT) == text
+    assert context(Manager.send)(manager, tokenized_obj=TEXT) == text
+    assert context(Manager.send_as_0_5_9)(manager, REQUEST, TEXT, 1.0) == text
+    assert asyncio.run(context(Manager.send_async)(manager, TEXT)) == text
+    assert context(Manager.send)(manager, tokenized_obj=REQUEST) != text
+    assert context(Manager.send_as_0_5_9)(manager, TEXT, REQUEST) != text
+    assert asyncio.run(context(Manager.send_async)(manager, REQUEST)) != text

@@ -511,16 +511,20 @@ class Unpicklable:
 
 
 def test_what_cannot_be_sent_comes_back(ends: Ends, wrap: Any) -> None:
-    def send(self: Any, parts: list[Any]) -> bytes:
+    def send(self: Any, tokenized_obj: Any) -> bytes:
+        parts = tokenized_obj.mm_inputs
         return pickle.dumps([wrap(part) if isinstance(part, torch.Tensor) else part for part in parts])
 
+    def sent(*parts: Any) -> Any:
+        return unlink_if_unsent(send)(None, SimpleNamespace(mm_inputs=parts))
+
     with pytest.raises(pickle.PicklingError):
-        unlink_if_unsent(send)(None, [Unpicklable(), random()])
+        sent(Unpicklable(), random())
     assert ends.out == 0  # this one was not even pickled
     with pytest.raises(pickle.PicklingError):
-        unlink_if_unsent(send)(None, [random(), Unpicklable()])
+        sent(random(), Unpicklable())
     ends.settle()
-    received = pickle.loads(unlink_if_unsent(send)(None, [random(), "text"]))
+    received = pickle.loads(sent(random(), "text"))
     assert torch.equal(received[0].materialize(), random())
 
 
