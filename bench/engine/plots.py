@@ -42,6 +42,9 @@ def _release(results: Results, release: str, path: Path) -> Path:
 
 
 def _bars(axes: Axes, results: Results, release: str, cases: list[Case], measure: Measure, title: str) -> None:
+    if not any(median(results.of(release, mode, case), measure) for mode in results.modes for case in cases):
+        axes.set_axis_off()  # a logarithmic axis needs something on it
+        return
     high = 0.8 / len(results.modes)
     for place, mode in enumerate(results.modes):
         lengths = [(median(results.of(release, mode, case), measure) or 0.0) * measure.scale for case in cases]

@@ -15,14 +15,18 @@ _MOST_RATIO = 100  # beyond, it says only that there is next to nothing to compa
 
 
 def grids(results: Results) -> Iterator[Grid]:
+    """Those that have something to show."""
     for release in results.releases:
         cases = results.cases(release)
-        yield _grid(results, release, "latency, median / 90th percentile, ms", cases, [LATENCY])
         alone = [case for case in cases if case.concurrency == 1]
-        yield _grid(results, release, "one request at a time: per request", alone, CALLS)
         busy = [case for case in cases if case.concurrency > 1 and case.kind != "text"]
-        yield _grid(results, release, "several at a time: per request, mean", busy, CALLS[:1] + CALLS[2:6:2])
-        yield _grid(results, release, "peak memory per request in flight", cases, MEMORY)
+        made = (
+            _grid(results, release, "latency, median / 90th percentile, ms", cases, [LATENCY]),
+            _grid(results, release, "one request at a time: per request", alone, CALLS),
+            _grid(results, release, "several at a time: per request, mean", busy, CALLS[:1] + CALLS[2:6:2]),
+            _grid(results, release, "peak memory per request in flight", cases, MEMORY),
+        )
+        yield from (grid for grid in made if grid.rows)
 
 
 def show(results: Results, console: Console) -> None:

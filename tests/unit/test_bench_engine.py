@@ -150,6 +150,7 @@ def test_results_come_back_and_make_tables(tmp_path: Path) -> None:
     table = markdown(results, "About.")
     assert "| 1 image, 1 at a time | 100 / 100 | 50.0 / 50.0 (0.50 x) |" in table
     assert "died, no answer" in table
+    assert "several at a time" not in table
 
 
 def test_peak_of_memory() -> None:
