@@ -50,11 +50,13 @@ table: $(READY)
 	$(RUN) -m tools.compat_table
 
 # Figures: the start line, the lane beside the engine's transports and others, the engine with and without the plugin,
-# and the way to a GPU where there is one; plots and tables in bench/out. It takes hours; QUICK=1 takes a part of them.
+# what text-only requests pay, and the way to a GPU where there is one; plots and tables in bench/out. It takes hours;
+# QUICK=1 takes a part of them.
 bench: $(BENCH)
 	$(RUN) bench/startup.py
 	$(RUN) -m bench.transport $(if $(QUICK),--quick)
 	$(RUN) -m bench.engine $(if $(QUICK),--quick)
+	$(RUN) -m bench.text
 	$(RUN) -m bench.gpu $(if $(QUICK),--quick)
 
 # What a user gets, and what the checks need on top of that.

@@ -1,0 +1,132 @@
+"""What mmlane costs a request without images: time per call, where it stands in the way of all requests.
+
+    python -m bench.text [--releases 0.5.9 ...]
+
+Too little to be seen from outside, where two servers of one kind differ by more (`bench.engine --only text`). So,
+in the environment of each release with the plugin installed: what mmlane puts in the place of the function that
+sends a request, and of the one that receives requests, is built around a function that does nothing, and timed
+beside it. Requests are the engine's own, with text only. A scheduler receives once for each step of its loop, and
+mostly nothing.
+
+Figures are the differences in microseconds per call, the least of several repetitions of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import subprocess
+import tempfile
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+RELEASES = ("0.5.9", "0.5.12.post1", "0.5.18", "0.5.23")
+CALLS = 10_000
+REPETITIONS = 9
+SEND = "TokenizerManager._send_one_request"
+RECEIVE = ("Scheduler.recv_requests", "SchedulerRequestReceiver._finalize_shm_features")
+
+
+def measure(release: str) -> dict[str, float]:
+    """Called in an engine's environment: what is measured -> microseconds."""
+    import sglang.srt.managers.scheduler  # noqa: F401 - mmlane looks into it
+    from packaging.version import Version
+    from sglang.srt import server_args
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+
+    from mmlane.compat import contributed
+
+    # As on one node: what the engine's own function asks, which 0.5.10 - 0.5.12 call for each request.
+    mm_utils._is_default_tensor_transport = False
+    server_args._global_server_args = SimpleNamespace(skip_tokenizer_init=False)
+    version = Version(release)
+    specs = [spec for spec in contributed()[0] if (cell := spec.cell(version)) and cell.state == "apply"]
+    targets = [target for spec in specs for target in spec.targets_on(version)]
+
+    def around(nothing: Callable[..., Any], *names: str) -> Callable[..., Any]:
+        for target in targets:
+            if target.name in names:
+                nothing = target.build(nothing)
+        return nothing
+
+    parameters = inspect.signature(TokenizedGenerateReqInput).parameters.values()
+    required = {p.name: None for p in parameters if p.default is p.empty} | {"mm_inputs": None}
+    text = [TokenizedGenerateReqInput(**required) for _ in range(32)]
+
+    def receive(self: Any, received: Any = None) -> Any:
+        return self.arrived if received is None else None  # the first returns requests, the second is given them
+
+    def send(self: Any, tokenized_obj: Any) -> None: ...
+
+    def send_0_5_9(self: Any, obj: Any, tokenized_obj: Any, created_time: Any = None) -> None: ...
+
+    async def send_async(self: Any, tokenized_obj: Any) -> None: ...
+
+    def run(call: Callable[..., Any]) -> Callable[..., None]:
+        def to_its_end(*args: Any) -> None:
+            try:
+                call(*args).send(None)
+            except StopIteration:
+                return
+
+        return to_its_end
+
+    manager = SimpleNamespace()
+    found = {}
+    if version >= Version("0.5.20"):
+        found["sending"] = added(run(send_async), run(around(send_async, SEND)), manager, text[0])
+    elif version >= Version("0.5.10"):
+        found["sending"] = added(send, around(send, SEND), manager, text[0])
+    else:
+        found["sending"] = added(send_0_5_9, around(send_0_5_9, SEND), manager, None, text[0])
+    for count, what in ((0, "receiving nothing"), (1, "receiving 1"), (32, "receiving 32")):
+        receiver: Any = SimpleNamespace(
+            arrived=text[:count],
+            tp_size=1,
+            tp_cpu_group=None,
+            server_args=SimpleNamespace(enable_dp_attention=False),
+        )
+        given = [receiver.arrived] if version >= Version("0.5.13") else []
+        found[what] = added(receive, around(receive, *RECEIVE), receiver, *given)
+    return found
+
+
+def added(bare: Callable[..., Any], patched: Callable[..., Any], *args: Any) -> float:
+    """Microseconds that a call of `patched` takes longer."""
+    least = [
+        min(timeit.repeat(lambda call=call: call(*args), number=CALLS, repeat=REPETITIONS))  # type: ignore[misc]
+        for call in (bare, patched)
+    ]
+    return (least[1] - least[0]) / CALLS * 1e6
+
+
+def main() -> None:
+    from rich.console import Console
+
+    from bench.transport.tables import Grid, render
+    from devkit.demo import CHECKOUT, build_wheel
+    from devkit.environment import engine_environment
+
+    parser = argparse.ArgumentParser(prog="python -m bench.text", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--releases", nargs="+", default=RELEASES, metavar="VERSION", help=", ".join(RELEASES))
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:
+        wheel = build_wheel(Path(scratch))
+        for release in parser.parse_args().releases:
+            python = engine_environment(release, plugin=wheel).python
+            inside = f"import json; from bench.text import measure; print(json.dumps(measure({release!r})))"
+            output = subprocess.run(
+                [python, "-W", "ignore", "-c", inside], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
+            found = json.loads(output.splitlines()[-1])
+            rows.append([release, *(f"{figure:.1f}" for figure in found.values())])
+    render([Grid("added for text only, µs per call", ["release", *found], rows)], Console(highlight=False))
+
+
+if __name__ == "__main__":
+    main()
