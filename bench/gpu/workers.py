@@ -40,7 +40,7 @@ class Worker:
     def __init__(self, role: Callable[..., Any], *arguments: Any) -> None:
         self._pipe, theirs = _context.Pipe()
         self._process = _context.Process(target=_serve, args=(theirs, role, arguments), daemon=True)
-        with _interrupts_held():
+        with interrupts_held():
             self._process.start()
         theirs.close()
 
@@ -94,14 +94,22 @@ def gather(workers: Sequence[Worker]) -> list[Any]:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C: it is for the benchmark, which ends them."""
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end, for the benchmark; processes started inside never see it, it is not for them.
+
+    Blocking is what they inherit. It is not enough here, where another thread takes the signal for the main one.
+    """
     resource_tracker.ensure_running()  # its own start would let interrupts through
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _serve(pipe: Connection, role: Callable[..., Any], arguments: Sequence[Any]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from bench.gpu.measures import CONCURRENT, FIRST_BYTE, H2D, IMAGES, MEASURES, Pl
 from bench.gpu.records import REHEARSAL, Record, Results, goals
 from bench.gpu.report import grids
 from bench.gpu.ways import LANE_PINNED, PAGEABLE, SEGMENTS, TORCH_PINNED
+from bench.gpu.workers import interrupts_held
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "bench.gpu"]
@@ -158,3 +161,31 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
             raise
     assert "interrupted" in printed and "Goals" in printed
     assert (process.returncode, errors) == (0, "")
+
+
+def test_no_process_is_interrupted_while_it_starts_though_another_thread_takes_the_signal() -> None:
+    """A signal that one thread blocks goes to another; Python's handlers run in the main thread all the same."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    taken, takes = socket.socketpair()
+    takes.setblocking(False)
+    wakeup = signal.set_wakeup_fd(takes.fileno())
+    held = False
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_held():
+            assert other.ident is not None
+            signal.pthread_kill(other.ident, signal.SIGINT)
+            assert taken.recv(1) == bytes([signal.SIGINT])  # the other thread has
+            held = True
+        assert held
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        taken.close()
+        takes.close()
+        over.set()
+        other.join()
+        signal.signal(signal.SIGINT, before)
