@@ -13,6 +13,7 @@ import pytest
 from packaging.version import Version
 
 from devkit.environment import engine_environment
+from tests.engine.conftest import ISOLATED
 
 pytestmark = pytest.mark.engine
 
@@ -32,6 +33,13 @@ def receive(version: str, plugin: Path | None, *scenarios: str) -> dict[str, dic
     return found
 
 
+@pytest.fixture(scope="session")
+def patched(version: str, plugin_wheel: Path) -> dict[str, dict[str, Any]]:
+    """Of all scenarios that there are on a release, in one process: most of its time is the engine's import."""
+    waiting = ("attn", "tp", "tp-without-agreement") if Version(version) < ISOLATED else ()
+    return receive(version, plugin_wheel, *waiting, "lane-attn", "lane-tp")
+
+
 def test_unpatched_dp_attention(version: str) -> None:
     """Below 0.5.15 the engine has no barrier on the attention groups: a slow rank finds the segment gone."""
     if not Version("0.5.10") <= Version(version) < Version("0.5.15"):
@@ -39,18 +47,17 @@ def test_unpatched_dp_attention(version: str) -> None:
     assert GONE in receive(version, None, "attn")["attn"]["3"]
 
 
-def test_no_rank_takes_before_all_have_opened(version: str, plugin_wheel: Path) -> None:
+def test_no_rank_takes_before_all_have_opened(version: str, patched: dict[str, dict[str, Any]]) -> None:
     """Our patch does the waiting, in the engine's place or where it has none: without it, the race is there."""
-    if Version(version) >= Version("0.5.19"):
+    if Version(version) >= ISOLATED:
         pytest.skip("from 0.5.19 mmlane leaves receiving alone")
-    found = receive(version, plugin_wheel, "attn", "tp", "tp-without-agreement")
-    assert found["attn"] == found["tp"] == ALL_OK
-    assert found["tp-without-agreement"]["3"] == "LostFeatures"
+    assert patched["attn"] == patched["tp"] == ALL_OK
+    assert patched["tp-without-agreement"]["3"] == "LostFeatures"
 
 
-def test_ranks_with_a_lane(version: str, plugin_wheel: Path) -> None:
+def test_ranks_with_a_lane(version: str, patched: dict[str, dict[str, Any]]) -> None:
     """Each of four ranks comes to the same end by itself, and waits only where a segment is in the message."""
-    isolated = Version(version) >= Version("0.5.19")
+    isolated = Version(version) >= ISOLATED
     agreeing = ["barrier", "all_reduce"] if isolated else ["all_reduce"]
     lost = "MMInputsProcessError" if isolated else "LostFeatures"
 
@@ -65,5 +72,4 @@ def test_ranks_with_a_lane(version: str, plugin_wheel: Path) -> None:
         "tampered": {"ranks": on_all_ranks(tampered=lost, whole="ok"), "puts": 8, "tickets": 1},
         "overflow": {"ranks": on_all_ranks(overflow="ok"), "puts": 3, "tickets": 1},
     }
-    found = receive(version, plugin_wheel, "lane-attn", "lane-tp")
-    assert found == {"lane-attn": expected, "lane-tp": expected}
+    assert patched["lane-attn"] == patched["lane-tp"] == expected

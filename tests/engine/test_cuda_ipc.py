@@ -41,10 +41,11 @@ SQUAT = "mkdir -m 777 /tmp/mmlane-0 && chown 12345 /tmp/mmlane-0; mkdir /tmp/hom
 
 Results = dict[str, dict[str, Any]]
 Runs = Callable[..., dict[str, Results]]
+TAKING = ("unpooled", "same-device", "unreachable", "unseen", "failing", "by-value")
+LOCKING = ("link", "exclusion", "others-file")
 # What to run, by name: what is done before, what is in the environment, and the scenarios.
 PARTS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
-    "take": ("", {}, ("unpooled", "same-device", "unreachable", "unseen", "failing", "by-value")),
-    "lock": ("", {}, ("link", "exclusion", "others-file")),
+    "take": ("", {}, (*TAKING, *LOCKING)),
     "unset": ("", {}, ("pools", "overflow")),
     "64": ("", {"SGLANG_MM_FEATURE_CACHE_MB": "64"}, ("pools", "overflow")),
     "4096": ("", {"SGLANG_MM_FEATURE_CACHE_MB": "4096"}, ("pools",)),
@@ -92,7 +93,7 @@ def chosen(version: str, request: pytest.FixtureRequest) -> Version:
 def unpatched(chosen: Version) -> dict[str, Results]:
     if chosen >= LEASED:
         return run(str(chosen), None, "take")
-    return run(str(chosen), None, "take", "lock", *(("unset", "64") if chosen < Version("0.5.14") else ()))
+    return run(str(chosen), None, "take", *(("unset", "64") if chosen < Version("0.5.14") else ()))
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +101,7 @@ def patched(chosen: Version, plugin_wheel: Path) -> dict[str, Results]:
     if chosen >= LEASED:
         pytest.skip("none of these patches from 0.5.18 on")
     pools = ("unset", "64", "4096") if chosen < NATIVE else ()
-    return run(str(chosen), plugin_wheel, "take", "lock", "squatted", *pools)
+    return run(str(chosen), plugin_wheel, "take", "squatted", *pools)
 
 
 @pytest.fixture(scope="session")
@@ -244,14 +245,14 @@ def test_a_pool_says_once_that_it_is_full(chosen: Version, mended: dict[str, Res
 def test_unpatched_a_link_in_tmp_empties_a_file(chosen: Version, unpatched: dict[str, Results]) -> None:
     if chosen >= LEASED:
         pytest.skip("from 0.5.18 there is no lock file")
-    lock = unpatched["lock"]
+    lock = unpatched["take"]
     assert lock["link"] == {"victim": "", "lock": "/tmp/shm_wr_lock.lock", "right": True, "counted": 1.0}
     assert lock["others-file"] == {"answer": "PermissionError: /tmp/shm_wr_lock.lock", "counted": 0.0}
 
 
 def test_no_other_user_can_touch_the_lock(chosen: Version, patched: dict[str, Results]) -> None:
     """And it is a lock still: two ranks wait for it, and lose no count."""
-    lock = patched["lock"]
+    lock = patched["take"]
     file = f"/tmp/mmlane-{os.geteuid()}/shm_wr_lock.lock"
     assert lock["link"] == {"victim": "precious", "lock": file, "right": True, "counted": 1.0}
     assert lock["others-file"] == {"answer": "True", "counted": 1.0}
