@@ -78,7 +78,7 @@ class EngineServer:
     # Life
 
     def start(self) -> EngineServer:
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.client = Client(self.url)
         logs = cache_root() / "logs"
@@ -255,7 +255,8 @@ def dies_with_us() -> list[str]:
     return ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that an engine can have."""
     # Below the kernel's ephemeral range, so that no outgoing connection takes it before the engine does,
     # and low enough for the engine's other ports, which it derives by adding up to 10000.
     for port in random.sample(range(20000, 30000), 100):

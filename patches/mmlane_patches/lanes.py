@@ -247,6 +247,9 @@ def obstacle(server_args: Any) -> str:
         return "--elastic-ep-backend, where ranks may come later"
     if server_args.skip_tokenizer_init:
         return "--skip-tokenizer-init, where the engine sends features inside their requests"
+    wrapping: Any = sys.modules.get("sglang.srt.managers.mm_utils")
+    if hasattr(wrapping, "_get_is_default_transport") and wrapping._get_is_default_transport():
+        return "--dist-init-addr, which this release takes for several nodes (leave it out on one)"
     return ""
 
 

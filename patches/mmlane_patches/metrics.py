@@ -30,7 +30,7 @@ TOTALS = {
     "shared": Counter("mmlane_shared_puts", "Tickets issued for bytes that were in the lane already"),
     "copied": Counter("mmlane_copied_bytes", "Bytes copied into the lane"),
     "copy_seconds": Counter("mmlane_copy_seconds", "Seconds spent copying into the lane"),
-    "orphans": Counter("mmlane_orphans", "Tickets that no rank ever saw, reclaimed"),
+    "orphans": Counter("mmlane_orphans", "Tickets reclaimed because at least one rank never saw them"),
 }
 
 _watched: dict[Lane, defaultdict[str, float]] = {}  # with what has been counted of each

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from devkit.client import IMAGE_SLOT, data_url
 from devkit.images import jpeg
-from devkit.server import EngineServer
+from devkit.server import EngineServer, free_port
 from tests.engine import scenarios
 from tests.engine.scenarios import image
 
@@ -82,6 +83,20 @@ def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> N
         scenarios.wait_for(lambda: roles(server).count("tokenizer") == 2, lambda: f"both workers: {roles(server)}")
         modes(server, mode, 2)
         assert {"main", "scheduler", "detokenizer"} <= set(roles(server))
+
+
+@pytest.mark.matrix
+@pytest.mark.releases("0.5.18", "0.5.9", "0.5.12.post1", "0.5.23")
+def test_an_address_for_the_ranks(release: str, plugin_wheel: Path) -> None:
+    """On one node, too, some give one. Up to 0.5.18 the engine takes it for several nodes."""
+    arguments = ["--dist-init-addr", f"127.0.0.1:{free_port()}"]
+    with EngineServer(release, plugin=plugin_wheel, args=arguments) as server:
+        if Version(release) < Version("0.5.19"):
+            assert scenarios.ANSWERED["one image"](server).status == 200
+            assert server.log().count("mmlane: no lane with --dist-init-addr") == 1
+            assert scenarios.lanes(server) == []
+        else:
+            goes_by_lane(server, 1)
 
 
 def test_a_lane_that_is_too_small(plugin_wheel: Path) -> None:

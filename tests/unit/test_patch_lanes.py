@@ -89,6 +89,7 @@ def test_which_group_a_rank_is_of(dp_size: int, dp_rank: int | None, group: str)
 
 
 RUNTIME = "sglang.srt.runtime_context"
+WRAPPING = "sglang.srt.managers.mm_utils"
 PARALLEL = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "num_dp_ranks": 2, "attn_dp_size": 2}
 
 
@@ -152,6 +153,16 @@ def test_nothing_is_in_the_way() -> None:
     older = launched()
     del older.elastic_ep_backend  # which releases below 0.5.10 do not have
     assert lanes.obstacle(older) == ""
+
+
+@pytest.mark.parametrize(("inside", "named"), [(True, "--dist-init-addr"), (False, "")])
+def test_the_engine_is_asked_whether_features_travel_at_all(
+    inside: bool, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapping = ModuleType(WRAPPING)
+    vars(wrapping)["_get_is_default_transport"] = lambda: inside
+    monkeypatch.setitem(sys.modules, WRAPPING, wrapping)
+    assert lanes.obstacle(launched()).partition(",")[0] == named
 
 
 @pytest.mark.parametrize(("workers", "share"), [(0, 1), (1, 1), (4, 4)])

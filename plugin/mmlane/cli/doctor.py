@@ -129,7 +129,7 @@ def _this_machine(here: Here, console: Console) -> None:
         rows.append((str(here.shm.path), f"{size(here.shm.total)}, {size(here.shm.free)} free"))
         rows += _segments(here.shm)
     _table(console, rows)
-    _heading(console, "Kernel", "for the lane, which is not part of this release")
+    _heading(console, "Kernel", "for the lane, each tried here")
     _table(
         console,
         [

@@ -164,7 +164,7 @@ def _shm_notes(shm: host.SharedMemory | None) -> list[str]:
         held = sum(segment.bytes for segment in abandoned)
         found.append(
             f"{len(abandoned)} segments ({size(held)}) in {shm.path} name a maker that does not run in this pid "
-            "namespace; when no engine runs on this machine, in any container, they can be deleted"
+            "namespace; the next start of an engine reclaims what is provably dead"
         )
     return found
 

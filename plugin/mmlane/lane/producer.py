@@ -67,7 +67,7 @@ class Lane:
         pinned: bytes of it that are committed for good once the lane is open, rounded up to segments, at most the
             capacity: readers on CUDA register them as pinned memory. Committed memory is used first.
         segment: bytes in which memory is committed and handed back.
-        idle: seconds after which unused memory goes back to the system.
+        idle: seconds between looks for unused memory; it goes back two to three of them after its last use.
         orphan: seconds after which the readers are asked about a ticket that none of them has been heard of.
 
     Raises:
