@@ -78,6 +78,8 @@ def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> N
     """Two producers, and a main process that only manages them. 0.5.18 is the newest with every kind of patch."""
     arguments = ["--tokenizer-worker-num", "2"]
     env = {**DEBUG, "MMLANE": mode}
+    if Version(release) < Version("0.5.12"):
+        env["PYTHONPATH"] = str(Path(__file__).with_name("patience"))
     with EngineServer(release, plugin=plugin_wheel, args=arguments, env=env) as server:
         # One worker is enough for the server to be ready; both shall serve.
         scenarios.wait_for(lambda: roles(server).count("tokenizer") == 2, lambda: f"both workers: {roles(server)}")
