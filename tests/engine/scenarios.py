@@ -21,6 +21,11 @@ TEXT = "Describe it."
 IMAGE = (320, 240)
 
 
+def starting_with(name: str) -> dict[str, str]:
+    """The environment in which each process of an engine first runs the sitecustomize.py of this directory."""
+    return {"PYTHONPATH": str(Path(__file__).with_name(name))}
+
+
 class CountingServer(EngineServer):
     """An engine of which the barriers and all-reduces are counted that it waits for while it receives requests."""
 
@@ -33,7 +38,7 @@ class CountingServer(EngineServer):
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._counts = tempfile.TemporaryDirectory()
-        counting = {"PYTHONPATH": str(Path(__file__).with_name("collectives")), "COLLECTIVES": self._counts.name}
+        counting = {**starting_with("collectives"), "COLLECTIVES": self._counts.name}
         super().__init__(version, plugin=plugin, args=args, env={**counting, **(env or {})})
 
     def collectives(self) -> int:

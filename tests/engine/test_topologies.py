@@ -80,7 +80,7 @@ def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> N
     arguments = ["--tokenizer-worker-num", "2"]
     env = {**DEBUG, "MMLANE": mode}
     if Version(release) < Version("0.5.12"):
-        env["PYTHONPATH"] = str(Path(__file__).with_name("patience"))
+        env |= scenarios.starting_with("patience")
     with EngineServer(release, plugin=plugin_wheel, args=arguments, env=env) as server:
         # One worker is enough for the server to be ready; both shall serve.
         scenarios.wait_for(lambda: roles(server).count("tokenizer") == 2, lambda: f"both workers: {roles(server)}")
@@ -178,12 +178,12 @@ def test_sessions_and_retraction(release: str, plugin_wheel: Path) -> None:
     arguments = ["--max-total-tokens", "2048"]
     with EngineServer(release, args=arguments) as server:
         expected = ask_in_a_session(server)
-    first = Version(release) < Version("0.5.10")
-    env = {"PYTHONPATH": str(Path(__file__).with_name("collector"))} if first else {}
+    left_to_collector = Version(release) < Version("0.5.10")
+    env = scenarios.starting_with("collector") if left_to_collector else {}
     with EngineServer(release, plugin=plugin_wheel, args=arguments, env=env) as server:
         scenarios.open_lanes(server)
         assert ask_in_a_session(server) == expected
-        if first:
+        if left_to_collector:
             scenarios.wait_for(lambda: collected(server), "the session's image")
         scenarios.wait_for_baseline(server)
         with concurrent.futures.ThreadPoolExecutor(12) as pool:

@@ -597,6 +597,7 @@ class Conversation(RuleBasedStateMachine):
         # Where the honest reader's thread is answering, it sends for us what we gave back meanwhile.
         wait_until(lambda: self.lane.stats().tickets == len(self.honest | self.hostile), "what was given back")
         stats = self.lane.stats()
+        assert stats.tickets == len(self.honest | self.hostile)
         assert (stats.strays, stats.readers, stats.orphans) == (self.strays, {"tp": 2}, self.orphans)
 
     @invariant()
@@ -616,7 +617,7 @@ class Conversation(RuleBasedStateMachine):
             self.issued.clear()
             wait_until(lambda: self.lane.stats().tickets == 0, "what was given back")
             stats = self.lane.stats()
-            assert (stats.taken, stats.extents) == (0, 0)
+            assert (stats.tickets, stats.taken, stats.extents) == (0, 0, 0)
 
 
 TestConversation = Conversation.TestCase
