@@ -144,7 +144,7 @@ def _rows(lane: LaneStats) -> Iterator[tuple[str, str, str]]:
     yield "readers", ", ".join(f"{group!r} {have}/{wanted}" for group, (have, wanted) in joined.items()), ""
     yield (
         "memory",
-        f"{size(lane.taken)} in use by {_count(lane.extents, 'extent')} ({size(lane.kept)} of it kept for reuse),"
+        f"{size(lane.taken)} in use by {_count(lane.extents, 'extent')},"
         f" {size(lane.warm)} committed{f' ({size(lane.pinned)} of it to be pinned)' * bool(lane.pinned)},"
         f" {size(lane.capacity)} capacity",
         "",
