@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from mmlane.lane import Lane, LaneError, LaneUnavailable, Mode, Reader, UnknownLane
+from mmlane.lane import Lane, LaneError, LaneUnavailable, Mode, Reader, Refused, Share, UnknownLane
 from mmlane.lane.cuda import watch_streams
+from mmlane_patches.guard import failed, guarded
 
 logger = logging.getLogger("mmlane")
 
@@ -33,7 +34,36 @@ RETRY_S = 10.0  # before a rank tries again to join a lane that it could not joi
 producers: weakref.WeakKeyDictionary[Any, Producer] = weakref.WeakKeyDictionary()
 # While a request is sent: its manager's.
 producer: ContextVar[Producer | None] = ContextVar("producer", default=None)
+# While a request with n > 1 is handled: its own.
+samples: ContextVar[Samples | None] = ContextVar("samples", default=None)
 rank: Rank | None = None
+
+
+class Samples:
+    """The requests that the engine makes of one with n > 1, all with the same tensors: what is in the lane once.
+
+    requests: how many there will be with each tensor. A prompt's first request is answered before the others are
+    sent, so the copy has to outlive that one's ticket. It does not live longer than the last of them is sent.
+    """
+
+    def __init__(self, requests: int) -> None:
+        self._requests = requests
+        self._shares: dict[int, tuple[torch.Tensor, Share]] = {}  # by the tensor's id, which it keeps from others
+
+    def put(self, lane: Lane, tensor: torch.Tensor) -> bytes | Refused:
+        """A ticket on the one copy of a tensor."""
+        _, share = self._shares.get(id(tensor)) or (tensor, lane.share(self._requests))
+        self._shares[id(tensor)] = tensor, share
+        ticket = lane.put(tensor, share=share)
+        if share.is_spent:
+            del self._shares[id(tensor)]
+        return ticket
+
+    def close(self) -> None:
+        """The request has ended, whether it sent all of them or not."""
+        while self._shares:
+            _, (_, share) = self._shares.popitem()
+            share.close()
 
 
 class Producer:
@@ -56,11 +86,22 @@ class Producer:
         self._warned: set[str] = set()
 
     def put(self, tensor: torch.Tensor) -> tuple[bytes | None, str]:
-        """A ticket for a tensor; or None, and the address that readers still have to hear of ("" when none)."""
+        """A ticket for a tensor; or None, and the address that readers still have to hear of ("" when none).
+
+        Never raises: whatever goes wrong, the feature goes another way.
+        """
+        try:
+            return self._put(tensor)
+        except Exception as error:  # noqa: BLE001 - as above
+            failed("put", error, "the feature goes by a shared-memory segment")
+            return None, ""
+
+    def _put(self, tensor: torch.Tensor) -> tuple[bytes | None, str]:
         lane = self._lane if self._tried else self._open()
         if lane is None or os.getpid() != self._pid:
             return None, ""
-        ticket = lane.put(tensor)
+        together = samples.get()
+        ticket = lane.put(tensor) if together is None else together.put(lane, tensor)
         if isinstance(ticket, bytes):
             return ticket, ""
         if ticket.cause == "not_open":
@@ -112,6 +153,11 @@ def _in_a_thread(work: Callable[..., None], *args: Any) -> None:
 
 def _see_it_open(lane: Lane, metrics: bool) -> None:
     """Say when a lane opens, and once if that takes long. Holds no producer, so that one can go meanwhile."""
+    with guarded("watching the lane", "nothing is said when it opens"):
+        _watch(lane, metrics)
+
+
+def _watch(lane: Lane, metrics: bool) -> None:
     if metrics:
         _measure(lane)
     ranks = " + ".join(str(count) for count in lane.expected.values())
@@ -167,7 +213,7 @@ class Rank:
         self._heard[address] = inf
         try:
             threading.Thread(target=self._join, args=(address,), name="mmlane-joining", daemon=True).start()
-        except RuntimeError as error:  # no thread to be had: this may be in the middle of a collective
+        except Exception as error:  # noqa: BLE001 - this may be in the middle of a collective
             self._not_joined(address, error)
 
     def _join(self, address: str) -> None:
@@ -176,7 +222,7 @@ class Rank:
                 if self._reader is None:
                     self._reader = Reader(self.group, device=self._device)
             self._reader.join(address)
-        except (LaneError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, this rank is served by segments
             self._not_joined(address, error)
 
     def _not_joined(self, address: str, error: Exception) -> None:

@@ -16,10 +16,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failure_is_counted_and_said_once_per_cause(caplog: pytest.LogCaptureFixture) -> None:
-    for error in (OSError(28, "full"), OSError(28, "full"), ValueError("full")):
+    for error in (OSError(28, "full"), OSError(28, "full, too"), ValueError("full"), ValueError("fuller")):
         guard.failed("put", error, "it goes by segment")
     guard.failed("join", ValueError("full"), "it tries again")
-    assert guard.failures == {"put": 3, "join": 1}
+    assert guard.failures == {"put": 4, "join": 1}
     assert caplog.messages == [
         "mmlane: put failed: OSError: [Errno 28] full; it goes by segment",
         "mmlane: put failed: ValueError: full; it goes by segment",
@@ -48,3 +48,12 @@ def test_nothing_is_raised_where_a_failure_cannot_be_said() -> None:
     finally:
         guard.logger.removeHandler(handler)
     assert guard.failures == {"put": 2}
+
+
+def test_what_is_ours_alone_does_not_raise(caplog: pytest.LogCaptureFixture) -> None:
+    with guard.guarded("sweep", "nothing is swept"):
+        raise ZeroDivisionError("mine")
+    with pytest.raises(KeyboardInterrupt), guard.guarded("sweep", "nothing is swept"):
+        raise KeyboardInterrupt
+    assert caplog.messages == ["mmlane: sweep failed: ZeroDivisionError: mine; nothing is swept"]
+    assert guard.failures == {"sweep": 1}

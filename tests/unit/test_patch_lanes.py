@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 
 from mmlane.lane import Lane, LaneUnavailable, Reader, cuda, memory  # noqa: E402
 from mmlane_patches import lanes  # noqa: E402
+from mmlane_patches.guard import failures  # noqa: E402
 from tests.lane.fake_cuda import FakeGpu  # noqa: E402
 from tests.lane.processes import eventually  # noqa: E402
 from tests.lane.sandbox import DEADLINE, limit_address_space, run  # noqa: E402
@@ -269,9 +270,11 @@ def test_a_lane_ends_with_its_manager() -> None:
         announcing()  # until then its thread keeps it
         del one, manager
         gc.collect()
+        announcing()  # as does the thread that closes it
         assert found[0].is_closed and not found[1].is_closed
         del other
         gc.collect()
+        announcing()
         assert found[1].is_closed
 
 
@@ -306,6 +309,75 @@ class Opening:
         if self.producer.lane is not None:
             self.producer.lane.close()
             announcing()
+
+
+def test_nothing_raises_into_the_engine(
+    opening: Opening, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opening.begin()
+    opening.join()
+    opening.lane.wait_open(DEADLINE)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("mine")
+
+    monkeypatch.setattr(Lane, "put", fails)
+    before = failures["put"]
+    assert opening.producer.put(torch.ones(9)) == (None, "")
+    assert failures["put"] == before + 1
+    monkeypatch.undo()
+    assert isinstance(opening.producer.put(torch.ones(9))[0], bytes)
+    monkeypatch.setattr(Reader, "join", fails)
+    lanes.become_rank(launched(), None, first=True)
+    assert lanes.rank is not None
+    lanes.rank.notice(opening.lane.address)
+    eventually(lambda: any("has not joined a lane" in line for line in warnings(caplog)), "the line")
+
+
+# --- the samples of one request -----------------------------------------------------------------------------
+
+
+def taken(opening: Opening) -> int:
+    return opening.lane.stats().taken
+
+
+def test_samples_share_one_copy_that_outlives_the_first_answer(opening: Opening) -> None:
+    opening.begin()
+    opening.join()
+    (reader,) = opening.readers
+    tensor = torch.arange(30_000)
+    together = lanes.Samples(4)
+    token = lanes.samples.set(together)
+    try:
+        for _ in range(4):
+            ticket, _ = opening.producer.put(tensor)
+            assert ticket is not None
+            assert torch.equal(reader.take(ticket, "clone"), torch.arange(30_000))  # which gives it back
+        assert (opening.lane.stats().copied, opening.lane.stats().shared) == (tensor.nbytes, 3)
+        assert taken(opening) == 0  # also while the request goes on
+        ticket, _ = opening.producer.put(tensor)  # the same tensor for another prompt of the request
+        tensor.numpy().fill(7)
+        other, _ = opening.producer.put(torch.zeros(30_000))
+        assert ticket is not None and other is not None
+        for each in (ticket, other):
+            reader.discard(each)
+        assert taken(opening) > 0
+    finally:
+        lanes.samples.reset(token)
+    together.close()
+    assert taken(opening) == 0
+
+
+def test_a_tensor_that_is_refilled_for_the_next_request_is_copied_again(opening: Opening) -> None:
+    opening.begin()
+    opening.join()
+    (reader,) = opening.readers
+    tensor = torch.zeros(30_000)
+    for number in range(3):
+        tensor.numpy().fill(number)
+        ticket, _ = opening.producer.put(tensor)
+        assert ticket is not None
+        assert torch.equal(reader.take(ticket, "clone"), torch.full((30_000,), float(number)))
 
 
 def threads(name: str) -> list[threading.Thread]:

@@ -39,6 +39,11 @@ class Share:
         self.closed = False
         self._end = end
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether all uses are spent, so that nothing is held any more."""
+        return self.held.uses < 1
+
     def close(self) -> None:
         """Hold the copy no longer: it is free with its last ticket. Can be called wherever Python runs."""
         if not self.closed:
