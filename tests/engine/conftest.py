@@ -10,10 +10,9 @@ import pytest
 from packaging.version import Version
 
 from devkit.client import Reply
-from devkit.server import EngineServer
 from tests.conftest import SIX, WITHOUT_LANE
 from tests.engine import scenarios
-from tests.engine.scenarios import CountingServer
+from tests.engine.watching import WatchedServer
 
 ISOLATED = Version("0.5.19")  # from here on the engine itself fails one request for one lost segment
 FANNED_OUT = Version("0.5.13")  # from here on the engine itself gives each of n samples its own items
@@ -37,11 +36,10 @@ class Transcript:
 def unpatched(version: str) -> Transcript:
     """Run a release without the plugin, through everything that this suite wants to know of it."""
     seen = Transcript()
-    counting = CountingServer(version)
-    with counting as server:
+    with WatchedServer(version, probes=["collectives"]) as server:
         for name, ask in scenarios.ANSWERED.items():
             seen.answers[name] = ask(server)
-        seen.collectives = counting.collectives()
+        seen.collectives = server.collectives()
         before = scenarios.loopback_bytes()
         scenarios.ANSWERED["larger image"](server)
         seen.image_bytes = scenarios.loopback_bytes() - before
@@ -52,13 +50,13 @@ def unpatched(version: str) -> Transcript:
             seen.lost_segment = scenarios.ask_and_lose_the_segment(server)
             seen.survived_lost_segment = survived(server, seen.lost_segment)
     if not seen.survived_n3:
-        with EngineServer(version) as server:
+        with WatchedServer(version) as server:
             seen.lost_segment = scenarios.ask_and_lose_the_segment(server)
             seen.survived_lost_segment = survived(server, seen.lost_segment)
     return seen
 
 
-def survived(server: EngineServer, reply: Reply) -> bool:
+def survived(server: WatchedServer, reply: Reply) -> bool:
     """Whether the engine goes on serving; waits for its end when the connection broke."""
     if reply.status == 0:
         scenarios.wait_for(lambda: len(server.find("sglang::scheduler")) < server.tp, "a scheduler's end")
@@ -69,20 +67,20 @@ def survived(server: EngineServer, reply: Reply) -> bool:
 @pytest.fixture(scope="session")
 def patched(
     version: str, unpatched: Transcript, plugin_wheel: Path, request: pytest.FixtureRequest
-) -> Iterator[EngineServer]:
+) -> Iterator[WatchedServer]:
     """A release with the back-ports alone, serving; it starts when the unpatched run is over."""
     if request.config.getoption("--engines") == ",".join(SIX) and version not in WITHOUT_LANE:
         pytest.skip("the back-ports alone: with --engines all, or naming this release")
     end_the_one_before()
     env = {"MMLANE": "backport", "MMLANE_LOG": "debug"}
-    with EngineServer(version, plugin=plugin_wheel, env=env) as server:
+    with WatchedServer(version, plugin=plugin_wheel, env=env) as server:
         _running.append(server)
         yield server
 
 
 # A session's fixtures live until the release changes, and two servers do not: tests of one do not come after
 # those of the next (test_release, test_release_arena).
-_running: list[EngineServer] = []
+_running: list[WatchedServer] = []
 
 
 def end_the_one_before() -> None:
@@ -91,10 +89,15 @@ def end_the_one_before() -> None:
 
 
 @pytest.fixture(scope="session")
-def arena(version: str, unpatched: Transcript, plugin_wheel: Path) -> Iterator[CountingServer]:
+def arena(version: str, unpatched: Transcript, plugin_wheel: Path) -> Iterator[WatchedServer]:
     """A release as a user has it, with the plugin installed and no mode chosen."""
     end_the_one_before()
-    server = CountingServer(version, plugin=plugin_wheel, args=["--enable-metrics"], env={"MMLANE_LOG": "debug"})
-    with server:
+    with WatchedServer(
+        version,
+        probes=["collectives", "held"],
+        plugin=plugin_wheel,
+        args=["--enable-metrics"],
+        env={"MMLANE_LOG": "debug"},
+    ) as server:
         _running.append(server)
         yield server

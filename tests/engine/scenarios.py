@@ -4,46 +4,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from devkit.client import Reply
 from devkit.images import jpeg
-from devkit.server import EngineServer
 from mmlane.lane.status import LaneStats, ask, running
+from tests.engine.watching import WatchedServer
 
 WAIT_S = 60.0  # for what happens at once when it happens at all; only a fault takes that long
 TEXT = "Describe it."
 IMAGE = (320, 240)
-
-
-def starting_with(name: str) -> dict[str, str]:
-    """The environment in which each process of an engine first runs the sitecustomize.py of this directory."""
-    return {"PYTHONPATH": str(Path(__file__).with_name(name))}
-
-
-class CountingServer(EngineServer):
-    """An engine of which the barriers and all-reduces are counted that it waits for while it receives requests."""
-
-    def __init__(
-        self,
-        version: str,
-        *,
-        plugin: Path | None = None,
-        args: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-    ) -> None:
-        self._counts = tempfile.TemporaryDirectory()
-        counting = {**starting_with("collectives"), "COLLECTIVES": self._counts.name}
-        super().__init__(version, plugin=plugin, args=args, env={**counting, **(env or {})})
-
-    def collectives(self) -> int:
-        """How many there have been so far, all ranks together."""
-        return sum(len(file.read_text().splitlines()) for file in Path(self._counts.name).iterdir())
 
 
 def image(seed: int = 0) -> bytes:
@@ -57,7 +31,7 @@ def tokens(reply: Reply) -> list[list[int]]:
 
 
 # Requests that every unpatched release answers: the plugin may not change a token of them.
-ANSWERED: dict[str, Callable[[EngineServer], Reply]] = {
+ANSWERED: dict[str, Callable[[WatchedServer], Reply]] = {
     "one image": lambda s: s.generate([image()], TEXT),
     "text only": lambda s: s.generate([], TEXT),
     "two images": lambda s: s.generate([image(1), image(2)], TEXT),
@@ -67,7 +41,7 @@ ANSWERED: dict[str, Callable[[EngineServer], Reply]] = {
 }
 
 
-def batch(server: EngineServer, count: int) -> Reply:
+def batch(server: WatchedServer, count: int) -> Reply:
     """One native request with several prompts, an image each."""
     from devkit.client import IMAGE_SLOT, data_url
 
@@ -81,11 +55,11 @@ def batch(server: EngineServer, count: int) -> Reply:
     )
 
 
-def one_image_n3(server: EngineServer) -> Reply:
+def one_image_n3(server: WatchedServer) -> Reply:
     return server.generate([image(4)], TEXT, n=3)
 
 
-def two_images_n2(server: EngineServer) -> Reply:
+def two_images_n2(server: WatchedServer) -> Reply:
     return server.chat([image(5), image(6)], TEXT, n=2)
 
 
@@ -103,7 +77,7 @@ def wait_for(condition: Callable[[], bool], what: str | Callable[[], str], secon
 
 
 @contextmanager
-def schedulers_stopped(server: EngineServer) -> Iterator[list[int]]:
+def schedulers_stopped(server: WatchedServer) -> Iterator[list[int]]:
     """Hold every scheduler by SIGSTOP, so that what is under way to them stays there."""
     pids = server.find("sglang::scheduler")
     assert pids, [p.title for p in server.processes()]
@@ -116,7 +90,7 @@ def schedulers_stopped(server: EngineServer) -> Iterator[list[int]]:
             server.kill(pid, signal.SIGCONT)
 
 
-def segments(server: EngineServer) -> dict[str, int]:
+def segments(server: WatchedServer) -> dict[str, int]:
     """The feature segments in the server's /dev/shm: the engine's and ours."""
     return {
         name: size
@@ -125,8 +99,9 @@ def segments(server: EngineServer) -> dict[str, int]:
     }
 
 
-def ask_and_lose_the_segment(server: EngineServer) -> Reply:
+def ask_and_lose_the_segment(server: WatchedServer) -> Reply:
     """Ask about an image, and unlink its segment while it is on its way to the schedulers."""
+    server.loses()
     with schedulers_stopped(server) as pids:
         before = segments(server)
         answer = in_background(lambda: server.generate([image(7)], TEXT))
@@ -138,7 +113,7 @@ def ask_and_lose_the_segment(server: EngineServer) -> Reply:
     return answer.result(WAIT_S) if run(server, pids) else Reply(0, {"error": "a scheduler has ended"})
 
 
-def features(server: EngineServer) -> list[str]:
+def features(server: WatchedServer) -> list[str]:
     """The feature segments in the server's /dev/shm that are named as such.
 
     Not every segment: the engine keeps queues between its processes there, named psm_ on older releases.
@@ -146,23 +121,23 @@ def features(server: EngineServer) -> list[str]:
     return [name for name in server.shm_listing() if name.startswith(("mmlane_", "sgl_shm_mm_"))]
 
 
-def wait_for_no_features(server: EngineServer) -> None:
+def wait_for_no_features(server: WatchedServer) -> None:
     wait_for(lambda: features(server) == [], lambda: f"{features(server)} to go")
 
 
-def lanes(server: EngineServer) -> list[LaneStats]:
+def lanes(server: WatchedServer) -> list[LaneStats]:
     """The lanes of a server's processes, as they are now."""
     pids = {process.pid for process in server.processes()}
     return [ask(address, WAIT_S) for address in running() if int(address.split("-")[1]) in pids]
 
 
-def lane(server: EngineServer) -> LaneStats:
+def lane(server: WatchedServer) -> LaneStats:
     """The one lane of a server with one tokenizer process."""
     (found,) = lanes(server)
     return found
 
 
-def open_lanes(server: EngineServer, count: int = 1) -> None:
+def open_lanes(server: WatchedServer, count: int = 1) -> None:
     """Send images until that many producers have an open lane each."""
 
     def all_open() -> bool:
@@ -172,7 +147,7 @@ def open_lanes(server: EngineServer, count: int = 1) -> None:
     wait_for(all_open, lambda: f"{count} open lanes: {lanes(server)}")
 
 
-def wait_for_baseline(server: EngineServer) -> None:
+def wait_for_baseline(server: WatchedServer) -> None:
     """Wait until every ticket has come back, and nothing is kept for anybody."""
 
     def at_baseline() -> bool:
@@ -181,7 +156,7 @@ def wait_for_baseline(server: EngineServer) -> None:
     wait_for(at_baseline, lambda: f"the lanes to be empty: {lanes(server)}")
 
 
-def run(server: EngineServer, pids: list[int]) -> bool:
+def run(server: WatchedServer, pids: list[int]) -> bool:
     """Whether all these processes of the server run."""
     return set(pids) <= {process.pid for process in server.processes()}
 

@@ -14,9 +14,9 @@ import pytest
 from packaging.version import Version
 
 from devkit.client import Reply
-from devkit.server import EngineServer
 from mmlane.lane.status import running
 from tests.engine import scenarios
+from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
 
@@ -25,7 +25,7 @@ SEED = 4
 BURST = 8
 GROWTH = 64 << 20  # bytes that a process may grow by in most of the soak, in which features of 900 MiB pass
 
-VICTIMS: dict[str, Callable[[EngineServer], list[int]]] = {
+VICTIMS: dict[str, Callable[[WatchedServer], list[int]]] = {
     "the first rank": lambda server: server.find("sglang::scheduler")[:1],
     "the last rank": lambda server: server.find("sglang::scheduler")[-1:],
     "the detokenizer": lambda server: server.find("sglang::detokenizer"),
@@ -34,7 +34,7 @@ VICTIMS: dict[str, Callable[[EngineServer], list[int]]] = {
 
 
 @contextmanager
-def burst(server: EngineServer) -> Iterator[None]:
+def burst(server: WatchedServer) -> Iterator[None]:
     """Requests of two images each that wait in front of stopped schedulers; their end is not looked at."""
     with concurrent.futures.ThreadPoolExecutor(BURST) as pool, scenarios.schedulers_stopped(server):
         for seed in range(BURST):
@@ -48,7 +48,7 @@ def features_of_a_burst(release: str) -> int:
     return BURST if Version(release) < Version("0.5.10") else 2 * BURST
 
 
-def end(server: EngineServer, victims: list[int]) -> None:
+def end(server: WatchedServer, victims: list[int]) -> None:
     """Kill them, and then what the engine leaves running: nothing of it may need an orderly end."""
     for pid in victims:
         server.kill(pid, signal.SIGKILL)
@@ -64,7 +64,7 @@ def lanes_of(pids: set[int]) -> list[str]:
 @pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
 def test_unpatched_killed_in_a_burst(release: str) -> None:
     """What it leaves in shared memory: the segments of every request that was under way."""
-    with EngineServer(release) as server:
+    with WatchedServer(release) as server:
         assert server.generate([scenarios.image()], scenarios.TEXT).status == 200
         before = scenarios.segments(server)
         with burst(server):
@@ -78,7 +78,7 @@ def test_killed_in_a_burst(release: str, plugin_wheel: Path) -> None:
     """Whoever dies: nothing is left, and it starts again at once."""
     features = features_of_a_burst(release)
     for name, victims in VICTIMS.items():
-        with EngineServer(release, plugin=plugin_wheel) as server:
+        with WatchedServer(release, plugin=plugin_wheel) as server:
             scenarios.open_lanes(server)
             before = scenarios.segments(server)
             pids = {process.pid for process in server.processes()}
@@ -93,7 +93,7 @@ def test_killed_in_a_burst(release: str, plugin_wheel: Path) -> None:
 @pytest.mark.releases("0.5.12.post1", "0.5.23")
 def test_the_end_of_a_rank_ends_the_engine(release: str, plugin_wheel: Path) -> None:
     """As it does without the plugin: nobody waits for a reader that is gone."""
-    with EngineServer(release, plugin=plugin_wheel) as server:
+    with WatchedServer(release, plugin=plugin_wheel) as server:
         scenarios.open_lanes(server)
         with burst(server) as _:
             features = features_of_a_burst(release)
@@ -106,7 +106,7 @@ def test_the_end_of_a_rank_ends_the_engine(release: str, plugin_wheel: Path) -> 
 @pytest.mark.releases("0.5.18", "0.5.23")
 def test_a_tokenizer_worker_is_killed(release: str, plugin_wheel: Path) -> None:
     """Its lane goes with it; the other worker's requests, and its lane, are as before."""
-    with EngineServer(release, plugin=plugin_wheel, args=["--tokenizer-worker-num", "2"]) as server:
+    with WatchedServer(release, plugin=plugin_wheel, args=["--tokenizer-worker-num", "2"]) as server:
         scenarios.open_lanes(server, 2)
         victim, survivor = scenarios.lanes(server)
         server.kill(victim.pid, signal.SIGKILL)
@@ -117,7 +117,7 @@ def test_a_tokenizer_worker_is_killed(release: str, plugin_wheel: Path) -> None:
 # --- wearing it out ---
 
 
-def one_of_many(server: EngineServer, number: int, chance: random.Random) -> str:
+def one_of_many(server: WatchedServer, number: int, chance: random.Random) -> str:
     """A request of some kind, answered, aborted or hung up on; returns which kind."""
     kind = chance.choices(
         ["image", "two images", "text", "n", "chat", "stream", "hang up", "abort", "long", "wrong"],
@@ -152,7 +152,7 @@ def one_of_many(server: EngineServer, number: int, chance: random.Random) -> str
     return kind if reply.status == 200 else f"{kind}: {reply.status}"
 
 
-def anonymous_memory(server: EngineServer) -> dict[int, int]:
+def anonymous_memory(server: WatchedServer) -> dict[int, int]:
     """Bytes of private memory of each of a server's processes."""
     found = {}
     for process in server.processes():
@@ -167,7 +167,7 @@ def test_a_thousand_requests(release: str, plugin_wheel: Path) -> None:
     """Of all kinds, with random aborts: the lane is empty after it, and no process has grown by what passed."""
     chance = random.Random(SEED)
     with (
-        EngineServer(release, plugin=plugin_wheel) as server,
+        WatchedServer(release, plugin=plugin_wheel) as server,
         concurrent.futures.ThreadPoolExecutor(BURST) as pool,
     ):
         scenarios.open_lanes(server)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from devkit.checkpoint import tiny_qwen2_5_vl
-from devkit.server import EngineServer
 from tests.engine import scenarios
+from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
 
@@ -20,27 +20,27 @@ ENV = {
 }
 
 
-def two_stages(release: str, plugin: Path | None = None, mode: str = "off") -> EngineServer:
+def two_stages(release: str, plugin: Path | None = None, mode: str = "off") -> WatchedServer:
     """Two stages of two ranks each, with a model that the engine can split."""
     args = ["--model-path", str(tiny_qwen2_5_vl()), "--pp-size", "2"]
-    return EngineServer(release, plugin=plugin, args=args, env={**ENV, "MMLANE": mode})
+    return WatchedServer(release, plugin=plugin, args=args, env={**ENV, "MMLANE": mode})
 
 
-def bytes_between_ranks(server: EngineServer) -> int:
+def bytes_between_ranks(server: WatchedServer) -> int:
     """What an image of 640x480 makes them send each other."""
     before = scenarios.loopback_bytes()
     scenarios.ANSWERED["larger image"](server)
     return scenarios.loopback_bytes() - before
 
 
-def answers(server: EngineServer) -> dict[str, list[list[int]]]:
+def answers(server: WatchedServer) -> dict[str, list[list[int]]]:
     """The tokens of each plain request, the image kinds among them."""
     replies = {name: ask(server) for name, ask in scenarios.ANSWERED.items()}
     assert {name: reply.status for name, reply in replies.items()} == dict.fromkeys(replies, 200)
     return {name: scenarios.tokens(reply) for name, reply in replies.items()}
 
 
-def wait_for_no_new_segments(server: EngineServer, before: set[str]) -> None:
+def wait_for_no_new_segments(server: WatchedServer, before: set[str]) -> None:
     def new() -> set[str]:
         return set(scenarios.segments(server)) - before
 

@@ -10,12 +10,12 @@ import pytest
 from packaging.version import Version
 
 from devkit.images import jpeg
-from devkit.server import EngineServer
 from mmlane import compat
 from mmlane.engine import Engine
 from mmlane.settings import Settings
 from tests.engine import scenarios
 from tests.engine.conftest import FANNED_OUT, ISOLATED, Transcript
+from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
 
@@ -50,7 +50,7 @@ def test_unpatched_lost_segment(version: str, unpatched: Transcript) -> None:
 # --- with the plugin ---
 
 
-def test_the_report_agrees_with_the_table(version: str, patched: EngineServer) -> None:
+def test_the_report_agrees_with_the_table(version: str, patched: WatchedServer) -> None:
     specs, problems = compat.contributed()
     decisions = compat.plan(specs, Engine(Version(version), None), Settings(mode="backport"))
     block = [line.partition("mmlane: ")[2] for line in patched.log().splitlines() if line.startswith("mmlane: ")]
@@ -62,7 +62,7 @@ def test_the_report_agrees_with_the_table(version: str, patched: EngineServer) -
     assert problems == ()
 
 
-def test_every_process_reports(version: str, patched: EngineServer) -> None:
+def test_every_process_reports(version: str, patched: WatchedServer) -> None:
     lines = re.findall(r"mmlane: \[(\d+)\] (\w+): sglang (\S+), .*?; skipped (\w+)", patched.log())
     roles = sorted(role for _, role, _, _ in lines)
     assert roles == ["detokenizer", "main", "scheduler", "scheduler"]
@@ -73,14 +73,14 @@ def test_every_process_reports(version: str, patched: EngineServer) -> None:
 
 @pytest.mark.parametrize("name", scenarios.ANSWERED)
 def test_the_tokens_are_those_of_the_unpatched_engine(
-    name: str, unpatched: Transcript, patched: EngineServer
+    name: str, unpatched: Transcript, patched: WatchedServer
 ) -> None:
     reply = scenarios.ANSWERED[name](patched)
     assert reply.status == 200, reply.body
     assert scenarios.tokens(reply) == scenarios.tokens(unpatched.answers[name])
 
 
-def test_one_image_with_n_3(version: str, unpatched: Transcript, patched: EngineServer) -> None:
+def test_one_image_with_n_3(version: str, unpatched: Transcript, patched: WatchedServer) -> None:
     reply = scenarios.one_image_n3(patched)
     assert reply.status == 200, reply.body
     one = scenarios.tokens(patched.generate([scenarios.image(4)], scenarios.TEXT))
@@ -90,7 +90,7 @@ def test_one_image_with_n_3(version: str, unpatched: Transcript, patched: Engine
         assert scenarios.tokens(reply) == scenarios.tokens(unpatched.one_image_n3)
 
 
-def test_several_images_with_n_2(patched: EngineServer) -> None:
+def test_several_images_with_n_2(patched: WatchedServer) -> None:
     reply = scenarios.two_images_n2(patched)
     assert reply.status == 200, reply.body
     once = patched.chat([scenarios.image(5), scenarios.image(6)], scenarios.TEXT)
@@ -103,14 +103,15 @@ def test_several_images_with_n_2(patched: EngineServer) -> None:
     assert lengths[0] < once.body["usage"]["prompt_tokens"] < lengths[1]
 
 
-def test_a_lost_segment_fails_its_own_request(patched: EngineServer) -> None:
+def test_a_lost_segment_fails_its_own_request(patched: WatchedServer) -> None:
     reply = scenarios.ask_and_lose_the_segment(patched)
     assert reply.status == 500, reply.body
     assert "segment" in str(reply.body) or "shared-memory" in str(reply.body)
     assert patched.generate([scenarios.image(7)], scenarios.TEXT).status == 200
 
 
-def test_a_lost_segment_fails_a_streamed_request_too(patched: EngineServer) -> None:
+def test_a_lost_segment_fails_a_streamed_request_too(patched: WatchedServer) -> None:
+    patched.loses()
     with scenarios.schedulers_stopped(patched):
         before = scenarios.segments(patched)
         events = scenarios.in_background(lambda: list(patched.stream([scenarios.image(8)], scenarios.TEXT)))
@@ -126,13 +127,13 @@ def test_a_lost_segment_fails_a_streamed_request_too(patched: EngineServer) -> N
     assert scenarios.ANSWERED["text only"](patched).status == 200
 
 
-def test_streaming(unpatched: Transcript, patched: EngineServer) -> None:
+def test_streaming(unpatched: Transcript, patched: WatchedServer) -> None:
     events = list(patched.stream([scenarios.image()], scenarios.TEXT))
     assert len(events) > 1
     assert events[-1]["text"] == unpatched.answers["one image"].texts[0]
 
 
-def test_concurrent_requests_of_every_kind(unpatched: Transcript, patched: EngineServer) -> None:
+def test_concurrent_requests_of_every_kind(unpatched: Transcript, patched: WatchedServer) -> None:
     names = [*scenarios.ANSWERED] * 2
     with concurrent.futures.ThreadPoolExecutor(len(names) + 2) as pool:
         plain = [pool.submit(scenarios.ANSWERED[name], patched) for name in names]
@@ -142,7 +143,7 @@ def test_concurrent_requests_of_every_kind(unpatched: Transcript, patched: Engin
         assert [future.result().status for future in fanned] == [200, 200]
 
 
-def test_hanging_up_in_mid_flight(patched: EngineServer) -> None:
+def test_hanging_up_in_mid_flight(patched: WatchedServer) -> None:
     """A user who goes away: at the first token, and while the request still waits for the schedulers."""
     events = patched.stream([scenarios.image(9)], scenarios.TEXT, max_new_tokens=200)
     next(events)
@@ -159,7 +160,7 @@ def test_hanging_up_in_mid_flight(patched: EngineServer) -> None:
     assert patched.generate([scenarios.image()], scenarios.TEXT).status == 200
 
 
-def test_tensors_do_not_cross_the_loopback(version: str, unpatched: Transcript, patched: EngineServer) -> None:
+def test_tensors_do_not_cross_the_loopback(version: str, unpatched: Transcript, patched: WatchedServer) -> None:
     """0.5.9 pickles whole tensors to the other rank; with the plugin only pointers go, as on later releases."""
     tensor = 640 * 480 * 3 * 4 // 2  # bytes; a lower bound for the float32 patches of a 640x480 image
     before = scenarios.loopback_bytes()
@@ -168,7 +169,7 @@ def test_tensors_do_not_cross_the_loopback(version: str, unpatched: Transcript, 
     assert (unpatched.image_bytes > tensor) == (Version(version) < Version("0.5.10"))
 
 
-def test_nothing_is_left_in_shared_memory(patched: EngineServer) -> None:
+def test_nothing_is_left_in_shared_memory(patched: WatchedServer) -> None:
     """After everything above, while the engine still runs and when it has ended."""
 
     def features() -> list[str]:

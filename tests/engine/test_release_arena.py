@@ -19,21 +19,21 @@ from mmlane.engine import Engine
 from mmlane.settings import Settings
 from tests.engine import scenarios
 from tests.engine.conftest import Transcript
-from tests.engine.scenarios import CountingServer
+from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
 
 DEFERRED = Version("0.5.10")  # below it the engine broadcasts tensors, and its ranks have nothing to wait for
 
 
-def test_a_segment_that_is_lost_before_the_lane_is_open(arena: CountingServer) -> None:
+def test_a_segment_that_is_lost_before_the_lane_is_open(arena: WatchedServer) -> None:
     """The first feature goes by segment, and the ranks agree on it as they do without a lane."""
     reply = scenarios.ask_and_lose_the_segment(arena)
     assert reply.status == 500, reply.body
     assert "segment" in str(reply.body) or "shared-memory" in str(reply.body)
 
 
-def test_the_first_feature_opens_the_lane(version: str, arena: CountingServer) -> None:
+def test_the_first_feature_opens_the_lane(version: str, arena: WatchedServer) -> None:
     specs, _ = compat.contributed()
     decisions = compat.plan(specs, Engine(Version(version), None), Settings())
     scenarios.open_lanes(arena)
@@ -46,7 +46,7 @@ def test_the_first_feature_opens_the_lane(version: str, arena: CountingServer) -
 
 @pytest.mark.parametrize("name", scenarios.ANSWERED)
 def test_the_tokens_are_those_of_the_unpatched_engine(
-    name: str, unpatched: Transcript, arena: CountingServer
+    name: str, unpatched: Transcript, arena: WatchedServer
 ) -> None:
     scenarios.open_lanes(arena)
     before = scenarios.lane(arena)
@@ -58,7 +58,7 @@ def test_the_tokens_are_those_of_the_unpatched_engine(
     assert after.refused == before.refused  # nothing went another way
 
 
-def test_ranks_wait_for_nothing(version: str, unpatched: Transcript, arena: CountingServer) -> None:
+def test_ranks_wait_for_nothing(version: str, unpatched: Transcript, arena: WatchedServer) -> None:
     """Counted: the unpatched engine's ranks wait for each other at every image, ours at none that goes by lane."""
     assert (unpatched.collectives > 0) == (Version(version) >= DEFERRED)
     scenarios.open_lanes(arena)
@@ -68,7 +68,7 @@ def test_ranks_wait_for_nothing(version: str, unpatched: Transcript, arena: Coun
     assert arena.collectives() == before
 
 
-def test_eight_samples_share_one_copy(unpatched: Transcript, arena: CountingServer) -> None:
+def test_eight_samples_share_one_copy(unpatched: Transcript, arena: WatchedServer) -> None:
     scenarios.open_lanes(arena)
     picture = jpeg(640, 480, seed=11)
     before = scenarios.lane(arena)
@@ -82,19 +82,19 @@ def test_eight_samples_share_one_copy(unpatched: Transcript, arena: CountingServ
     assert after.puts - between.puts == 9  # the request that warms the prefix is one, too
 
 
-def test_several_images_with_n_2(arena: CountingServer) -> None:
+def test_several_images_with_n_2(arena: WatchedServer) -> None:
     reply = scenarios.two_images_n2(arena)
     assert reply.status == 200, reply.body
     assert reply.texts == arena.chat([scenarios.image(5), scenarios.image(6)], scenarios.TEXT).texts * 2
 
 
-def test_streaming(unpatched: Transcript, arena: CountingServer) -> None:
+def test_streaming(unpatched: Transcript, arena: WatchedServer) -> None:
     events = list(arena.stream([scenarios.image()], scenarios.TEXT))
     assert len(events) > 1
     assert events[-1]["text"] == unpatched.answers["one image"].texts[0]
 
 
-def test_concurrent_requests_of_every_kind(unpatched: Transcript, arena: CountingServer) -> None:
+def test_concurrent_requests_of_every_kind(unpatched: Transcript, arena: WatchedServer) -> None:
     names = [*scenarios.ANSWERED] * 2
     with concurrent.futures.ThreadPoolExecutor(len(names) + 2) as pool:
         plain = [pool.submit(scenarios.ANSWERED[name], arena) for name in names]
@@ -104,7 +104,7 @@ def test_concurrent_requests_of_every_kind(unpatched: Transcript, arena: Countin
         assert [future.result().status for future in fanned] == [200, 200]
 
 
-def test_hanging_up_in_mid_flight(arena: CountingServer) -> None:
+def test_hanging_up_in_mid_flight(arena: WatchedServer) -> None:
     """A user who goes away at the first token, and one whose request is aborted on its way to the schedulers."""
     scenarios.open_lanes(arena)
     scenarios.wait_for_baseline(arena)
@@ -123,7 +123,7 @@ def test_hanging_up_in_mid_flight(arena: CountingServer) -> None:
     assert arena.generate([scenarios.image()], scenarios.TEXT).status == 200
 
 
-def test_metrics(arena: CountingServer) -> None:
+def test_metrics(arena: WatchedServer) -> None:
     """In the engine's own /metrics, where numbers are written once a second."""
     scenarios.open_lanes(arena)
 
@@ -154,14 +154,14 @@ def test_metrics(arena: CountingServer) -> None:
     scenarios.wait_for(lambda: metrics() == pytest.approx(now()), lambda: f"{metrics()} to be {now()}")
 
 
-def test_status(arena: CountingServer) -> None:
+def test_status(arena: WatchedServer) -> None:
     command = [str(Path(sys.executable).with_name("mmlane")), "status", "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     (found,) = [told for told in json.loads(shown.stdout) if told["pid"] == scenarios.lane(arena).pid]
     assert found["stats"] == json.loads(json.dumps(asdict(scenarios.lane(arena))))
 
 
-def test_nothing_is_left(arena: CountingServer) -> None:
+def test_nothing_is_left(arena: WatchedServer) -> None:
     """After everything above, while the engine still runs and when it has ended."""
     scenarios.wait_for_baseline(arena)
     assert scenarios.lane(arena).orphans == scenarios.lane(arena).strays == 0

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from devkit.container import Container
-from devkit.server import EngineServer
 from devkit.sharedmemory import can_be_private
 from mmlane_patches.sweeping import SLACK_S
 from tests.engine import scenarios
+from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
 
 
-def crash(server: EngineServer) -> set[str]:
+def crash(server: WatchedServer) -> set[str]:
     """Kill a scheduler while images are on their way, and tell what that leaves."""
     before = set(scenarios.segments(server))
 
@@ -44,18 +44,18 @@ def test_a_start_reclaims_what_a_crash_left_and_nothing_of_a_living_engine(
 ) -> None:
     with Container(8 << 30) as container:
         monkeypatch.setattr("devkit.server.privately", lambda command, size: container.inside(command))
-        with EngineServer(release) as crashed:
+        with WatchedServer(release) as crashed:
             dead = crash(crashed)
         assert len(dead) >= 3
         # Who starts too soon after them counts as older, and they would be left.
         newest = max((container.shm / name).stat().st_ctime for name in dead)
         scenarios.wait_for(lambda: time.time() > newest + 2 * SLACK_S, "their age to be beyond doubt")
-        with EngineServer(release, tp=1) as living:
+        with WatchedServer(release, tp=1) as living:
             with scenarios.schedulers_stopped(living):
                 answer = scenarios.in_background(lambda: living.generate([scenarios.image(7)], scenarios.TEXT))
                 scenarios.wait_for(lambda: len(scenarios.segments(living)) > len(dead), "the request's segment")
                 alive = set(scenarios.segments(living)) - dead
-                with EngineServer(release, plugin=plugin_wheel, tp=1, env={"MMLANE_SWEEP": "private"}) as started:
+                with WatchedServer(release, plugin=plugin_wheel, tp=1, env={"MMLANE_SWEEP": "private"}) as started:
                     segments = set(scenarios.segments(started))
                     assert alive <= segments
                     assert not dead & segments

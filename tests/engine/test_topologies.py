@@ -14,9 +14,10 @@ from packaging.version import Version
 
 from devkit.client import IMAGE_SLOT, data_url
 from devkit.images import jpeg
-from devkit.server import EngineServer, free_port
+from devkit.server import free_port
 from tests.engine import scenarios
 from tests.engine.scenarios import image
+from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
 
@@ -24,18 +25,18 @@ DEBUG = {"MMLANE_LOG": "debug"}
 MODES = ["arena", pytest.param("backport", marks=pytest.mark.matrix)]
 
 
-def roles(server: EngineServer) -> list[str]:
+def roles(server: WatchedServer) -> list[str]:
     return sorted(re.findall(r"mmlane: \[\d+\] (\w+): sglang", server.log()))
 
 
-def everything_is_answered(server: EngineServer) -> None:
+def everything_is_answered(server: WatchedServer) -> None:
     """Each kind of request, several times over and at once, so that every replica and worker gets its share."""
     asks = [*scenarios.ANSWERED.values(), scenarios.one_image_n3, scenarios.two_images_n2] * 2
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert {reply.status for reply in pool.map(lambda ask: ask(server), asks)} == {200}
 
 
-def goes_by_lane(server: EngineServer, producers: int) -> None:
+def goes_by_lane(server: WatchedServer, producers: int) -> None:
     """Every producer opens its lane, and from then on nothing goes another way."""
     scenarios.open_lanes(server, producers)
     before = scenarios.lanes(server)
@@ -47,7 +48,7 @@ def goes_by_lane(server: EngineServer, producers: int) -> None:
     assert scenarios.features(server) == []
 
 
-def survives_a_lost_segment(server: EngineServer) -> None:
+def survives_a_lost_segment(server: WatchedServer) -> None:
     everything_is_answered(server)
     lost = scenarios.ask_and_lose_the_segment(server)
     assert lost.status == 500, lost.body
@@ -55,7 +56,7 @@ def survives_a_lost_segment(server: EngineServer) -> None:
     scenarios.wait_for_no_features(server)
 
 
-def modes(server: EngineServer, mode: str, producers: int) -> None:
+def modes(server: WatchedServer, mode: str, producers: int) -> None:
     if mode == "arena":
         goes_by_lane(server, producers)
     else:
@@ -67,7 +68,7 @@ def modes(server: EngineServer, mode: str, producers: int) -> None:
 def test_data_parallel(release: str, mode: str, plugin_wheel: Path) -> None:
     """The data-parallel controller decodes every pointer and encodes it again; each replica is a reader group."""
     env = {**DEBUG, "MMLANE": mode}
-    with EngineServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], env=env) as server:
+    with WatchedServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], env=env) as server:
         modes(server, mode, 1)
         assert roles(server) == ["detokenizer", "dp_controller", "main", "scheduler", "scheduler"]
         assert mode == "backport" or scenarios.lane(server).readers == {"dp0": 1, "dp1": 1}
@@ -79,9 +80,8 @@ def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> N
     """Two producers, and a main process that only manages them. 0.5.18 is the newest with every kind of patch."""
     arguments = ["--tokenizer-worker-num", "2"]
     env = {**DEBUG, "MMLANE": mode}
-    if Version(release) < Version("0.5.12"):
-        env |= scenarios.starting_with("patience")
-    with EngineServer(release, plugin=plugin_wheel, args=arguments, env=env) as server:
+    probes = ["patience"] if Version(release) < Version("0.5.12") else []
+    with WatchedServer(release, probes=probes, plugin=plugin_wheel, args=arguments, env=env) as server:
         # One worker is enough for the server to be ready; both shall serve.
         scenarios.wait_for(lambda: roles(server).count("tokenizer") == 2, lambda: f"both workers: {roles(server)}")
         modes(server, mode, 2)
@@ -93,7 +93,7 @@ def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> N
 def test_an_address_for_the_ranks(release: str, plugin_wheel: Path) -> None:
     """On one node, too, some give one. Up to 0.5.18 the engine takes it for several nodes."""
     arguments = ["--dist-init-addr", f"127.0.0.1:{free_port()}"]
-    with EngineServer(release, plugin=plugin_wheel, args=arguments) as server:
+    with WatchedServer(release, plugin=plugin_wheel, args=arguments) as server:
         if Version(release) < Version("0.5.19"):
             assert scenarios.ANSWERED["one image"](server).status == 200
             assert server.log().count("mmlane: no lane with --dist-init-addr") == 1
@@ -105,7 +105,7 @@ def test_an_address_for_the_ranks(release: str, plugin_wheel: Path) -> None:
 def test_a_lane_that_is_too_small(plugin_wheel: Path) -> None:
     """What does not fit goes by segment, with one warning, and is counted; what fits goes by lane."""
     small = {**DEBUG, "MMLANE_CAPACITY_MB": "4"}
-    with EngineServer("0.5.12.post1", plugin=plugin_wheel, env=small) as server:
+    with WatchedServer("0.5.12.post1", plugin=plugin_wheel, env=small) as server:
         scenarios.open_lanes(server)
         for seed in range(3):
             assert server.generate([jpeg(640, 480, seed=seed)], scenarios.TEXT).status == 200
@@ -119,20 +119,20 @@ def test_a_lane_that_is_too_small(plugin_wheel: Path) -> None:
 def test_64_mib_of_shared_memory(plugin_wheel: Path) -> None:
     """Docker's default: four 1280x720 images are a bus error without the plugin, and an answer with it."""
     four = [jpeg(1280, 720, seed=seed) for seed in range(4)]
-    with EngineServer("0.5.12.post1", shm_bytes=64 << 20) as server:
+    with WatchedServer("0.5.12.post1", shm_bytes=64 << 20) as server:
         reply = server.generate(four, scenarios.TEXT)
         assert reply.status == 0
         scenarios.wait_for(lambda: not server.alive(), "the engine's end")
         assert server.exit_signal() == "SIGBUS"
     # With the lane, /dev/shm is not needed: the first request, which finds it too small, says where the lane is.
-    with EngineServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=64 << 20) as server:
+    with WatchedServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=64 << 20) as server:
         assert server.generate(four, scenarios.TEXT).status == 200
         scenarios.wait_for(lambda: scenarios.lane(server).is_open, "the lane")
         before = scenarios.lane(server).puts
         assert server.generate(four, scenarios.TEXT).status == 200
         assert scenarios.lane(server).puts == before + 4
     flags = ["--mmlane", "backport", "--mmlane-strict"]
-    with EngineServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=64 << 20, args=flags, env=DEBUG) as server:
+    with WatchedServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=64 << 20, args=flags, env=DEBUG) as server:
         reply = server.generate(four, scenarios.TEXT)
         assert reply.status == 200, reply.body
         # The flags did not disturb the engine's parser, and reached every process.
@@ -142,7 +142,7 @@ def test_64_mib_of_shared_memory(plugin_wheel: Path) -> None:
         assert scenarios.ANSWERED["one image"](server).status == 200
 
 
-def ask_in_a_session(server: EngineServer) -> list[list[list[int]]]:
+def ask_in_a_session(server: WatchedServer) -> list[list[list[int]]]:
     """Two turns about one image that is only sent with the first, and the tokens of both answers."""
     session = server.client.post("/open_session", {"capacity_of_str_len": 10_000})
     assert session.status == 200, session.body
@@ -164,7 +164,7 @@ def ask_in_a_session(server: EngineServer) -> list[list[list[int]]]:
     return found
 
 
-def collected(server: EngineServer) -> bool:
+def collected(server: WatchedServer) -> bool:
     """0.5.9 keeps its last batch until the next, and lets a closed session go as a cycle of references."""
     assert scenarios.ANSWERED["text only"](server).status == 200
     for pid in server.find("sglang::scheduler"):
@@ -176,11 +176,11 @@ def collected(server: EngineServer) -> bool:
 def test_sessions_and_retraction(release: str, plugin_wheel: Path) -> None:
     """A session keeps its image for the next turn; short of room for tokens, requests go and come back."""
     arguments = ["--max-total-tokens", "2048"]
-    with EngineServer(release, args=arguments) as server:
+    with WatchedServer(release, args=arguments) as server:
         expected = ask_in_a_session(server)
     left_to_collector = Version(release) < Version("0.5.10")
-    env = scenarios.starting_with("collector") if left_to_collector else {}
-    with EngineServer(release, plugin=plugin_wheel, args=arguments, env=env) as server:
+    probes = ["collector"] if left_to_collector else []
+    with WatchedServer(release, probes=probes, plugin=plugin_wheel, args=arguments) as server:
         scenarios.open_lanes(server)
         assert ask_in_a_session(server) == expected
         if left_to_collector:
@@ -200,7 +200,7 @@ def test_sessions_and_retraction(release: str, plugin_wheel: Path) -> None:
 def test_an_embedding_model(release: str, plugin_wheel: Path) -> None:
     """Older releases send the inputs of embedding requests inside them; that stays so."""
 
-    def embedding(server: EngineServer, seed: int) -> list[float]:
+    def embedding(server: WatchedServer, seed: int) -> list[float]:
         body = {"text": f"{IMAGE_SLOT}What is it?", "image_data": [data_url(image(seed))]}
         reply = server.client.post("/encode", body)
         assert reply.status == 200, reply.body
@@ -209,10 +209,10 @@ def test_an_embedding_model(release: str, plugin_wheel: Path) -> None:
 
     # A prompt that the engine has partly cached is computed in other shapes, and rounds otherwise.
     close = functools.partial(pytest.approx, rel=0, abs=1e-5)
-    with EngineServer(release, args=["--is-embedding"]) as server:
+    with WatchedServer(release, args=["--is-embedding"]) as server:
         expected, another = embedding(server, 13), embedding(server, 14)
     assert another != close(expected)
-    with EngineServer(release, plugin=plugin_wheel, args=["--is-embedding"]) as server:
+    with WatchedServer(release, plugin=plugin_wheel, args=["--is-embedding"]) as server:
         assert embedding(server, 13) == close(expected)
         scenarios.wait_for(lambda: scenarios.lane(server).is_open, "the lane")
         before = scenarios.lane(server).puts

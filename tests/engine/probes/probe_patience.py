@@ -1,4 +1,4 @@
-"""Has uvicorn wait for its workers as long as it takes; first on the PYTHONPATH of an engine under test.
+"""Has uvicorn wait for its workers as long as it takes.
 
 Up to 0.5.11 the engine asks for 10 s in a way that today's uvicorn does not heed. It kills workers that do not
 answer within 5 s, in which a slow machine has not imported the engine, for ever, with mmlane or without.

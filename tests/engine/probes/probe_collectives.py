@@ -1,6 +1,6 @@
-"""Counts the collectives of an engine under test; first on the PYTHONPATH of its processes.
+"""Counts the collectives of an engine under test.
 
-Each barrier and all-reduce inside of `recv_requests` adds a line to $COLLECTIVES/PID. Nothing else changes.
+Each barrier and all-reduce inside of `recv_requests` adds a line to $NOTES/PID.collectives. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -44,12 +44,11 @@ def counted(collective: Any) -> Any:
         while frame is not None and frame.f_code.co_name != "recv_requests":
             frame = frame.f_back
         if frame is not None:
-            with open(os.path.join(os.environ["COLLECTIVES"], str(os.getpid())), "a") as file:  # noqa: PTH118, PTH123
+            with open(os.path.join(os.environ["NOTES"], f"{os.getpid()}.collectives"), "a") as file:  # noqa: PTH118, PTH123
                 file.write(f"{collective.__name__}\n")
         return collective(*args, **kwargs)
 
     return call
 
 
-if "COLLECTIVES" in os.environ:
-    sys.meta_path.insert(0, Counting())
+sys.meta_path.insert(0, Counting())

@@ -1,4 +1,4 @@
-"""Has Python collect cycles on SIGUSR2; first on the PYTHONPATH of an engine under test."""
+"""Has Python collect cycles on SIGUSR2."""
 
 from __future__ import annotations
 
