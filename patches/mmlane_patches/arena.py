@@ -105,6 +105,7 @@ SPEC = matrix().spec(
             signature=(
                 "(self, obj, request=, created_time=)",
                 "(self, obj, request=)",
+                "(self, obj, request=, request_rids=)",
                 "(self, obj, request, request_states)",
             ),
             replace="mmlane_patches.sending:with_samples",
