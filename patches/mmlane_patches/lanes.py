@@ -15,19 +15,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmlane.lane import Lane, LaneError, LaneUnavailable, Mode, Reader, Refused, Share, UnknownLane
+from mmlane.lane import Lane, LaneError, LaneUnavailable, Mode, Reader, Refused, Share, UnknownLane, memory
 from mmlane.lane.cuda import watch_streams
+from mmlane.settings import PINNED
 from mmlane_patches.guard import failed, guarded
+
+if TYPE_CHECKING:
+    from mmlane_patches.metrics import State
 
 logger = logging.getLogger("mmlane")
 
 INLINE = 64 << 10  # bytes up to which a tensor travels inside its request, which is faster (docs/arena.md)
 OPENING_S = 60.0  # after which a lane that has not opened is worth a line
-PINNED = 1 << 30  # bytes of all tokenizers' lanes that ranks on CUDA register, unless the user says otherwise
 RETRY_S = 10.0  # before a rank tries again to join a lane that it could not join
 
 # By tokenizer manager: a process may have several engines, one after the other or at once.
@@ -83,6 +86,7 @@ class Producer:
         self._pid = os.getpid()
         self._lane: Lane | None = None
         self._tried = False
+        self._failed = False
         self._warned: set[str] = set()
 
     def put(self, tensor: torch.Tensor) -> tuple[bytes | None, str]:
@@ -133,12 +137,42 @@ class Producer:
         try:
             self._lane = Lane(self._readers, capacity=self._capacity, pinned=self._pinned)
         except LaneUnavailable as error:
-            self._warn("unavailable", f"no lane here: {error}. Features go by shared-memory segments instead")
+            self._do_without(error)
             return None
+        except Exception:
+            self._failed = True
+            raise
         # In a thread: the garbage collector may run this where the lane's lock is held.
         weakref.finalize(self, _in_a_thread, self._lane.close).atexit = False
         _in_a_thread(_see_it_open, self._lane, self._metrics)
         return self._lane
+
+    def try_out(self) -> None:
+        """Say now whether there can be a lane here, instead of at the first large feature. Leaves nothing."""
+        try:
+            memory.attempt(self._capacity or memory.default_capacity())
+        except LaneUnavailable as error:
+            self._do_without(error)
+
+    @property
+    def state(self) -> State:
+        """How the lane is."""
+        if self._failed:
+            return "failed"
+        if self._lane is None:
+            return "unused"
+        if self._lane.is_closed:
+            return "failed"
+        return "open" if self._lane.is_open else "opening"
+
+    def _do_without(self, error: LaneUnavailable) -> None:
+        self._tried = self._failed = True
+        size = "unset" if self._capacity is None else self._capacity >> 20
+        self._warn(
+            "unavailable",
+            f"no lane here: {error}. Features go by shared-memory segments instead; MMLANE_CAPACITY_MB"
+            f" (here {size}) sets the size, MMLANE=backport silences this",
+        )
 
     def _warn(self, cause: str, line: str) -> None:
         if cause not in self._warned:
@@ -181,12 +215,17 @@ def _watch(lane: Lane, metrics: bool) -> None:
 
 
 def _measure(lane: Lane) -> None:
-    try:
+    with guarded("metrics", "the lane is not in /metrics"):
         from mmlane_patches import metrics
 
         metrics.watch(lane)
-    except Exception as error:  # noqa: BLE001 - somebody else's library; features do not wait for metrics
-        logger.warning("mmlane: the lane is not in /metrics: %s: %s", type(error).__name__, error)
+
+
+def _begin_metrics(manager: Any, state: Callable[[], State]) -> None:
+    with guarded("metrics", "mmlane is not in /metrics"):
+        from mmlane_patches import metrics  # which imports what looks for PROMETHEUS_MULTIPROC_DIR: set by now
+
+        metrics.begin(manager, state)
 
 
 class Rank:
@@ -304,24 +343,27 @@ def become_producer(
 ) -> None:
     """Called in a process that tokenizes, once its tokenizer manager is there."""
     found = obstacle(server_args)
+    made: Producer | None = None
     if not found:
         workers = max(server_args.tokenizer_worker_num, 1)
         if capacity is None:
-            from mmlane.lane.memory import default_capacity
-
-            capacity = default_capacity() // workers
+            capacity = memory.default_capacity() // workers
         if pinned is None:
             pinned = PINNED // workers
-        producers[manager] = Producer(
+        made = producers[manager] = Producer(
             readers_of(server_args),
             capacity,
             pinned=pinned if on_cuda(server_args) else 0,
             metrics=server_args.enable_metrics,
         )
+        if multimodal:
+            made.try_out()
     elif multimodal:
         logger.warning(
             "mmlane: no lane with %s; features travel as they do without it; MMLANE=backport silences this", found
         )
+    if server_args.enable_metrics:
+        _begin_metrics(manager, lambda: "off" if made is None else made.state)
 
 
 def become_rank(server_args: Any, dp_rank: int | None, *, first: bool, pinned: int | None = None) -> None:

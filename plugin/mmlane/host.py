@@ -146,6 +146,15 @@ class Memory:
     used: int | None
     available: int
 
+    @property
+    def bound(self) -> int:
+        """What there is at most: the machine's, or the control group's."""
+        return min(self.total, self.limit or self.total)
+
+    def lane_capacity(self) -> int:
+        """What a lane may hold unless somebody says otherwise: a quarter, in whole MiB."""
+        return -(-self.bound // 4 >> 20) << 20
+
 
 def memory(proc: Path = Path("/proc/self"), meminfo: Path = Path("/proc/meminfo")) -> Memory:
     """Memory of the machine and the cgroup limit that holds for this process, of version 1 or 2."""

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -501,6 +502,66 @@ def test_a_ticket_that_was_not_sent_is_void(opening: Opening) -> None:
     assert ticket is not None and opening.lane.stats().tickets == 1
     opening.producer.take_back(ticket)
     assert opening.lane.stats().tickets == 0
+
+
+@pytest.mark.parametrize("capacity", [99_999_999_999 * MIB, 1 << 63, 1 << 64, 10**40])
+def test_a_lane_that_cannot_be_had_is_said_at_start_and_only_then(
+    capacity: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = Manager()
+    lanes.become_producer(manager, launched(), multimodal=True, capacity=capacity)
+    (line,) = warnings(caplog)
+    assert line.startswith("mmlane: no lane here: ") and "shared-memory segments instead" in line
+    assert f"MMLANE_CAPACITY_MB (here {capacity // MIB})" in line
+    producer = lanes.producers[manager]
+    assert producer.state == "failed"
+    assert producer.put(torch.ones(9)) == (None, "")
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_text_only_model_has_no_lane_and_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    manager = Manager()
+    lanes.become_producer(manager, launched(), multimodal=False, capacity=1 << 62)
+    assert warnings(caplog) == [] and lanes.producers[manager].state == "unused"
+
+
+def test_trying_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def held() -> tuple[int, int]:
+        return len([*Path("/proc/self/fd").iterdir()]), Path("/proc/self/maps").read_text().count("memfd:mmlane")
+
+    before = held()
+    manager = Manager()
+    lanes.become_producer(manager, launched(), multimodal=True, capacity=8 * MIB)
+    assert warnings(caplog) == [] and lanes.producers[manager].state == "unused"
+    assert held() == before
+
+
+@pytest.mark.parametrize(("options", "state"), [({}, "unused"), ({"nnodes": 2}, "off")])
+def test_metrics_begin_at_start(options: dict[str, Any], state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmlane_patches import metrics
+
+    found: list[str] = []
+    monkeypatch.setattr(metrics, "begin", lambda owner, state: found.append(state()))
+    lanes.become_producer(Manager(), launched(**options), multimodal=True, capacity=8 * MIB)
+    assert found == []
+    lanes.become_producer(Manager(), launched(enable_metrics=True, **options), multimodal=True, capacity=8 * MIB)
+    assert found == [state]
+
+
+def test_metrics_that_cannot_begin_stop_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mmlane_patches import metrics
+
+    def begin(*arguments: Any) -> None:
+        raise ValueError("Duplicated timeseries")
+
+    monkeypatch.setattr(metrics, "begin", begin)
+    manager = Manager()
+    lanes.become_producer(manager, launched(enable_metrics=True), multimodal=True, capacity=8 * MIB)
+    assert manager in lanes.producers
+    (line,) = warnings(caplog)
+    assert line.startswith("mmlane: metrics failed: ValueError: Dup") and "not in /metrics" in line
 
 
 def test_a_lane_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,7 @@
 """Raises in functions of mmlane: in those that the file $NOTES/fail names while it is there.
 
-Its lines are `MODULE:NAME ERROR [TITLE]`: ERROR is `Injected`, or the name of an error in mmlane.lane; with a TITLE,
-only processes of that title fail. The functions are those of SEAMS.
+Its lines are `MODULE:NAME ERROR [TITLE]`: ERROR is the name of an error in mmlane.lane, or of a new one, which nobody
+expects; with a TITLE, only processes of that title fail. The functions are those of SEAMS.
 """
 
 from __future__ import annotations
@@ -27,10 +27,6 @@ SEAMS = {
     "mmlane_patches.tickets": ("LanePointer._carry",),
     "mmlane_patches.wrapping": ("replace_values",),
 }
-
-
-class Injected(Exception):
-    """What nobody expects."""
 
 
 class _Imports:
@@ -85,7 +81,7 @@ def wanted() -> list[str]:
 def kind(name: str) -> Any:
     from mmlane import lane
 
-    return Injected if name == "Injected" else getattr(lane, name)
+    return getattr(lane, name) if name in lane.__all__ else type(name, (Exception,), {})
 
 
 sys.meta_path.insert(0, _Imports())
