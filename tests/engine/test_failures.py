@@ -1,6 +1,7 @@
 """An error that nobody expects, in each place at which the engine calls mmlane.
 
-docs/how-it-works.md, "When mmlane fails", has the rule. The tokenizer's side goes another way and says so once; a rank fails the request, or ends.
+docs/how-it-works.md, "When mmlane fails", has the rule: the tokenizer's side goes another way and says so once; a
+rank fails the request, or ends.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
-from tests.engine.watching import WatchedServer
 
 from devkit.client import Reply
 from tests.engine import scenarios
+from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
 

@@ -1,6 +1,6 @@
 """Raises in functions of mmlane: in those that the file $NOTES/fail names while it is there.
 
-Its lines are `MODULE:NAME ERROR [TITLE]`: ERROR is the name of an error in mmlane.lane, or of a new one, which nobody
+Its lines are `MODULE:NAME ERROR [TITLE]`: ERROR is the name of an error in mmlane.lane, or of a new one that nobody
 expects; with a TITLE, only processes of that title fail. The functions are those of SEAMS.
 """
 
