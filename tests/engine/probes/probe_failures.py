@@ -1,7 +1,7 @@
 """Raises in functions of mmlane: in those that the file $NOTES/fail names while it is there.
 
-Its lines are `MODULE:NAME ERROR [TITLE]`: ERROR is the name of an error in mmlane.lane, or of a new one that nobody
-expects; with a TITLE, only processes of that title fail. The functions are those of SEAMS.
+Its lines are `MODULE:NAME ERROR [TITLE]`: ERROR is the name of an error in mmlane.lane, or of a new one that
+nobody expects; with a TITLE, only processes of that title fail. The functions are those of SEAMS.
 """
 
 from __future__ import annotations
