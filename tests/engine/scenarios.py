@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import concurrent.futures
+import http.client
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from devkit.client import Reply
+from devkit.client import IMAGE_SLOT, Reply, data_url
 from devkit.images import jpeg
 from mmlane.lane.status import LaneStats, ask, running
 from tests.engine.watching import WatchedServer
@@ -43,8 +46,6 @@ ANSWERED: dict[str, Callable[[WatchedServer], Reply]] = {
 
 def batch(server: WatchedServer, count: int) -> Reply:
     """One native request with several prompts, an image each."""
-    from devkit.client import IMAGE_SLOT, data_url
-
     return server.client.post(
         "/generate",
         {
@@ -88,6 +89,31 @@ def schedulers_stopped(server: WatchedServer) -> Iterator[list[int]]:
     finally:
         for pid in pids:
             server.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def asked_and_left(server: WatchedServer, picture: bytes, **sampling: Any) -> Iterator[None]:
+    """A streamed request whose user hangs up at the end of the block, having read nothing."""
+    body = {
+        "text": IMAGE_SLOT + TEXT,
+        "image_data": [data_url(picture)],
+        "sampling_params": {"temperature": 0, "max_new_tokens": 8, **sampling},
+        "stream": True,
+    }
+    with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=WAIT_S)) as connection:
+        connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
+        yield
+
+
+@contextmanager
+def sending_held(server: WatchedServer) -> Iterator[None]:
+    """Its tokenizer sends only while no ticket is out; with the probe `held`."""
+    hold = server.notes / "hold"
+    hold.touch()
+    try:
+        yield
+    finally:
+        hold.unlink()
 
 
 def segments(server: WatchedServer) -> dict[str, int]:
@@ -151,7 +177,7 @@ def wait_for_baseline(server: WatchedServer) -> None:
     """Wait until every ticket has come back, and nothing is kept for anybody."""
 
     def at_baseline() -> bool:
-        return all((stats.tickets, stats.taken) == (0, 0) for stats in lanes(server))
+        return all((stats.tickets, stats.extents, stats.taken) == (0, 0, 0) for stats in lanes(server))
 
     wait_for(at_baseline, lambda: f"the lanes to be empty: {lanes(server)}")
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,13 +69,16 @@ def test_ranks_wait_for_nothing(version: str, unpatched: Transcript, arena: Watc
     assert arena.collectives() == before
 
 
-def test_eight_samples_share_one_copy(unpatched: Transcript, arena: WatchedServer) -> None:
+@pytest.mark.parametrize("held", [False, True])
+def test_eight_samples_share_one_copy(held: bool, arena: WatchedServer) -> None:
+    """Also when each is sent only after all tickets before it, that of the warm-up first, have come back."""
     scenarios.open_lanes(arena)
-    picture = jpeg(640, 480, seed=11)
+    picture = jpeg(640, 480, seed=11 + held)
     before = scenarios.lane(arena)
     one = arena.generate([picture], scenarios.TEXT)
     between = scenarios.lane(arena)
-    eight = arena.generate([picture], scenarios.TEXT, n=8)
+    with scenarios.sending_held(arena) if held else nullcontext():
+        eight = arena.generate([picture], scenarios.TEXT, n=8)
     after = scenarios.lane(arena)
     assert scenarios.tokens(eight) == scenarios.tokens(one) * 8
     assert between.copied - before.copied >= 640 * 480 * 3 * 4
@@ -121,6 +125,21 @@ def test_hanging_up_in_mid_flight(arena: WatchedServer) -> None:
     assert "abort" in str(request.result(scenarios.WAIT_S).body).lower()
     scenarios.wait_for_baseline(arena)
     assert arena.generate([scenarios.image()], scenarios.TEXT).status == 200
+
+
+def test_hanging_up_on_several_samples(arena: WatchedServer) -> None:
+    """At the first token, and while the request that warms the prefix is under way: nothing stays for anybody."""
+    scenarios.open_lanes(arena)
+    scenarios.wait_for_baseline(arena)
+    for seed in range(30, 33):
+        events = arena.stream([scenarios.image(seed)], scenarios.TEXT, n=3, max_new_tokens=50)
+        next(events)
+        events.close()  # type: ignore[attr-defined]
+    scenarios.wait_for_baseline(arena)
+    for seed in range(33, 36):
+        with scenarios.schedulers_stopped(arena), scenarios.asked_and_left(arena, scenarios.image(seed), n=3):
+            scenarios.wait_for(lambda: scenarios.lane(arena).tickets == 1, "the ticket")
+        scenarios.wait_for_baseline(arena)
 
 
 def test_metrics(arena: WatchedServer) -> None:

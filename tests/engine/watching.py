@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from devkit.client import Reply
-from devkit.server import EngineServer
+from devkit.server import EngineServer, dies_with_us, free_port
+from devkit.sharedmemory import can_be_private, privately
 from tests.engine.digests import compare
 
 PROBES = Path(__file__).with_name("probes")
@@ -56,6 +61,28 @@ class WatchedServer(EngineServer):
             compare(self.notes).verify(
                 ranks=self.tp, answered=len(self._answered), losing=self._losing, undisturbed=undisturbed
             )
+
+    def run(self, script: Path, *words: str) -> Any:
+        """Run a script that has the engine in it, instead of starting a server; returns the JSON that it writes.
+
+        It is given the file for that, the words, and the engine's arguments.
+        """
+        python, _, _, *arguments = self._command(free_port())
+        output, log = self.notes / "output", self.notes / "log"
+        command = [*dies_with_us(), python, str(script), str(output), *words, *arguments]
+        if can_be_private():
+            command = privately(command, 8 << 30)
+        with log.open("wb") as said:
+            process = subprocess.Popen(
+                command, env=self._environ(), stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                code = process.wait(300)
+            finally:
+                with suppress(ProcessLookupError):  # its children have its group
+                    os.killpg(process.pid, signal.SIGKILL)
+        assert code == 0, log.read_text(errors="replace")[-6000:]
+        return json.loads(output.read_text())
 
     def collectives(self) -> int:
         """How often ranks have waited for each other while they received; with the probe of that name."""

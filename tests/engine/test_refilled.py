@@ -1,0 +1,49 @@
+"""A tensor that its owner refills between requests: each answer is about what was in it then; see refilled.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+from tests.engine.conftest import FANNED_OUT
+from tests.engine.digests import compare
+from tests.engine.watching import WatchedServer
+
+pytestmark = pytest.mark.engine
+
+SCRIPT = Path(__file__).with_name("refilled.py")
+SAMPLES = 4
+
+
+def same(answer: dict[str, Any], expected: dict[str, Any]) -> bool:
+    close: bool = answer["logprobs"] == pytest.approx(expected["logprobs"], rel=0, abs=1e-3)
+    return close and answer["tokens"] == expected["tokens"]
+
+
+@pytest.mark.releases("0.5.16", "0.5.10", "0.5.12.post1", "0.5.23")
+def test_a_tensor_that_is_refilled(release: str, plugin_wheel: Path) -> None:
+    """One sample and several, pixels and embeddings, whichever way the next picture is written."""
+    survives = Version(release) >= FANNED_OUT  # several samples, without the plugin
+    unpatched = WatchedServer(release)
+    expected = unpatched.run(SCRIPT, f"1,{SAMPLES}" if survives else "1")["answers"]
+    compare(unpatched.notes).verify(ranks=unpatched.tp, answered=len(expected))
+    engine = WatchedServer(release, plugin=plugin_wheel)
+    found = engine.run(SCRIPT, f"1,{SAMPLES}")
+    wrong = []
+    for request, answers in found["answers"].items():
+        several = f"n={SAMPLES}" in request
+        right = expected[request if survives else request.replace(f"n={SAMPLES}", "n=1")]
+        assert len(answers) == (SAMPLES if several else 1)
+        if not all(same(answer, right[0]) for answer in answers):
+            wrong.append(request)
+    notes = compare(engine.notes)
+    assert (wrong, notes.faults) == ([], [])
+    notes.verify(ranks=engine.tp, answered=len(found["answers"]))
+    # Else nothing was put to the test: no two pictures have the same answer, and all went by lane.
+    of_one = [answers[0] for request, answers in expected.items() if "n=1" in request]
+    assert not any(same(one, other) for i, one in enumerate(of_one) for other in of_one[:i])
+    assert found["lane"]["refused"].keys() <= {"not_open"}
+    assert found["lane"]["puts"] >= len(found["answers"])
