@@ -29,6 +29,12 @@ def test_a_failure_is_counted_and_said_once_per_cause(caplog: pytest.LogCaptureF
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
+def test_causes_that_are_never_the_same_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(guard.MOST + 5):
+        guard.failed("put", ValueError(number), "y")
+    assert len(caplog.messages) == guard.MOST and guard.failures["put"] == guard.MOST + 5
+
+
 class _Mute(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no words")
