@@ -218,6 +218,27 @@ def _number(file: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def room_problem(nbytes: int) -> str:
+    """Why a file in memory of that size cannot be made and mapped here; "" when it can. Commits none of it.
+
+    Also "" where there is no `memfd_create` to try it with, which `kernel_features` tells.
+    """
+    try:
+        fd = os.memfd_create("mmlane-doctor", os.MFD_CLOEXEC)
+    except (OSError, AttributeError):
+        return ""
+    try:
+        os.ftruncate(fd, nbytes)
+        mmap.mmap(fd, nbytes).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    except OverflowError:
+        return "more bytes than this system can count"
+    finally:
+        os.close(fd)
+    return ""
+
+
 # --- kernel features ---------------------------------------------------------------------------------------
 
 

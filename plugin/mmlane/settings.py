@@ -88,6 +88,13 @@ class Settings:
     sweep: Sweep = "1"
     unknown: tuple[str, ...] = ()
 
+    def is_default(self, field: str) -> bool:
+        """Whether a setting is what it is when nobody says anything."""
+        return bool(getattr(self, field) == getattr(_DEFAULTS, field))
+
+
+_DEFAULTS = Settings()
+
 
 def read(environ: Mapping[str, str]) -> Settings:
     """Settings from the MMLANE_* variables. Raises `SettingsError`."""

@@ -15,12 +15,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mmlane.cli.examination import FINE, TROUBLE, size
+from mmlane.cli.examination import FINE, TROUBLE
+from mmlane.cli.units import size
 from mmlane.lane.status import LaneStats, StatusError, ask, running
 
 NONE = (
-    "No lane runs in this network namespace. An engine in mode arena (MMLANE=arena, the default) opens one at its "
-    "first request with an image; `mmlane doctor` says whether it can."
+    "No lane runs in this network namespace. An engine in mode arena (MMLANE=arena, the default) makes one at its "
+    "first request with an image; one that cannot make one says so in its log at start, in a line with 'no lane'. "
+    "Engines in other containers are not seen from here."
 )
 _TITLE = 60  # characters of a process's title to show
 _INTERVAL = 1.0  # seconds between two looks of --watch
