@@ -243,7 +243,6 @@ class Rank:
         self._reader: Reader | None = None
         self._making = threading.Lock()
         self._heard: dict[str, float] = {}  # address -> when joining may be tried again
-        self._said: set[str] = set()
 
     def notice(self, address: str) -> None:
         """Join a lane, in the background; at once done for one that was heard of before. Never raises."""
@@ -265,13 +264,12 @@ class Rank:
             self._not_joined(address, error)
 
     def _not_joined(self, address: str, error: Exception) -> None:
-        if str(error) not in self._said:
-            self._said.add(str(error))
-            logger.warning(
-                "mmlane: this rank (%s) has not joined a lane, so features go on by shared-memory segments: %s;"
-                " it tries again, and MMLANE=backport silences this",
-                *(self.group, error),
-            )
+        failed(
+            "join",
+            error,
+            f"this rank ({self.group}) is sent features by shared-memory segments, and tries again;"
+            " MMLANE=backport silences this",
+        )
         self._heard[address] = time.monotonic() + RETRY_S
 
     def take(self, ticket: bytes) -> torch.Tensor:
@@ -377,6 +375,9 @@ def become_rank(server_args: Any, dp_rank: int | None, *, first: bool, pinned: i
         device = torch.device("cuda", torch.cuda.current_device())
         watch_streams()  # before the scheduler sets its own
     rank = Rank(group_of(server_args, dp_rank), device, writable=pinned == 0)
+    if server_args.enable_metrics:
+        with guarded("metrics", "failures of this rank are not counted in /metrics"):
+            from mmlane_patches import metrics  # noqa: F401 - it counts them
     if first and not dp_rank and os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false"):
         logger.warning(
             "mmlane: no lane with SGLANG_RUST_SERVER, which makes its segments itself; features travel as they do"

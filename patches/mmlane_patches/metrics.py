@@ -3,8 +3,8 @@
 The engine collects from all of its processes through files (prometheus_client's multiprocess mode), so numbers are
 written here as they are, once a second; nothing can be asked for at the moment of a scrape.
 
-Imported when the tokenizer manager is there: the engine has set PROMETHEUS_MULTIPROC_DIR by then, and has itself
-imported prometheus_client, which looks for that variable once.
+Imported when the tokenizer manager is there, or the scheduler: the engine has set PROMETHEUS_MULTIPROC_DIR by then,
+and has itself imported prometheus_client, which looks for that variable once. A rank counts failures only.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ TOTALS = {
     "orphans": Counter("mmlane_orphans", "Tickets reclaimed because at least one rank never saw them"),
 }
 
+guard.count_with(lambda where, count: FAILURES.labels(where).inc(count))
+
 _tokenizers: weakref.WeakKeyDictionary[Any, Callable[[], State]] = weakref.WeakKeyDictionary()
 _watched: dict[Lane, defaultdict[str, float]] = {}  # with what has been counted of each
-_failures: defaultdict[str, float] = defaultdict(float)  # what has been counted of `guard.failures`
 _writing = threading.Lock()
 _writer: threading.Thread | None = None
 
@@ -90,8 +91,6 @@ def _write() -> None:
     for state in STATES:
         LANES.labels(state).set(states[state])
     found = [_counted(lane, said) for lane, said in _watched.items()]
-    for where, count in list(guard.failures.items()):
-        _add(FAILURES.labels(where), _failures, where, count)
     BYTES.labels("capacity").set(sum(stats.capacity for stats in found))
     BYTES.labels("committed").set(sum(stats.warm for stats in found))
     BYTES.labels("pinned").set(sum(stats.pinned for stats in found))
