@@ -3,7 +3,7 @@
 The engine collects from all of its processes through files (prometheus_client's multiprocess mode), so numbers are
 written here as they are, once a second; nothing can be asked for at the moment of a scrape.
 
-Imported when the tokenizer manager is there, or the scheduler: the engine has set PROMETHEUS_MULTIPROC_DIR by then,
+Imported when the tokenizer manager or the scheduler is there: the engine has set PROMETHEUS_MULTIPROC_DIR by then,
 and has itself imported prometheus_client, which looks for that variable once. A rank counts failures only.
 """
 
