@@ -113,10 +113,10 @@ class LanePointer:
             tensor: torch.Tensor = super().materialize()  # type: ignore[misc]
             return tensor
         if self._taken is None:
-            self._state = ""
             if lanes.rank is None:
                 raise UnknownLane("this process is no rank of the lane's engine")
             self._taken = lanes.rank.take(self.ticket)
+            self._state = ""
         return self._taken
 
     def close_and_unlink(self) -> None:
