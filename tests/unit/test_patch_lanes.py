@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -445,6 +446,17 @@ def test_a_lane_that_cannot_be_had_is_said_at_start_and_only_then(
     assert producer.state == "failed"
     assert producer.put(torch.ones(9)) == (None, "")
     assert len(warnings(caplog)) == 1
+
+
+def test_a_lane_that_was_not_made_for_any_other_reason_has_failed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lane(*arguments: Any, **options: Any) -> Lane:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(lanes, "Lane", lane)
+    producer = lanes.Producer({"dp0": 1}, capacity=8 * MIB)
+    with suppress(RuntimeError):
+        producer.put(torch.ones(9))
+    assert producer.state == "failed"
 
 
 def test_a_text_only_model_has_no_lane_and_no_line(caplog: pytest.LogCaptureFixture) -> None:
