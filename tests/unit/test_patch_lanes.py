@@ -263,18 +263,19 @@ def test_a_lane_ends_with_its_manager() -> None:
     for manager in (one, other):
         lanes.become_producer(manager, launched(), multimodal=True, capacity=8 * MIB)
         lanes.producers[manager].put(torch.ones(9))
-    found = [lanes.producers[manager].lane for manager in (one, other)]
-    assert found[0] is not None and found[1] is not None
+    first, second = (lanes.producers[manager].lane for manager in (one, other))
+    assert first is not None and second is not None
     with Reader("dp0") as reader:
-        reader.join(found[0].address, DEADLINE)
-        reader.join(found[1].address, DEADLINE)
+        reader.join(first.address, DEADLINE)
+        reader.join(second.address, DEADLINE)
         announcing()  # until then its thread keeps it
         del one, manager
         gc.collect()
-        assert found[0].is_closed and not found[1].is_closed
+        eventually(lambda: first.is_closed, "the lane's end")  # a thread closes it
+        assert not second.is_closed
         del other
         gc.collect()
-        assert found[1].is_closed
+        eventually(lambda: second.is_closed, "the other lane's end")
 
 
 # --- a producer ---------------------------------------------------------------------------------------------
