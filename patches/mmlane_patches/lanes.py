@@ -139,9 +139,8 @@ class Producer:
         except LaneUnavailable as error:
             self._do_without(error)
             return None
-        except Exception:
-            self._failed = True
-            raise
+        finally:
+            self._failed = self._lane is None
         # In a thread: the garbage collector may run this where the lane's lock is held.
         weakref.finalize(self, _in_a_thread, self._lane.close).atexit = False
         _in_a_thread(_see_it_open, self._lane, self._metrics)

@@ -153,7 +153,7 @@ class Memory:
 
     def lane_capacity(self) -> int:
         """What a lane may hold unless somebody says otherwise: a quarter, in whole MiB."""
-        return -(-self.bound // 4 >> 20) << 20
+        return -(-(self.bound // 4) >> 20) << 20
 
 
 def memory(proc: Path = Path("/proc/self"), meminfo: Path = Path("/proc/meminfo")) -> Memory:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -263,20 +264,19 @@ def test_a_lane_ends_with_its_manager() -> None:
     for manager in (one, other):
         lanes.become_producer(manager, launched(), multimodal=True, capacity=8 * MIB)
         lanes.producers[manager].put(torch.ones(9))
-    found = [lanes.producers[manager].lane for manager in (one, other)]
-    assert found[0] is not None and found[1] is not None
+    first, second = (lanes.producers[manager].lane for manager in (one, other))
+    assert first is not None and second is not None
     with Reader("dp0") as reader:
-        reader.join(found[0].address, DEADLINE)
-        reader.join(found[1].address, DEADLINE)
+        reader.join(first.address, DEADLINE)
+        reader.join(second.address, DEADLINE)
         announcing()  # until then its thread keeps it
         del one, manager
         gc.collect()
-        announcing()  # as does the thread that closes it
-        assert found[0].is_closed and not found[1].is_closed
+        eventually(lambda: first.is_closed, "the lane's end")  # a thread closes it
+        assert not second.is_closed
         del other
         gc.collect()
-        announcing()
-        assert found[1].is_closed
+        eventually(lambda: second.is_closed, "the other lane's end")
 
 
 # --- a producer ---------------------------------------------------------------------------------------------
@@ -517,6 +517,17 @@ def test_a_lane_that_cannot_be_had_is_said_at_start_and_only_then(
     assert producer.state == "failed"
     assert producer.put(torch.ones(9)) == (None, "")
     assert len(warnings(caplog)) == 1
+
+
+def test_a_lane_that_was_not_made_for_any_other_reason_has_failed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lane(*arguments: Any, **options: Any) -> Lane:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(lanes, "Lane", lane)
+    producer = lanes.Producer({"dp0": 1}, capacity=8 * MIB)
+    with suppress(RuntimeError):
+        producer.put(torch.ones(9))
+    assert producer.state == "failed"
 
 
 def test_a_text_only_model_has_no_lane_and_no_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -100,18 +100,18 @@ def _head(found: Examination, console: Console) -> None:
 def _settings(found: Examination) -> Iterable[Row]:
     """All settings as what they amount to here."""
     chosen = found.settings
+    capacity, pinned = lane_size.described(chosen, found.here.memory if found.here is not None else None)
     rows = {
         "mode": ("mode", "off: the engine runs as it is" if chosen.mode == "off" else chosen.mode),
         "disable": ("turned off", ", ".join(sorted(chosen.disable)) or "none"),
         "strict": ("strict", "yes" if chosen.strict else "no"),
         "log": ("log", chosen.log),
+        "capacity": ("capacity", capacity),
+        "pinned": ("pinned", pinned),
         "sweep": ("sweep", SWEEPS[chosen.sweep]),
     }
     for field, (title, text) in rows.items():
         yield title, f"{text} (default)" if chosen.is_default(field) else text
-    capacity, pinned = lane_size.described(chosen, found.here.memory if found.here is not None else None)
-    yield "capacity", capacity
-    yield "pinned", pinned
 
 
 def _patches(report: Report, console: Console) -> None:

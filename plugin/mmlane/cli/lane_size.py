@@ -24,19 +24,16 @@ def described(chosen: Settings, memory: host.Memory | None) -> tuple[str, str]:
     """Capacity and pinned memory for a person."""
     if not _has_lane(chosen):
         return "not used: no lane", "not used: no lane"
-    quarter = "a quarter of the memory, for all tokenizer workers (default)"
     if chosen.capacity is not None:
-        capacity_text = f"{size(chosen.capacity)} for each tokenizer worker"
+        most = f"{size(chosen.capacity)} for each tokenizer worker"
     else:
-        capacity_text = quarter if memory is None else f"{size(memory.lane_capacity())}, {quarter}"
+        most = "a quarter of the memory, for all tokenizer workers"
+        most = most if memory is None else f"{size(memory.lane_capacity())}, {most}"
     if chosen.pinned is None:
-        return (
-            capacity_text,
-            f"{size(pinned(chosen, memory) or PINNED)} on CUDA, for all tokenizer workers (default)",
-        )
+        return most, f"{size(pinned(chosen, memory) or PINNED)} on CUDA, for all tokenizer workers"
     if chosen.pinned == 0:
-        return capacity_text, "nothing; features can be written to in place"
-    return capacity_text, f"{size(chosen.pinned)} on CUDA, for each tokenizer worker"
+        return most, "nothing; features can be written to in place"
+    return most, f"{size(chosen.pinned)} on CUDA, for each tokenizer worker"
 
 
 def problems(chosen: Settings, memory: host.Memory) -> list[str]:
