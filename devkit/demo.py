@@ -32,7 +32,7 @@ from devkit.images import jpeg
 from devkit.installer import InstallError
 from devkit.server import EngineServer, ServerDied
 from devkit.sharedmemory import can_be_private
-from mmlane.cli.examination import size
+from mmlane.cli.units import size
 from mmlane.compat import matrix
 from mmlane.host import PREFIXES, SHM
 from mmlane.lane.status import LaneStats, ask, running

@@ -8,8 +8,12 @@ from pathlib import Path
 
 from bench.gpu.measures import H2D
 from bench.gpu.records import PEERS, Record, Results, goals
+from bench.gpu.ways import LANE_PINNED, SEGMENT, TORCH_PINNED
 from bench.transport.cases import size
 from bench.transport.tables import Grid
+
+_COLOURS = {LANE_PINNED: "#08519c", SEGMENT: "#a50f15", TORCH_PINNED: "black"}  # the others pale, behind them
+_PALE = ("#c7b9a5", "#a9c4a4", "#9ecae1")
 
 
 def about(results: Results) -> str:
@@ -86,19 +90,25 @@ def draw(results: Results, path: Path) -> list[Path]:
     records = [r for of_case in results.cases("h2d").values() for r in of_case if r.figures]
     if not records:
         return []
-    _, axes = pyplot.subplots(figsize=(8, 5))
+    _, axes = pyplot.subplots(figsize=(8, 4.5))
+    pale = iter(_PALE)
     for way in H2D:
         ours = [record for record in records if record.way == way]
         at, rates = [record.nbytes for record in ours], [record.figures["GB/s"] for record in ours]
         middle = [statistics.median(values) for values in rates]
         below = [m - min(values) for m, values in zip(middle, rates, strict=True)]
         above = [max(values) - m for m, values in zip(middle, rates, strict=True)]
-        axes.errorbar(at, middle, yerr=[below, above], fmt="o-", capsize=3, label=way)
+        colour = _COLOURS.get(way) or next(pale)
+        depth = 3 if way in _COLOURS else 2
+        axes.errorbar(at, middle, yerr=[below, above], fmt="o-", capsize=3, label=way, color=colour, zorder=depth)
     axes.set_xscale("log", base=2)
     sizes = sorted({record.nbytes for record in records})
     axes.set_xticks(sizes, [size(nbytes) for nbytes in sizes])
-    axes.set_ylabel("GB/s")
-    axes.set_title(results.note or f"To the device: {results.machine['gpus'][0]['name']}")
+    axes.set_xlabel("size of the tensor")
+    axes.set_ylabel("GB/s, median, least and most")
+    axes.set_ylim(bottom=0)
+    name = results.machine["gpus"][0]["name"]
+    axes.set_title(results.note or f"First copy of a tensor to the GPU: {name}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     pyplot.savefig(path, dpi=120, bbox_inches="tight")

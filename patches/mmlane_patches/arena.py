@@ -23,6 +23,7 @@ from typing import Any
 
 from mmlane.compat import matrix
 from mmlane.patching import Target
+from mmlane_patches.guard import guarded
 
 
 def _producing(init: Callable[..., None]) -> Callable[..., None]:
@@ -31,17 +32,18 @@ def _producing(init: Callable[..., None]) -> Callable[..., None]:
     @wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        from mmlane import settings
-        from mmlane_patches import lanes
+        with guarded("start", "this tokenizer has no lane: features go by shared-memory segments"):
+            from mmlane import settings
+            from mmlane_patches import lanes
 
-        wanted = settings.read(os.environ)
-        lanes.become_producer(
-            self,
-            signature.bind(self, *args, **kwargs).arguments["server_args"],
-            multimodal=getattr(self.model_config, "is_multimodal", True),
-            capacity=wanted.capacity,
-            pinned=wanted.pinned,
-        )
+            wanted = settings.read(os.environ)
+            lanes.become_producer(
+                self,
+                signature.bind(self, *args, **kwargs).arguments["server_args"],
+                multimodal=getattr(self.model_config, "is_multimodal", True),
+                capacity=wanted.capacity,
+                pinned=wanted.pinned,
+            )
 
     return __init__
 
@@ -52,6 +54,10 @@ def _reading(init: Callable[..., None]) -> Callable[..., None]:
     @wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
+        with guarded("start", "this rank joins no lane: features go by shared-memory segments"):
+            become_rank(self, *args, **kwargs)
+
+    def become_rank(self: Any, *args: Any, **kwargs: Any) -> None:
         from mmlane import settings
         from mmlane_patches import lanes
 
@@ -92,6 +98,17 @@ SPEC = matrix().spec(
             name="TokenizerManager._send_one_request",
             signature=("(self, obj, tokenized_obj, created_time=)", "(self, tokenized_obj)"),
             replace="mmlane_patches.sending:by_lane",
+        ),
+        Target(
+            module="sglang.srt.managers.tokenizer_manager",
+            name="TokenizerManager._handle_batch_request",
+            signature=(
+                "(self, obj, request=, created_time=)",
+                "(self, obj, request=)",
+                "(self, obj, request=, request_rids=)",
+                "(self, obj, request, request_states)",
+            ),
+            replace="mmlane_patches.sending:with_samples",
         ),
         Target(
             module="sglang.srt.managers.scheduler",

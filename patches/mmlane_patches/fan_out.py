@@ -18,6 +18,7 @@ from typing import Any
 from mmlane.compat import matrix
 from mmlane.patching import Target
 from mmlane_patches.features import tokenized
+from mmlane_patches.guard import guarded
 
 
 def own_items(request: Any) -> None:
@@ -38,7 +39,8 @@ def _send(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def send_one_request(*args: Any, **kwargs: Any) -> Any:
-        own_items(request(args, kwargs))
+        with guarded("fan_out", "with n > 1 the samples of this request share their items"):
+            own_items(request(args, kwargs))
         return original(*args, **kwargs)
 
     return send_one_request

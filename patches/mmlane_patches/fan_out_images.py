@@ -17,9 +17,17 @@ from typing import Any
 
 from mmlane.compat import matrix
 from mmlane.patching import Target
+from mmlane_patches.guard import guarded
 
 # The inputs of which one prompt may have several, and what 0.5.18 and later keep beside each image.
 FIELDS = ("image_data", "video_data", "audio_data", "mm_hashes", "mm_content_hashes")
+
+
+def _keep_together(request: Any) -> None:
+    for field in FIELDS:
+        value = getattr(request, field, None)
+        if isinstance(value, list) and value and not isinstance(value[0], list):
+            setattr(request, field, [value])
 
 
 def _handle_parallel_sampling(original: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -27,11 +35,9 @@ def _handle_parallel_sampling(original: Callable[[Any], None]) -> Callable[[Any]
     def handle_parallel_sampling(self: Any) -> None:
         was_single = self.is_single
         original(self)
-        if was_single and not self.is_single:
-            for field in FIELDS:
-                value = getattr(self, field, None)
-                if isinstance(value, list) and value and not isinstance(value[0], list):
-                    setattr(self, field, [value])
+        with guarded("fan_out_images", "a request for several images with n > 1 may be refused"):
+            if was_single and not self.is_single:
+                _keep_together(self)
 
     return handle_parallel_sampling
 

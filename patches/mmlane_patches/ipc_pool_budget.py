@@ -20,6 +20,7 @@ from typing import Any
 
 from mmlane.compat import matrix
 from mmlane.patching import Target
+from mmlane_patches.guard import guarded
 
 logger = logging.getLogger("mmlane")
 
@@ -41,21 +42,23 @@ def _pool(init: Callable[[Any, int, Any], None]) -> Callable[[Any, int, Any], No
 
     @wraps(init)
     def __init__(self: Any, memory_size: int, recycle_interval: Any) -> None:
-        if memory_size == engines_size:  # else somebody has thought of another
-            workers = _workers(server_args)
-            total = memory_size if VARIABLE in os.environ else DEFAULT
-            memory_size = share(total, workers)
-            logger.info(
-                "mmlane: the pool of CUDA IPC features takes %.0f MiB of GPU memory in each of %d tokenizer "
-                "workers (%s: %.0f MiB for all, each with 128 at least)",
-                memory_size / MIB,
-                workers,
-                VARIABLE,
-                total / MIB,
-            )
+        with guarded("ipc_pool_budget", "the pool of CUDA IPC features is as large as the engine makes it"):
+            if memory_size == engines_size:  # else somebody has thought of another
+                memory_size = _budget(memory_size, _workers(server_args))
         init(self, memory_size, recycle_interval)
 
     return __init__
+
+
+def _budget(memory_size: int, workers: int) -> int:
+    total = memory_size if VARIABLE in os.environ else DEFAULT
+    mine = share(total, workers)
+    logger.info(
+        "mmlane: the pool of CUDA IPC features takes %.0f MiB of GPU memory in each of %d tokenizer "
+        "workers (%s: %.0f MiB for all, each with 128 at least)",
+        *(mine / MIB, workers, VARIABLE, total / MIB),
+    )
+    return mine
 
 
 def _workers(server_args: Callable[[], Any]) -> int:
@@ -66,20 +69,25 @@ def _workers(server_args: Callable[[], Any]) -> int:
     return count
 
 
+def _say_full(pool: Any, src_tensor: Any) -> None:
+    logger.warning(
+        "mmlane: a feature of %.2f MiB found no room in the pool of CUDA IPC features, which has %.2f "
+        "MiB; so it goes by the CPU, through the lane or shared memory, which is slower; if features "
+        "often do, raise %s; said once",
+        src_tensor.numel() * src_tensor.element_size() / MIB,
+        pool.memory_pool.numel() * pool.memory_pool.element_size() / MIB,
+        VARIABLE,
+    )
+
+
 def _find_room(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     @wraps(original)
     def get_available_chunk(self: Any, src_tensor: Any) -> Any:
         chunk = original(self, src_tensor)
-        if chunk is None and not getattr(self, "_mmlane_said_full", False):
-            self._mmlane_said_full = True
-            logger.warning(
-                "mmlane: a feature of %.2f MiB found no room in the pool of CUDA IPC features, which has %.2f "
-                "MiB; so it goes by the CPU, through the lane or shared memory, which is slower; if features "
-                "often do, raise %s; said once",
-                src_tensor.numel() * src_tensor.element_size() / MIB,
-                self.memory_pool.numel() * self.memory_pool.element_size() / MIB,
-                VARIABLE,
-            )
+        with guarded("ipc_pool_budget", "nothing is said when that pool is full"):
+            if chunk is None and not getattr(self, "_mmlane_said_full", False):
+                self._mmlane_said_full = True
+                _say_full(self, src_tensor)
         return chunk
 
     return get_available_chunk

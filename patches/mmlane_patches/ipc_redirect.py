@@ -19,6 +19,7 @@ from typing import Any
 
 from mmlane.compat import matrix
 from mmlane.patching import Target
+from mmlane_patches.guard import guarded
 
 logger = logging.getLogger("mmlane")
 
@@ -66,10 +67,9 @@ def _reconstruct(original: Callable[[Any, int], Any]) -> Callable[[Any, int], An
     @wraps(original)
     def reconstruct_on_target_device(self: Any, rebuild_device_idx: int) -> Any:
         state = self.proxy_state
-        extra = state["ipc_extra"]
-        if not extra:
-            return original(self, rebuild_device_idx)
-        self.proxy_state = {**state, "ipc_extra": redirected(extra, rebuild_device_idx)}
+        with guarded("ipc_redirect", "a handle is opened on the producer's GPU, as the engine does it"):
+            if extra := state["ipc_extra"]:
+                self.proxy_state = {**state, "ipc_extra": redirected(extra, rebuild_device_idx)}
         try:
             return original(self, rebuild_device_idx)
         finally:

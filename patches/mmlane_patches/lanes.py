@@ -15,25 +15,58 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmlane.lane import Lane, LaneError, LaneUnavailable, Mode, Reader, UnknownLane
+from mmlane.lane import Lane, LaneError, LaneUnavailable, Mode, Reader, Refused, Share, UnknownLane, memory
 from mmlane.lane.cuda import watch_streams
+from mmlane.settings import PINNED
+from mmlane_patches.guard import failed, guarded
+
+if TYPE_CHECKING:
+    from mmlane_patches.metrics import State
 
 logger = logging.getLogger("mmlane")
 
 INLINE = 64 << 10  # bytes up to which a tensor travels inside its request, which is faster (docs/arena.md)
 OPENING_S = 60.0  # after which a lane that has not opened is worth a line
-PINNED = 1 << 30  # bytes of all tokenizers' lanes that ranks on CUDA register, unless the user says otherwise
 RETRY_S = 10.0  # before a rank tries again to join a lane that it could not join
 
 # By tokenizer manager: a process may have several engines, one after the other or at once.
 producers: weakref.WeakKeyDictionary[Any, Producer] = weakref.WeakKeyDictionary()
 # While a request is sent: its manager's.
 producer: ContextVar[Producer | None] = ContextVar("producer", default=None)
+# While a request with n > 1 is handled: its own.
+samples: ContextVar[Samples | None] = ContextVar("samples", default=None)
 rank: Rank | None = None
+
+
+class Samples:
+    """The requests that the engine makes of one with n > 1, all with the same tensors: what is in the lane once.
+
+    requests: how many there will be with each tensor. A prompt's first request is answered before the others are
+    sent, so the copy has to outlive that one's ticket. It does not live longer than the last of them is sent.
+    """
+
+    def __init__(self, requests: int) -> None:
+        self._requests = requests
+        self._shares: dict[int, tuple[torch.Tensor, Share]] = {}  # by the tensor's id, which it keeps from others
+
+    def put(self, lane: Lane, tensor: torch.Tensor) -> bytes | Refused:
+        """A ticket on the one copy of a tensor."""
+        _, share = self._shares.get(id(tensor)) or (tensor, lane.share(self._requests))
+        self._shares[id(tensor)] = tensor, share
+        ticket = lane.put(tensor, share=share)
+        if share.is_spent:
+            del self._shares[id(tensor)]
+        return ticket
+
+    def close(self) -> None:
+        """The request has ended, whether it sent all of them or not."""
+        while self._shares:
+            _, (_, share) = self._shares.popitem()
+            share.close()
 
 
 class Producer:
@@ -53,14 +86,26 @@ class Producer:
         self._pid = os.getpid()
         self._lane: Lane | None = None
         self._tried = False
+        self._failed = False
         self._warned: set[str] = set()
 
     def put(self, tensor: torch.Tensor) -> tuple[bytes | None, str]:
-        """A ticket for a tensor; or None, and the address that readers still have to hear of ("" when none)."""
+        """A ticket for a tensor; or None, and the address that readers still have to hear of ("" when none).
+
+        Never raises: whatever goes wrong, the feature goes another way.
+        """
+        try:
+            return self._put(tensor)
+        except Exception as error:  # noqa: BLE001 - as above
+            failed("put", error, "the feature goes by a shared-memory segment")
+            return None, ""
+
+    def _put(self, tensor: torch.Tensor) -> tuple[bytes | None, str]:
         lane = self._lane if self._tried else self._open()
         if lane is None or os.getpid() != self._pid:
             return None, ""
-        ticket = lane.put(tensor)
+        together = samples.get()
+        ticket = lane.put(tensor) if together is None else together.put(lane, tensor)
         if isinstance(ticket, bytes):
             return ticket, ""
         if ticket.cause == "not_open":
@@ -92,12 +137,42 @@ class Producer:
         try:
             self._lane = Lane(self._readers, capacity=self._capacity, pinned=self._pinned)
         except LaneUnavailable as error:
-            self._warn("unavailable", f"no lane here: {error}. Features go by shared-memory segments instead")
+            self._do_without(error)
             return None
+        except Exception:
+            self._failed = True
+            raise
         # In a thread: the garbage collector may run this where the lane's lock is held.
         weakref.finalize(self, _in_a_thread, self._lane.close).atexit = False
         _in_a_thread(_see_it_open, self._lane, self._metrics)
         return self._lane
+
+    def try_out(self) -> None:
+        """Say now whether there can be a lane here, instead of at the first large feature. Leaves nothing."""
+        try:
+            memory.attempt(self._capacity or memory.default_capacity())
+        except LaneUnavailable as error:
+            self._do_without(error)
+
+    @property
+    def state(self) -> State:
+        """How the lane is."""
+        if self._failed:
+            return "failed"
+        if self._lane is None:
+            return "unused"
+        if self._lane.is_closed:
+            return "failed"
+        return "open" if self._lane.is_open else "opening"
+
+    def _do_without(self, error: LaneUnavailable) -> None:
+        self._tried = self._failed = True
+        size = "unset" if self._capacity is None else self._capacity >> 20
+        self._warn(
+            "unavailable",
+            f"no lane here: {error}. Features go by shared-memory segments instead; MMLANE_CAPACITY_MB"
+            f" (here {size}) sets the size, MMLANE=backport silences this",
+        )
 
     def _warn(self, cause: str, line: str) -> None:
         if cause not in self._warned:
@@ -112,6 +187,11 @@ def _in_a_thread(work: Callable[..., None], *args: Any) -> None:
 
 def _see_it_open(lane: Lane, metrics: bool) -> None:
     """Say when a lane opens, and once if that takes long. Holds no producer, so that one can go meanwhile."""
+    with guarded("watching the lane", "nothing is said when it opens"):
+        _watch(lane, metrics)
+
+
+def _watch(lane: Lane, metrics: bool) -> None:
     if metrics:
         _measure(lane)
     ranks = " + ".join(str(count) for count in lane.expected.values())
@@ -135,12 +215,17 @@ def _see_it_open(lane: Lane, metrics: bool) -> None:
 
 
 def _measure(lane: Lane) -> None:
-    try:
+    with guarded("metrics", "the lane is not in /metrics"):
         from mmlane_patches import metrics
 
         metrics.watch(lane)
-    except Exception as error:  # noqa: BLE001 - somebody else's library; features do not wait for metrics
-        logger.warning("mmlane: the lane is not in /metrics: %s: %s", type(error).__name__, error)
+
+
+def _begin_metrics(manager: Any, state: Callable[[], State]) -> None:
+    with guarded("metrics", "mmlane is not in /metrics"):
+        from mmlane_patches import metrics  # which imports what looks for PROMETHEUS_MULTIPROC_DIR: set by now
+
+        metrics.begin(manager, state)
 
 
 class Rank:
@@ -158,7 +243,6 @@ class Rank:
         self._reader: Reader | None = None
         self._making = threading.Lock()
         self._heard: dict[str, float] = {}  # address -> when joining may be tried again
-        self._said: set[str] = set()
 
     def notice(self, address: str) -> None:
         """Join a lane, in the background; at once done for one that was heard of before. Never raises."""
@@ -167,7 +251,7 @@ class Rank:
         self._heard[address] = inf
         try:
             threading.Thread(target=self._join, args=(address,), name="mmlane-joining", daemon=True).start()
-        except RuntimeError as error:  # no thread to be had: this may be in the middle of a collective
+        except Exception as error:  # noqa: BLE001 - this may be in the middle of a collective
             self._not_joined(address, error)
 
     def _join(self, address: str) -> None:
@@ -176,17 +260,16 @@ class Rank:
                 if self._reader is None:
                     self._reader = Reader(self.group, device=self._device)
             self._reader.join(address)
-        except (LaneError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, this rank is served by segments
             self._not_joined(address, error)
 
     def _not_joined(self, address: str, error: Exception) -> None:
-        if str(error) not in self._said:
-            self._said.add(str(error))
-            logger.warning(
-                "mmlane: this rank (%s) has not joined a lane, so features go on by shared-memory segments: %s;"
-                " it tries again, and MMLANE=backport silences this",
-                *(self.group, error),
-            )
+        failed(
+            "join",
+            error,
+            f"this rank ({self.group}) is sent features by shared-memory segments, and tries again;"
+            " MMLANE=backport silences this",
+        )
         self._heard[address] = time.monotonic() + RETRY_S
 
     def take(self, ticket: bytes) -> torch.Tensor:
@@ -258,24 +341,27 @@ def become_producer(
 ) -> None:
     """Called in a process that tokenizes, once its tokenizer manager is there."""
     found = obstacle(server_args)
+    made: Producer | None = None
     if not found:
         workers = max(server_args.tokenizer_worker_num, 1)
         if capacity is None:
-            from mmlane.lane.memory import default_capacity
-
-            capacity = default_capacity() // workers
+            capacity = memory.default_capacity() // workers
         if pinned is None:
             pinned = PINNED // workers
-        producers[manager] = Producer(
+        made = producers[manager] = Producer(
             readers_of(server_args),
             capacity,
             pinned=pinned if on_cuda(server_args) else 0,
             metrics=server_args.enable_metrics,
         )
+        if multimodal:
+            made.try_out()
     elif multimodal:
         logger.warning(
             "mmlane: no lane with %s; features travel as they do without it; MMLANE=backport silences this", found
         )
+    if server_args.enable_metrics:
+        _begin_metrics(manager, lambda: "off" if made is None else made.state)
 
 
 def become_rank(server_args: Any, dp_rank: int | None, *, first: bool, pinned: int | None = None) -> None:
@@ -289,6 +375,9 @@ def become_rank(server_args: Any, dp_rank: int | None, *, first: bool, pinned: i
         device = torch.device("cuda", torch.cuda.current_device())
         watch_streams()  # before the scheduler sets its own
     rank = Rank(group_of(server_args, dp_rank), device, writable=pinned == 0)
+    if server_args.enable_metrics:
+        with guarded("metrics", "failures of this rank are not counted in /metrics"):
+            from mmlane_patches import metrics  # noqa: F401 - it counts them
     if first and not dp_rank and os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false"):
         logger.warning(
             "mmlane: no lane with SGLANG_RUST_SERVER, which makes its segments itself; features travel as they do"

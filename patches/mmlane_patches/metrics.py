@@ -3,27 +3,44 @@
 The engine collects from all of its processes through files (prometheus_client's multiprocess mode), so numbers are
 written here as they are, once a second; nothing can be asked for at the moment of a scrape.
 
-Imported when the first lane is there, which is after the engine has set PROMETHEUS_MULTIPROC_DIR.
+Imported when the tokenizer manager or the scheduler is there: the engine has set PROMETHEUS_MULTIPROC_DIR by then,
+and has itself imported prometheus_client, which looks for that variable once. A rank counts failures only.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
+from collections import Counter as Count
 from collections import defaultdict
-from typing import Final
+from collections.abc import Callable, MutableMapping
+from typing import Any, Final, Literal, get_args
 
 from prometheus_client import Counter, Gauge
 
+from mmlane import __version__, settings
 from mmlane.lane import Lane
 from mmlane.lane.status import LaneStats
+from mmlane_patches import guard
 
 PERIOD_S = 1.0
 
+# How a tokenizer's lane is. off: this launch has none; unused: no large feature has been sent yet; opening: not
+# all ranks have joined; failed: it could not be made, or has ended.
+State = Literal["off", "unused", "opening", "open", "failed"]
+STATES: tuple[State, ...] = get_args(State)
+
 MODE: Final = "livesum"  # of several tokenizer workers, those that live
+INFO = Gauge(
+    "mmlane_info", "Version and mode of mmlane, always 1", ["version", "mode"], multiprocess_mode="livemax"
+)
+LANES = Gauge("mmlane_lanes", "Tokenizer processes, by the state of their lane", ["state"], multiprocess_mode=MODE)
 BYTES = Gauge("mmlane_lane_bytes", "Bytes: capacity, committed, pinned, used", ["kind"], multiprocess_mode=MODE)
 READERS = Gauge("mmlane_lane_readers", "Ranks: joined, expected", ["kind"], multiprocess_mode=MODE)
 EXTENTS = Gauge("mmlane_lane_extents", "Tensors in the lane", multiprocess_mode=MODE)
 TICKETS = Gauge("mmlane_lane_tickets", "Tickets that have not come back yet", multiprocess_mode=MODE)
+FAILURES = Counter("mmlane_failures", "Failures of mmlane itself, by where", ["where"])
 FALLBACKS = Counter("mmlane_fallbacks", "Features that went another way, by cause", ["cause"])
 TOTALS = {
     "puts": Counter("mmlane_puts", "Tickets issued"),
@@ -33,50 +50,90 @@ TOTALS = {
     "orphans": Counter("mmlane_orphans", "Tickets reclaimed because at least one rank never saw them"),
 }
 
+guard.count_with(lambda where, count: FAILURES.labels(where).inc(count))
+
+_tokenizers: weakref.WeakKeyDictionary[Any, Callable[[], State]] = weakref.WeakKeyDictionary()
 _watched: dict[Lane, defaultdict[str, float]] = {}  # with what has been counted of each
 _writing = threading.Lock()
+_writer: threading.Thread | None = None
+
+
+def begin(tokenizer: Any, state: Callable[[], State]) -> None:
+    """Add a tokenizer to the numbers of this process, until it is let go. `state` does not hold it."""
+    INFO.labels(__version__, settings.read(os.environ).mode).set(1)
+    _tokenizers[tokenizer] = state
+    write()
+    _go_on_writing()
 
 
 def watch(lane: Lane) -> None:
     """Add a lane to the numbers of this process, until it is closed."""
     with _writing:
-        first = not _watched
         _watched[lane] = defaultdict(float)
     write()
-    if first:
-        threading.Thread(target=_keep_writing, name="mmlane-metrics", daemon=True).start()
+    _go_on_writing()
 
 
 def write() -> None:
-    """Write down how the lanes are now."""
+    """Write down how things are now. A failure is counted, and the rest written next time; nothing is raised."""
     with _writing:
-        found = [_counted(lane) for lane in list(_watched)]
-        BYTES.labels("capacity").set(sum(stats.capacity for stats in found))
-        BYTES.labels("committed").set(sum(stats.warm for stats in found))
-        BYTES.labels("pinned").set(sum(stats.pinned for stats in found))
-        BYTES.labels("used").set(sum(stats.taken for stats in found))
-        READERS.labels("joined").set(sum(sum(stats.readers.values()) for stats in found))
-        READERS.labels("expected").set(sum(sum(stats.expected.values()) for stats in found))
-        EXTENTS.set(sum(stats.extents for stats in found))
-        TICKETS.set(sum(stats.tickets for stats in found))
+        closed = [lane for lane in _watched if lane.is_closed]
+        try:
+            _write()
+        except Exception as error:  # noqa: BLE001 - a full disk, or anything in somebody else's library
+            guard.failed("metrics", error, "numbers in /metrics may be old; it goes on trying")
+        for lane in closed:  # whose last numbers have been written, if that could be done
+            del _watched[lane]
 
 
-def _counted(lane: Lane) -> LaneStats:
-    """A lane's numbers, those that only grow written down, and the lane let go once it is closed."""
-    stats, said = lane.stats(), _watched[lane]
+def _write() -> None:
+    states = Count(state() for state in list(_tokenizers.values()))
+    for state in STATES:
+        LANES.labels(state).set(states[state])
+    found = [_counted(lane, said) for lane, said in _watched.items()]
+    BYTES.labels("capacity").set(sum(stats.capacity for stats in found))
+    BYTES.labels("committed").set(sum(stats.warm for stats in found))
+    BYTES.labels("pinned").set(sum(stats.pinned for stats in found))
+    BYTES.labels("used").set(sum(stats.taken for stats in found))
+    READERS.labels("joined").set(sum(sum(stats.readers.values()) for stats in found))
+    READERS.labels("expected").set(sum(sum(stats.expected.values()) for stats in found))
+    EXTENTS.set(sum(stats.extents for stats in found))
+    TICKETS.set(sum(stats.tickets for stats in found))
+
+
+def _counted(lane: Lane, said: MutableMapping[str, float]) -> LaneStats:
+    """A lane's numbers, those that only grow written down."""
+    stats = lane.stats()
     for name, total in TOTALS.items():
-        total.inc(getattr(stats, name) - said[name])
-        said[name] = getattr(stats, name)
+        _add(total, said, name, getattr(stats, name))
     for cause, count in stats.refused.items():
-        FALLBACKS.labels(cause).inc(count - said[cause])
-        said[cause] = count
-    if lane.is_closed:
-        del _watched[lane]
+        _add(FALLBACKS.labels(cause), said, cause, count)
     return stats
 
 
+def _add(total: Counter, said: MutableMapping[str, float], name: str, count: float) -> None:
+    """Have a total grow by what is new; in memory it has grown also where it cannot be written."""
+    new, said[name] = count - said[name], count
+    total.inc(new)
+
+
+def _go_on_writing() -> None:
+    """Have a thread write the numbers once a period: one, for as long as there are any."""
+    global _writer
+    with _writing:
+        if _writer is None or not _writer.is_alive():
+            writer = threading.Thread(target=_keep_writing, name="mmlane-metrics", daemon=True)
+            writer.start()
+            _writer = writer
+
+
 def _keep_writing() -> None:
+    global _writer
     pause = threading.Event()
-    while _watched:
+    while True:
         pause.wait(PERIOD_S)
         write()
+        with _writing:
+            if not _watched and not _tokenizers:
+                _writer = None
+                return

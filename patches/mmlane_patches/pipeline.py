@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mmlane_patches.features import items
+from mmlane_patches.guard import guarded
 
 
 def without_features(send: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,8 +23,9 @@ def without_features(send: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(send)
     def send_pyobj(self: Any, data: Any, async_send: bool = False) -> Any:
-        if isinstance(data, list):
-            data = [_lighter(request) for request in data]
+        with guarded("pipeline", "the next stage is sent all tensors, which is slower"):
+            if isinstance(data, list):
+                data = [_lighter(request) for request in data]
         return send(self, data, async_send)
 
     return send_pyobj

@@ -7,6 +7,7 @@ waiting and taking have a function of their own, we agree and take before it, an
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,8 @@ from mmlane_patches import tickets
 from mmlane_patches.agreement import LostFeatures, agree, move_out_of_batches
 from mmlane_patches.features import replace_values, single_requests
 from mmlane_patches.pointer import SegmentPointer
+
+logger = logging.getLogger("mmlane")
 
 SCHEDULER = "sglang.srt.managers.scheduler"
 
@@ -48,6 +51,23 @@ def take(requests: list[Any]) -> None:
     """Put tensors in the place of the pointers in `requests`, on which all ranks have agreed."""
     for request in single_requests(requests):
         replace_values(request, lambda value: value.materialize() if isinstance(value, SegmentPointer) else value)
+
+
+@contextmanager
+def or_end() -> Iterator[None]:
+    """What a rank does here it does as its peers do, or it ends: they would wait for it, or go on without it.
+
+    The engine ends what raises in a scheduler, and itself with it.
+    """
+    try:
+        yield
+    except Exception as error:
+        logger.critical(
+            "mmlane: this rank ends, and the engine with it, because it could not take what its peers take:"
+            " %s: %s; start the engine again, with MMLANE=off if this comes back, and please report it",
+            *(type(error).__name__, error),
+        )
+        raise
 
 
 # --- seams ---
@@ -117,8 +137,9 @@ def take_tickets_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, 
 
     @wraps(finalize)
     def finalize_shm_features(self: Any, recv_reqs: list[Any] | None) -> None:
-        for request, message in tickets.take(recv_reqs or []):
-            request.mm_inputs = MMInputsProcessError(message)
+        with or_end():
+            for request, message in tickets.take(recv_reqs or []):
+                request.mm_inputs = MMInputsProcessError(message)
         finalize(self, recv_reqs)
 
     return finalize_shm_features
@@ -126,12 +147,13 @@ def take_tickets_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, 
 
 def _finished(receiver: Any, received: Any) -> Any:
     if received:
-        lost = tickets.take(received)
-        for request, message in lost:
-            request.mm_inputs = LostFeatures(message)
-        move_out_of_batches(received, [request for request, _ in lost])
-        agree(carrying_groups(receiver), received)
-        take(received)
+        with or_end():
+            lost = tickets.take(received)
+            for request, message in lost:
+                request.mm_inputs = LostFeatures(message)
+            move_out_of_batches(received, [request for request, _ in lost])
+            agree(carrying_groups(receiver), received)
+            take(received)
     return received
 
 

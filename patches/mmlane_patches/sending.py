@@ -7,13 +7,14 @@ socket refuses it, nobody receives it. A request without multimodal inputs is se
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from functools import wraps
 from typing import Any
 
 from mmlane_patches import lanes
 from mmlane_patches.features import tokenized
+from mmlane_patches.guard import guarded
 from mmlane_patches.pointer import made_here
 
 
@@ -25,6 +26,37 @@ def unlink_if_unsent(send: Callable[..., Any]) -> Callable[..., Any]:
 def by_lane(send: Callable[..., Any]) -> Callable[..., Any]:
     """`TokenizerManager._send_one_request`, for which the manager's own lane is used."""
     return _inside(send, _by_lane)
+
+
+def with_samples(handle: Callable[..., Any]) -> Callable[..., Any]:
+    """`TokenizerManager._handle_batch_request`, in which the samples of a request share one copy of a tensor."""
+
+    @wraps(handle)
+    def handle_batch_request(self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        responses = handle(self, obj, *args, **kwargs)
+        samples = getattr(obj, "parallel_sample_num", 1)
+        return responses if samples == 1 else _sharing(responses, samples)
+
+    return handle_batch_request
+
+
+async def _sharing(responses: AsyncGenerator[Any, None], samples: int) -> AsyncGenerator[Any, None]:
+    """The responses of a request with n > 1; all that it sends is sent while one of them is waited for."""
+    together = lanes.Samples(samples + 1)  # the first request warms the prefix
+    try:
+        async with aclosing(responses):
+            while True:
+                token = lanes.samples.set(together)
+                try:
+                    response = await anext(responses)
+                except StopAsyncIteration:
+                    return
+                finally:
+                    lanes.samples.reset(token)
+                yield response
+    finally:
+        with guarded("share", "a copy that samples shared may stay in the lane"):
+            together.close()
 
 
 def _inside(
@@ -55,7 +87,10 @@ def _inside(
 
 @contextmanager
 def _by_lane(manager: Any) -> Iterator[None]:
-    token = lanes.producer.set(lanes.producers.get(manager))
+    found = None
+    with guarded("send", "the features of this request go by shared-memory segments"):
+        found = lanes.producers.get(manager)
+    token = lanes.producer.set(found)
     try:
         with _or_unlink():
             yield
@@ -71,7 +106,8 @@ def _or_unlink() -> Iterator[None]:
         yield
     except BaseException:
         for pointer in made:
-            pointer.close_and_unlink()
+            with guarded("take back", "a feature that was not sent may stay in memory until the engine ends"):
+                pointer.close_and_unlink()
         raise
     finally:
         made_here.reset(token)

@@ -20,6 +20,7 @@ from typing import Any
 
 from mmlane.compat import matrix
 from mmlane.patching import Target
+from mmlane_patches.guard import guarded
 
 
 def _answer_abort(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -27,8 +28,9 @@ def _answer_abort(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], 
     def handle_abort_req(self: Any, recv_obj: Any) -> None:
         state = self.rid_to_state.get(recv_obj.rid)
         original(self, recv_obj)
-        if state is not None and state.out_list:
-            state.out_list[-1]["meta_info"].setdefault("prompt_tokens", 0)
+        with guarded("abort", "the answer to a refused request may break off"):
+            if state is not None and state.out_list:
+                state.out_list[-1]["meta_info"].setdefault("prompt_tokens", 0)
 
     return handle_abort_req
 

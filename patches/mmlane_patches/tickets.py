@@ -14,6 +14,7 @@ import torch
 from mmlane.lane import TicketError, UnknownLane
 from mmlane_patches import lanes
 from mmlane_patches.features import replace_values, single_requests, values
+from mmlane_patches.guard import failed
 from mmlane_patches.pointer import made_here, warn_once
 
 
@@ -27,6 +28,7 @@ class LanePointer:
     hint = ""  # the address of a lane that readers still have to join
     _inline: torch.Tensor | None = None
     _taken: torch.Tensor | None = None
+    _problem: Exception | None = None  # why it could not be unpickled
     _producer: lanes.Producer | None = None
     # Of a ticket: in its producer "fresh", then "pickled" when it may have been sent; in a rank "due"; else nobody
     # has to see to it.
@@ -76,7 +78,12 @@ class LanePointer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Never raises: whoever unpickles is in the middle of a collective with its peers."""
-        state = dict(state)
+        try:
+            self._arrive(dict(state))
+        except Exception as error:  # noqa: BLE001 - kept for materialize(), which raises it
+            self._problem = error
+
+    def _arrive(self, state: dict[str, Any]) -> None:
         self.hint = state.pop("lane", "")
         self.ticket = state.pop("ticket", None)
         self._inline = state.pop("tensor", None)
@@ -94,10 +101,12 @@ class LanePointer:
     @property
     def travels_by_lane(self) -> bool:
         """Whether it can be taken without asking the other ranks."""
-        return self.ticket is not None or self._inline is not None
+        return self.ticket is not None or self._inline is not None or self._problem is not None
 
     def materialize(self) -> torch.Tensor:
         """The feature, on the CPU, as `Rank.take` gives it. Raises `TicketError`, or what a segment raises."""
+        if self._problem is not None:
+            raise self._problem
         if self._inline is not None:
             return self._inline
         if self.ticket is None:
@@ -144,8 +153,13 @@ class _Choosing(type):
         ticket, hint = producer.put(tensor)
         if ticket is not None:
             pointer: Any = cls.__new__(cls)  # type: ignore[call-overload]
-            pointer._carry(ticket, producer, tensor, precomputed_hash)
-            return pointer
+            try:
+                pointer._carry(ticket, producer, tensor, precomputed_hash)
+                return pointer
+            except Exception as error:  # noqa: BLE001 - the feature goes another way
+                failed("put", error, "the feature goes by a shared-memory segment")
+                pointer.ticket = None
+                producer.take_back(ticket)
         try:
             pointer = super().__call__(tensor, precomputed_hash)
         except OSError as error:  # no room: the engine's class says so

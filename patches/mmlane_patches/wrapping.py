@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mmlane_patches.features import replace_values
+from mmlane_patches.guard import guarded
 
 
 class _Inputs(dict[str, Any]):
@@ -37,7 +38,8 @@ def wrap_everything(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     @wraps(wrap)
     def wrap_shm_features(obj: Any) -> Any:
-        replace_values(obj, pointer)
+        with guarded("wrapping", "lists and embeddings of this request are sent inline, which is slower"):
+            replace_values(obj, pointer)
         return wrap(obj)
 
     return wrap_shm_features

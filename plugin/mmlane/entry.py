@@ -128,7 +128,7 @@ class Session:
         self.said.update(report.problems)
         role = engine.role()
         if role == "main":
-            lines = report.block() if self.settings.log != "warning" else report.trouble()
+            lines = report.block() if self.settings.log != "warning" else report.attention()
             for line in lines:
                 say(line)
         if self.settings.log == "debug":

@@ -146,6 +146,15 @@ class Memory:
     used: int | None
     available: int
 
+    @property
+    def bound(self) -> int:
+        """What there is at most: the machine's, or the control group's."""
+        return min(self.total, self.limit or self.total)
+
+    def lane_capacity(self) -> int:
+        """What a lane may hold unless somebody says otherwise: a quarter, in whole MiB."""
+        return -(-self.bound // 4 >> 20) << 20
+
 
 def memory(proc: Path = Path("/proc/self"), meminfo: Path = Path("/proc/meminfo")) -> Memory:
     """Memory of the machine and the cgroup limit that holds for this process, of version 1 or 2."""
@@ -207,6 +216,27 @@ def _number(file: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def room_problem(nbytes: int) -> str:
+    """Why a file in memory of that size cannot be made and mapped here; "" when it can. Commits none of it.
+
+    Also "" where there is no `memfd_create` to try it with, which `kernel_features` tells.
+    """
+    try:
+        fd = os.memfd_create("mmlane-doctor", os.MFD_CLOEXEC)
+    except (OSError, AttributeError):
+        return ""
+    try:
+        os.ftruncate(fd, nbytes)
+        mmap.mmap(fd, nbytes).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    except OverflowError:
+        return "more bytes than this system can count"
+    finally:
+        os.close(fd)
+    return ""
 
 
 # --- kernel features ---------------------------------------------------------------------------------------

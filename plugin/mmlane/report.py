@@ -11,7 +11,7 @@ from typing import Any
 
 from mmlane import __version__
 from mmlane.patching import Decision
-from mmlane.settings import Settings
+from mmlane.settings import Settings, misspelt
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,17 @@ class Report:
         chosen = [d.spec.id for d in self.decisions if d.chosen]
         if chosen:
             lines.append(f"  turned off: {', '.join(chosen)}")
-        trouble = [f"  {line}" for line in self.trouble()]
+        trouble = [f"  {line}" for line in self.attention()]
         room = 6 - len(lines)
         if len(trouble) > room:
             more = len(trouble) - (room - 1)
             trouble = [*trouble[: room - 1], f"  and {more} more lines of this kind: see `mmlane doctor`"]
         return lines + trouble
+
+    def attention(self) -> list[str]:
+        """What a person should look at: the trouble, and what stops nothing, also with MMLANE_STRICT=1."""
+        unknown = self.settings.unknown
+        return self.trouble() + ([misspelt(unknown)] if unknown else [])
 
     def trouble(self) -> list[str]:
         """One line for each group that is skipped and each problem: what, why, what follows, how to silence it."""

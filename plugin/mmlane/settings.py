@@ -6,7 +6,8 @@ processes as the variables of the same meaning. A flag wins over its variable. S
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import difflib
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -17,6 +18,22 @@ Sweep = Literal["0", "1", "private"]
 MODES: tuple[str, ...] = get_args(Mode)
 LOGS: tuple[str, ...] = get_args(Log)
 SWEEPS: tuple[str, ...] = get_args(Sweep)
+
+PINNED = 1 << 30  # bytes of all tokenizers' lanes that ranks on CUDA register, unless the user says otherwise
+
+# By field of `Settings`: the variable that says it.
+OF_FIELD = {
+    "mode": "MMLANE",
+    "disable": "MMLANE_DISABLE",
+    "strict": "MMLANE_STRICT",
+    "log": "MMLANE_LOG",
+    "capacity": "MMLANE_CAPACITY_MB",
+    "pinned": "MMLANE_PINNED_MB",
+    "sweep": "MMLANE_SWEEP",
+}
+VARIABLES = tuple(OF_FIELD.values())
+# What mmlane tells its own children, and where it keeps what it made: variables, but no settings.
+_OTHERS = ("MMLANE_IPC_LOCK", "MMLANE_CACHE")
 
 
 class SettingsError(ValueError):
@@ -59,6 +76,7 @@ class Settings:
     word that no other container uses that /dev/shm.
     log "info": one block at engine start, and whatever needs attention; "warning": only the latter;
     "debug": also one line from every process of the engine.
+    unknown: MMLANE_* variables that are set and that nobody reads.
     """
 
     mode: Mode = "arena"
@@ -68,23 +86,46 @@ class Settings:
     capacity: int | None = None
     pinned: int | None = None
     sweep: Sweep = "1"
+    unknown: tuple[str, ...] = ()
+
+    def is_default(self, field: str) -> bool:
+        """Whether a setting is what it is when nobody says anything."""
+        return bool(getattr(self, field) == getattr(_DEFAULTS, field))
+
+
+_DEFAULTS = Settings()
 
 
 def read(environ: Mapping[str, str]) -> Settings:
     """Settings from the MMLANE_* variables. Raises `SettingsError`."""
-    mode = _one_of("MMLANE", environ, MODES, "arena")
-    log = _one_of("MMLANE_LOG", environ, LOGS, "info")
-    strict = _one_of("MMLANE_STRICT", environ, ("0", "1"), "0")
-    disable = frozenset(word.strip() for word in environ.get("MMLANE_DISABLE", "").split(",") if word.strip())
+    variables = OF_FIELD
+    mode = _one_of(variables["mode"], environ, MODES, "arena")
+    log = _one_of(variables["log"], environ, LOGS, "info")
+    strict = _one_of(variables["strict"], environ, ("0", "1"), "0")
+    sweep = _one_of(variables["sweep"], environ, SWEEPS, "1")
+    disable = (word.strip() for word in environ.get(variables["disable"], "").split(","))
     return Settings(
         mode=cast(Mode, mode),
-        disable=disable,
+        disable=frozenset(word for word in disable if word),
         strict=strict == "1",
         log=cast(Log, log),
-        capacity=_mebibytes("MMLANE_CAPACITY_MB", environ, least=1),
-        pinned=_mebibytes("MMLANE_PINNED_MB", environ, least=0),
-        sweep=cast(Sweep, _one_of("MMLANE_SWEEP", environ, SWEEPS, "1")),
+        capacity=_mebibytes(variables["capacity"], environ, least=1),
+        pinned=_mebibytes(variables["pinned"], environ, least=0),
+        sweep=cast(Sweep, sweep),
+        unknown=tuple(
+            sorted(name for name in environ if name.startswith("MMLANE_") and name not in (*VARIABLES, *_OTHERS))
+        ),
     )
+
+
+def misspelt(unknown: Iterable[str]) -> str:
+    """What to say of variables that nobody reads: each with the nearest one that is read."""
+    known = {(name.removeprefix("MMLANE_") if "_" in name else "MODE"): name for name in VARIABLES}
+    named = []
+    for name in unknown:
+        nearest = difflib.get_close_matches(name.removeprefix("MMLANE_"), known, n=1, cutoff=0.5)
+        named.append(f"{name} (did you mean {known[nearest[0]]}?)" if nearest else name)
+    return f"unknown variables, which do nothing: {', '.join(named)}"
 
 
 def _one_of(variable: str, environ: Mapping[str, str], right: tuple[str, ...], default: str) -> str:
@@ -96,9 +137,15 @@ def _one_of(variable: str, environ: Mapping[str, str], right: tuple[str, ...], d
 
 def _mebibytes(variable: str, environ: Mapping[str, str], *, least: int) -> int | None:
     value = environ.get(variable, "").strip()
-    if value and (not value.isdecimal() or int(value) < least):
+    if not value:
+        return None
+    try:
+        count = int(value) if value.isdecimal() else -1
+    except ValueError:  # more digits than Python converts
+        count = -1
+    if count < least:
         raise SettingsError(f"{variable}={environ[variable]} is not a number of MiB, such as 4096")
-    return int(value) << 20 if value else None
+    return count << 20
 
 
 def take_flags(argv: list[str], environ: MutableMapping[str, str]) -> list[str]:

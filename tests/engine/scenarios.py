@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import http.client
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -137,6 +138,18 @@ def ask_and_lose_the_segment(server: WatchedServer) -> Reply:
     # From 0.5.14 on the main process outlives a scheduler by a minute, for core dumps, and answers nothing.
     wait_for(lambda: answer.done() or not run(server, pids), "a reply, or the end of a scheduler")
     return answer.result(WAIT_S) if run(server, pids) else Reply(0, {"error": "a scheduler has ended"})
+
+
+def metrics(server: WatchedServer) -> dict[str, float]:
+    """Our numbers in the engine's own /metrics, which are written once a second."""
+    lines = re.findall(r"^(mmlane_\S+) (\S+)$", str(server.client.get("/metrics").body), re.MULTILINE)
+    return {name: float(value) for name, value in lines}
+
+
+def states(server: WatchedServer) -> dict[str, float]:
+    """How many tokenizers have their lane in which state."""
+    found = {name: count for name, count in metrics(server).items() if name.startswith("mmlane_lanes{")}
+    return {name.split('"')[1]: count for name, count in found.items() if count}
 
 
 def features(server: WatchedServer) -> list[str]:

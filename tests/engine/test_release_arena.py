@@ -15,7 +15,7 @@ import pytest
 from packaging.version import Version
 
 from devkit.images import jpeg
-from mmlane import compat
+from mmlane import __version__, compat
 from mmlane.engine import Engine
 from mmlane.settings import Settings
 from tests.engine import scenarios
@@ -24,7 +24,16 @@ from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
 
+STATES = ("off", "unused", "opening", "open", "failed")
 DEFERRED = Version("0.5.10")  # below it the engine broadcasts tensors, and its ranks have nothing to wait for
+
+
+def test_metrics_before_the_first_image(arena: WatchedServer) -> None:
+    """Who runs, and that no image has come yet. The first test here: others send some."""
+    found = scenarios.metrics(arena)
+    assert found[f'mmlane_info{{mode="arena",version="{__version__}"}}'] == 1
+    assert scenarios.states(arena) == {"unused": 1}
+    assert found['mmlane_lane_bytes{kind="capacity"}'] == found["mmlane_puts_total"] == 0
 
 
 def test_a_segment_that_is_lost_before_the_lane_is_open(arena: WatchedServer) -> None:
@@ -147,10 +156,6 @@ def test_metrics(arena: WatchedServer) -> None:
     """In the engine's own /metrics, where numbers are written once a second."""
     scenarios.open_lanes(arena)
 
-    def metrics() -> dict[str, float]:
-        lines = re.findall(r"^(mmlane_\S+) (\S+)$", str(arena.client.get("/metrics").body), re.MULTILINE)
-        return {name: float(value) for name, value in lines}
-
     def now() -> dict[str, float]:
         stats = scenarios.lane(arena)
         return {
@@ -168,10 +173,15 @@ def test_metrics(arena: WatchedServer) -> None:
             "mmlane_copy_seconds_total": stats.copy_seconds,
             "mmlane_orphans_total": 0,
             'mmlane_fallbacks_total{cause="not_open"}': stats.refused["not_open"],
+            f'mmlane_info{{mode="arena",version="{__version__}"}}': 1,
+            **{f'mmlane_lanes{{state="{state}"}}': state == "open" for state in STATES},
         }
 
     assert now()["mmlane_puts_total"] > 0
-    scenarios.wait_for(lambda: metrics() == pytest.approx(now()), lambda: f"{metrics()} to be {now()}")
+    scenarios.wait_for(
+        lambda: scenarios.metrics(arena) == pytest.approx(now()),
+        lambda: f"{scenarios.metrics(arena)} to be {now()}",
+    )
 
 
 def test_status(arena: WatchedServer) -> None:

@@ -92,12 +92,12 @@ def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> N
 @pytest.mark.releases("0.5.18", "0.5.9", "0.5.12.post1", "0.5.23")
 def test_an_address_for_the_ranks(release: str, plugin_wheel: Path) -> None:
     """On one node, too, some give one. Up to 0.5.18 the engine takes it for several nodes."""
-    arguments = ["--dist-init-addr", f"127.0.0.1:{free_port()}"]
+    arguments = ["--dist-init-addr", f"127.0.0.1:{free_port()}", "--enable-metrics"]
     with WatchedServer(release, plugin=plugin_wheel, args=arguments) as server:
         if Version(release) < Version("0.5.19"):
             assert scenarios.ANSWERED["one image"](server).status == 200
             assert server.log().count("mmlane: no lane with --dist-init-addr") == 1
-            assert scenarios.lanes(server) == []
+            assert scenarios.lanes(server) == [] and scenarios.states(server) == {"off": 1}
         else:
             goes_by_lane(server, 1)
 

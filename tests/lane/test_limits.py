@@ -311,6 +311,19 @@ def test_a_limit_on_file_sizes_is_named() -> None:
     assert "File too large" in text and "`ulimit -f`" in text and left == 0
 
 
+def open_larger_than_can_be_expressed(capacity: int) -> int:
+    before = descriptors()
+    for make in (lambda: Lane({"tp": 1}, capacity=capacity), lambda: memory.attempt(capacity)):
+        with pytest.raises(LaneUnavailable, match="could not be set up"):
+            make()
+    return (descriptors() - before).total()
+
+
+@pytest.mark.parametrize("capacity", [1 << 62, 1 << 63, 1 << 64, 10**40])
+def test_a_capacity_beyond_all_measure_is_refused_like_any_that_is_too_large(capacity: int) -> None:
+    assert run(open_larger_than_can_be_expressed, capacity) == 0
+
+
 def open_with_little_address_space() -> tuple[str, int]:
     before = descriptors()
     limit_address_space(64 * MIB)

@@ -357,7 +357,9 @@ def test_no_lane_is_no_error(lane: Lane, words: tuple[str, ...]) -> None:
     if words:
         assert json.loads(said) == []
     else:
+        said = " ".join(said.split())
         assert said.startswith("No lane runs") and "mode arena" in said and "image" in said
+        assert "in its log at start, in a line with 'no lane'" in said
 
 
 def test_watching_goes_on_until_ctrl_c(company: Company) -> None:

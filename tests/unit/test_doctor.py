@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,30 @@ import pytest
 from packaging.version import Version
 
 from mmlane import __version__, compat, host
-from mmlane.cli.examination import size
+from mmlane.cli import lane_size
+from mmlane.cli.units import size
 from mmlane.engine import Engine
-from mmlane.settings import Settings
+from mmlane.settings import PINNED, VARIABLES, Settings, read
 
+MIB = 1 << 20
 ENGINES = [str(version) for version in compat.matrix().engines]
 
 
-def mmlane(*words: str, path: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+def mmlane(
+    *words: str, path: Path | None = None, preexec: Callable[[], None] | None = None, **environ: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own, without what the developer's shell says."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MMLANE", "PYTHON"))}
     env.update({"COLUMNS": "80", **environ})
     if path is not None:
         env["PYTHONPATH"] = str(path)
     command = [sys.executable, "-c", "from mmlane.cli import main; main()", *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, preexec_fn=preexec)
 
 
-def doctor(*words: str, code: int = 0, path: Path | None = None, **environ: str) -> dict[str, Any]:
+def doctor(*words: str, code: int = 0, path: Path | None = None, **options: Any) -> dict[str, Any]:
     """What it says as JSON, after a check of its exit code."""
-    done = mmlane("doctor", "--json", *words, path=path, **environ)
+    done = mmlane("doctor", "--json", *words, path=path, **options)
     assert done.returncode == code, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["exit_code"] == code
@@ -92,6 +98,137 @@ def test_off_applies_nothing_and_is_no_problem() -> None:
     assert found["settings"]["mode"] == "off"
 
 
+# --- settings ---
+
+
+def test_every_setting_is_shown_for_programs() -> None:
+    found = doctor(code=3)
+    quarter = host.memory().lane_capacity()
+    assert found["settings"] == {
+        "mode": "arena",
+        "disable": [],
+        "strict": False,
+        "log": "info",
+        "capacity": quarter,
+        "pinned": min(PINNED, quarter),
+        "sweep": "1",
+        "defaults": ["mode", "disable", "strict", "log", "capacity", "pinned", "sweep"],
+        "unknown": [],
+    }
+    wanted: dict[str, Any] = {
+        "MMLANE": "backport",
+        "MMLANE_DISABLE": "fan_out",
+        "MMLANE_STRICT": "1",
+        "MMLANE_LOG": "debug",
+        "MMLANE_CAPACITY_MB": "64",
+        "MMLANE_PINNED_MB": "0",
+        "MMLANE_SWEEP": "private",
+    }
+    assert wanted.keys() == set(VARIABLES)
+    assert doctor(code=3, **wanted)["settings"] == {
+        "mode": "backport",
+        "disable": ["fan_out"],
+        "strict": True,
+        "log": "debug",
+        "capacity": 64 * MIB,
+        "pinned": 0,
+        "sweep": "private",
+        "defaults": [],
+        "unknown": [],
+    }
+
+
+def test_what_depends_on_the_machine_is_not_told_about_a_release() -> None:
+    found = doctor("--engine", "0.5.12")["settings"]
+    assert found["capacity"] is found["pinned"] is None
+    assert doctor("--engine", "0.5.12", MMLANE_CAPACITY_MB="64")["settings"]["capacity"] == 64 * MIB
+
+
+def test_every_setting_is_shown_for_a_person() -> None:
+    quarter = host.memory().lane_capacity()
+    shown = " ".join(mmlane("doctor", COLUMNS="200").stdout.split())
+    for text in (
+        "mode arena (default)",
+        "turned off none (default)",
+        "strict no (default)",
+        "log info (default)",
+        f"capacity {size(quarter)}, a quarter of the memory, for all tokenizer workers (default)",
+        f"pinned {size(min(PINNED, quarter))} on CUDA, for all tokenizer workers (default)",
+        "sweep reclaim what is provably dead (default)",
+    ):
+        assert text in shown
+    shown = " ".join(mmlane("doctor", MMLANE_CAPACITY_MB="64", MMLANE_PINNED_MB="0", COLUMNS="200").stdout.split())
+    assert "capacity 64 MiB for each tokenizer worker" in shown and "pinned nothing" in shown
+
+
+def test_an_unknown_variable_is_a_note_with_the_nearest_known_one() -> None:
+    found = doctor("--engine", "0.5.12", MMLANE_CAPCITY_MB="64", MMLANE_CACHE="/tmp")
+    assert found["settings"]["unknown"] == ["MMLANE_CAPCITY_MB"]
+    (note,) = found["notes"]
+    assert note == "unknown variables, which do nothing: MMLANE_CAPCITY_MB (did you mean MMLANE_CAPACITY_MB?)"
+
+
+@pytest.mark.parametrize("count", ["99999999999", "9" * 30])
+def test_a_capacity_that_cannot_be_had_is_a_problem(count: str) -> None:
+    found = doctor(code=3, MMLANE_CAPACITY_MB=count)
+    (line,) = [line for line in found["problems"] if "lane" in line]
+    assert f"MMLANE_CAPACITY_MB={count}" in line and "shared-memory segments" in line
+    assert size(host.memory().lane_capacity()) in line  # what it would be without
+    assert not [note for note in found["notes"] if "CAPACITY" in note]
+
+
+def test_in_other_modes_nobody_asks_for_a_lane() -> None:
+    environs: tuple[dict[str, Any], ...] = ({"MMLANE": "backport"}, {"MMLANE_DISABLE": "arena"})
+    for environ in environs:
+        found = doctor(code=3, MMLANE_CAPACITY_MB="99999999999", **environ)
+        assert not [line for line in found["problems"] + found["notes"] if "CAPACITY" in line]
+        assert "capacity    not used: no lane" in mmlane("doctor", **environ).stdout
+
+
+def without_address_room() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+
+
+def test_the_default_capacity_is_tried_too() -> None:
+    if host.memory().lane_capacity() < 1 << 30:
+        pytest.skip("a quarter of the memory is no more than the doctor itself may have here")
+    found = doctor(code=3, preexec=without_address_room)
+    (line,) = [line for line in found["problems"] if "lane" in line]
+    assert "a quarter of the memory" in line and "MMLANE_CAPACITY_MB" in line
+
+
+# What a machine of 8 GiB says, 6 of them available, with and without a GPU.
+SMALL = host.Memory(total=8 << 30, limit=None, used=None, available=6 << 30)
+LIMITED = host.Memory(total=64 << 30, limit=8 << 30, used=2 << 30, available=6 << 30)
+FULL = host.Memory(total=8 << 30, limit=None, used=None, available=512 << 20)
+
+
+@pytest.mark.parametrize(
+    ("memory", "gpu", "environ", "notes"),
+    [
+        (SMALL, True, {}, []),
+        (LIMITED, True, {}, []),
+        (SMALL, False, {"MMLANE_CAPACITY_MB": "8192"}, []),
+        (SMALL, False, {"MMLANE_CAPACITY_MB": "8193"}, ["MMLANE_CAPACITY_MB=8193", "8 GiB of memory"]),
+        (LIMITED, False, {"MMLANE_CAPACITY_MB": "8193"}, ["MMLANE_CAPACITY_MB=8193", "8 GiB of memory"]),
+        (SMALL, False, {"MMLANE_PINNED_MB": "2048"}, []),
+        (SMALL, False, {"MMLANE_PINNED_MB": "2049"}, ["MMLANE_PINNED_MB=2049", "capacity of 2 GiB"]),
+        (SMALL, False, {"MMLANE_PINNED_MB": "0"}, []),
+        (FULL, False, {}, []),
+        (FULL, True, {}, ["1 GiB of pinned memory by default", "512 MiB are available"]),
+        (FULL, False, {"MMLANE_PINNED_MB": "600"}, ["MMLANE_PINNED_MB=600", "512 MiB are available"]),
+        (FULL, True, {"MMLANE_PINNED_MB": "500"}, []),
+    ],
+)
+def test_sizes_are_compared_with_the_machine(
+    memory: host.Memory, gpu: bool, environ: dict[str, str], notes: list[str]
+) -> None:
+    found = lane_size.notes(read(environ), memory, gpu=gpu)
+    assert len(found) == bool(notes)
+    for text in notes:
+        assert text in found[0]
+
+
 # --- usage ---
 
 
@@ -105,7 +242,7 @@ def test_off_applies_nothing_and_is_no_problem() -> None:
     ],
 )
 def test_a_wrong_setting_is_refused_with_the_right_ones(variable: str, value: str, message: str) -> None:
-    done = mmlane("doctor", "--engine", "0.5.12", path=None, **{variable: value})
+    done = mmlane("doctor", "--engine", "0.5.12", path=None, preexec=None, **{variable: value})
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr and "Traceback" not in done.stderr
 

@@ -172,6 +172,16 @@ def test_somebody_who_takes_a_patch_out_later_is_named(stand_in: Path) -> None:
     assert strict.returncode == 1 and "served" not in strict.stdout
 
 
+@pytest.mark.parametrize("log", ["info", "warning"])
+def test_a_variable_that_nobody_reads_is_named_and_no_reason_to_stop(stand_in: Path, log: str) -> None:
+    code = f"{STEPS['pth']}\n{STEPS['engine']}\nprint('served')"
+    result = run(stand_in, code, MMLANE_CAPCITY_MB="64", MMLANE_STRICT="1", MMLANE_LOG=log)
+    assert result.returncode == 0 and "served" in result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if "CAPCITY" in line]
+    assert "unknown variables, which do nothing: MMLANE_CAPCITY_MB (did you mean MMLANE_CAPACITY_MB?)" in line
+    assert len(result.stderr.splitlines()) <= 6
+
+
 FAIL = "import mmlane.compat\ndef plan(*arguments): raise OSError('made to fail')\nmmlane.compat.plan = plan\n"
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mmlane.lane import Lane, LaneUnavailable, Reader, cuda, memory  # noqa: E402
-from mmlane_patches import lanes  # noqa: E402
+from mmlane_patches import guard, lanes  # noqa: E402
 from tests.lane.fake_cuda import FakeGpu  # noqa: E402
 from tests.lane.processes import eventually  # noqa: E402
 from tests.lane.sandbox import DEADLINE, limit_address_space, run  # noqa: E402
@@ -48,6 +49,7 @@ class Manager:
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "rank", None)
+    monkeypatch.setattr(guard, "_said", set())
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -269,9 +271,11 @@ def test_a_lane_ends_with_its_manager() -> None:
         announcing()  # until then its thread keeps it
         del one, manager
         gc.collect()
+        announcing()  # as does the thread that closes it
         assert found[0].is_closed and not found[1].is_closed
         del other
         gc.collect()
+        announcing()
         assert found[1].is_closed
 
 
@@ -306,6 +310,75 @@ class Opening:
         if self.producer.lane is not None:
             self.producer.lane.close()
             announcing()
+
+
+def test_nothing_raises_into_the_engine(
+    opening: Opening, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opening.begin()
+    opening.join()
+    opening.lane.wait_open(DEADLINE)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("mine")
+
+    monkeypatch.setattr(Lane, "put", fails)
+    before = guard.failures["put"]
+    assert opening.producer.put(torch.ones(9)) == (None, "")
+    assert guard.failures["put"] == before + 1
+    monkeypatch.undo()
+    assert isinstance(opening.producer.put(torch.ones(9))[0], bytes)
+    monkeypatch.setattr(Reader, "join", fails)
+    lanes.become_rank(launched(), None, first=True)
+    assert lanes.rank is not None
+    lanes.rank.notice(opening.lane.address)
+    eventually(lambda: any("join failed: ZeroDivisionError" in line for line in warnings(caplog)), "a line")
+
+
+# --- the samples of one request -----------------------------------------------------------------------------
+
+
+def taken(opening: Opening) -> int:
+    return opening.lane.stats().taken
+
+
+def test_samples_share_one_copy_that_outlives_the_first_answer(opening: Opening) -> None:
+    opening.begin()
+    opening.join()
+    (reader,) = opening.readers
+    tensor = torch.arange(30_000)
+    together = lanes.Samples(4)
+    token = lanes.samples.set(together)
+    try:
+        for _ in range(4):
+            ticket, _ = opening.producer.put(tensor)
+            assert ticket is not None
+            assert torch.equal(reader.take(ticket, "clone"), torch.arange(30_000))  # which gives it back
+        assert (opening.lane.stats().copied, opening.lane.stats().shared) == (tensor.nbytes, 3)
+        assert taken(opening) == 0  # also while the request goes on
+        ticket, _ = opening.producer.put(tensor)  # the same tensor for another prompt of the request
+        tensor.numpy().fill(7)
+        other, _ = opening.producer.put(torch.zeros(30_000))
+        assert ticket is not None and other is not None
+        for each in (ticket, other):
+            reader.discard(each)
+        assert taken(opening) > 0
+    finally:
+        lanes.samples.reset(token)
+    together.close()
+    assert taken(opening) == 0
+
+
+def test_a_tensor_that_is_refilled_for_the_next_request_is_copied_again(opening: Opening) -> None:
+    opening.begin()
+    opening.join()
+    (reader,) = opening.readers
+    tensor = torch.zeros(30_000)
+    for number in range(3):
+        tensor.numpy().fill(number)
+        ticket, _ = opening.producer.put(tensor)
+        assert ticket is not None
+        assert torch.equal(reader.take(ticket, "clone"), torch.full((30_000,), float(number)))
 
 
 def threads(name: str) -> list[threading.Thread]:
@@ -431,6 +504,66 @@ def test_a_ticket_that_was_not_sent_is_void(opening: Opening) -> None:
     assert opening.lane.stats().tickets == 0
 
 
+@pytest.mark.parametrize("capacity", [99_999_999_999 * MIB, 1 << 63, 1 << 64, 10**40])
+def test_a_lane_that_cannot_be_had_is_said_at_start_and_only_then(
+    capacity: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = Manager()
+    lanes.become_producer(manager, launched(), multimodal=True, capacity=capacity)
+    (line,) = warnings(caplog)
+    assert line.startswith("mmlane: no lane here: ") and "shared-memory segments instead" in line
+    assert f"MMLANE_CAPACITY_MB (here {capacity // MIB})" in line
+    producer = lanes.producers[manager]
+    assert producer.state == "failed"
+    assert producer.put(torch.ones(9)) == (None, "")
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_text_only_model_has_no_lane_and_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    manager = Manager()
+    lanes.become_producer(manager, launched(), multimodal=False, capacity=1 << 62)
+    assert warnings(caplog) == [] and lanes.producers[manager].state == "unused"
+
+
+def test_trying_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def held() -> tuple[int, int]:
+        return len([*Path("/proc/self/fd").iterdir()]), Path("/proc/self/maps").read_text().count("memfd:mmlane")
+
+    before = held()
+    manager = Manager()
+    lanes.become_producer(manager, launched(), multimodal=True, capacity=8 * MIB)
+    assert warnings(caplog) == [] and lanes.producers[manager].state == "unused"
+    assert held() == before
+
+
+@pytest.mark.parametrize(("options", "state"), [({}, "unused"), ({"nnodes": 2}, "off")])
+def test_metrics_begin_at_start(options: dict[str, Any], state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmlane_patches import metrics
+
+    found: list[str] = []
+    monkeypatch.setattr(metrics, "begin", lambda owner, state: found.append(state()))
+    lanes.become_producer(Manager(), launched(**options), multimodal=True, capacity=8 * MIB)
+    assert found == []
+    lanes.become_producer(Manager(), launched(enable_metrics=True, **options), multimodal=True, capacity=8 * MIB)
+    assert found == [state]
+
+
+def test_metrics_that_cannot_begin_stop_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mmlane_patches import metrics
+
+    def begin(*arguments: Any) -> None:
+        raise ValueError("Duplicated timeseries")
+
+    monkeypatch.setattr(metrics, "begin", begin)
+    manager = Manager()
+    lanes.become_producer(manager, launched(enable_metrics=True), multimodal=True, capacity=8 * MIB)
+    assert manager in lanes.producers
+    (line,) = warnings(caplog)
+    assert line.startswith("mmlane: metrics failed: ValueError: Dup") and "not in /metrics" in line
+
+
 def test_a_lane_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
     producer = lanes.Producer({"dp0": 1}, capacity=1 << 62)
     for _ in range(2):
@@ -543,7 +676,12 @@ def test_a_lane_that_is_gone_is_tried_again_later(
         rank.notice(NOWHERE)
         joining()
     (line,) = warnings(caplog)
-    assert "this rank (dp0) has not joined a lane" in line and NOWHERE in line and "tries again" in line
+    assert (
+        "join failed: JoinRefused: " in line
+        and "this rank (dp0)" in line
+        and NOWHERE in line
+        and "tries again" in line
+    )
     clock.now += lanes.RETRY_S - 0.1
     rank.notice(NOWHERE)
     joining()

@@ -1,8 +1,10 @@
-"""The numbers of /metrics are those of the lanes, added up; what only grows never counts twice."""
+"""The numbers of /metrics: those of the lanes, added up, and what tokenizers have a lane; whatever fails there."""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,8 +12,13 @@ torch = pytest.importorskip("torch")
 
 from prometheus_client import REGISTRY  # noqa: E402
 
-from mmlane.lane import Lane, Refused  # noqa: E402
-from mmlane_patches import metrics  # noqa: E402
+from mmlane import __version__  # noqa: E402
+from mmlane.lane import Lane, Reader, Refused  # noqa: E402
+from mmlane_patches import guard, lanes, metrics  # noqa: E402
+from tests.lane.processes import eventually  # noqa: E402
+from tests.lane.sandbox import DEADLINE  # noqa: E402
+
+MIB = 1 << 20
 
 
 def value(name: str, **labels: str) -> float:
@@ -28,9 +35,34 @@ def numbers() -> dict[str, float]:
     }
 
 
-def test_lanes_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Any] = []
-    monkeypatch.setattr(metrics, "_keep_writing", lambda: started.append(1))
+def states() -> dict[str, float]:
+    """The states that tokenizers are in, and how many in each."""
+    return {state: count for state in metrics.STATES if (count := value("lanes", state=state))}
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written between a test's own writes."""
+    monkeypatch.setattr(metrics, "_keep_writing", lambda: None)
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Numbers are written all the time; the thread that does it ends with the test."""
+    monkeypatch.setattr(metrics, "PERIOD_S", 0.01)
+    yield
+    eventually(lambda: not writing(), "the thread's end")
+
+
+def writing() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "mmlane-metrics"]
+
+
+class Owner:
+    """A tokenizer manager."""
+
+
+def test_lanes_are_added_up(by_hand: None) -> None:
     before = numbers()
     with Lane({"dp0": 2}, capacity=8 << 20) as one, Lane({"dp0": 1, "dp1": 1}, capacity=4 << 20) as other:
         for lane in (one, other):
@@ -53,4 +85,96 @@ def test_lanes_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics.write()
     metrics.write()
     assert numbers()["capacity"] == 0
-    assert len(started) == 1  # one thread, whatever the number of lanes
+
+
+def test_who_runs_and_how_the_lane_is_can_be_seen_from_the_start_on(
+    by_hand: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMLANE", "arena")
+    owner, producer = Owner(), lanes.Producer({"dp0": 1}, capacity=8 * MIB)
+    metrics.begin(owner, lambda: producer.state)
+    assert value("info", version=__version__, mode="arena") == 1
+    assert states() == {"unused": 1}
+    assert producer.put(torch.ones(9))[0] is None
+    metrics.write()
+    assert states() == {"opening": 1}
+    reader = Reader("dp0")
+    assert producer.lane is not None
+    reader.join(producer.lane.address)
+    assert producer.lane.wait_open(DEADLINE)
+    metrics.write()
+    assert states() == {"open": 1}
+    producer.lane.close()
+    reader.close()
+    metrics.write()
+    assert states() == {"failed": 1}
+    del owner
+    metrics.write()
+    assert states() == {}
+
+
+def test_a_lane_that_cannot_be_had_has_failed(by_hand: None) -> None:
+    owner, producer = Owner(), lanes.Producer({"dp0": 1}, capacity=1 << 62)
+    producer.try_out()
+    metrics.begin(owner, lambda: producer.state)
+    assert states() == {"failed": 1}
+
+
+def test_a_launch_without_a_lane_says_so(by_hand: None) -> None:
+    owner = Owner()
+    metrics.begin(owner, lambda: "off")
+    assert states() == {"off": 1}
+
+
+def test_one_thread_writes_whatever_there_is(often: None) -> None:
+    owner = Owner()
+    metrics.begin(owner, lambda: "unused")
+    with Lane({"dp0": 1}, capacity=8 * MIB) as one, Lane({"dp0": 1}, capacity=8 * MIB) as other:
+        metrics.watch(one)
+        metrics.watch(other)
+        assert len(writing()) == 1
+        eventually(lambda: numbers()["capacity"] == 16 * MIB, "both lanes' numbers")
+    del owner
+
+
+def test_a_write_that_fails_is_counted_and_tried_again(
+    often: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guard, "_said", set())
+    before, extents = guard.failures["metrics"], metrics.EXTENTS
+
+    class Full:
+        """Stands in for a metric whose file cannot grow."""
+
+        def set(self, value: float) -> None:
+            raise OSError(28, "No space left on device")
+
+    gone, lane = Lane({"dp0": 1}, capacity=8 * MIB), Lane({"dp0": 1}, capacity=8 * MIB)
+    monkeypatch.setattr(metrics, "EXTENTS", Full())
+    metrics.watch(gone)
+    metrics.watch(lane)
+    eventually(lambda: guard.failures["metrics"] >= before + 3, "three failures")
+    gone.close()
+    eventually(lambda: list(metrics._watched) == [lane], "the closed lane to be let go")
+    monkeypatch.setattr(metrics, "EXTENTS", extents)
+    assert isinstance(lane.put(torch.ones(9)), Refused)
+    refused = numbers()["not_open"]
+    eventually(lambda: numbers()["not_open"] > refused - 1, "numbers again")
+    eventually(lambda: value("failures_total", where="metrics") == guard.failures["metrics"], "its count")
+    lane.close()
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name == "mmlane"]
+    assert line.startswith("mmlane: metrics failed: OSError: [Errno 28] No space left on device; ")
+
+
+def test_nothing_is_counted_twice_when_a_write_fails_in_the_middle(
+    by_hand: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = numbers()["not_open"]
+    with Lane({"dp0": 1}, capacity=8 * MIB) as lane:
+        assert isinstance(lane.put(torch.ones(9)), Refused)
+        with monkeypatch.context() as full:
+            full.setattr(metrics, "EXTENTS", None)
+            metrics.watch(lane)
+        metrics.write()
+        assert numbers()["not_open"] == before + 1
+    metrics.write()

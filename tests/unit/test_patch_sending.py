@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from mmlane_patches import lanes  # noqa: E402
 from mmlane_patches.pointer import PREFIX, SHM, SegmentPointer, made_here  # noqa: E402
-from mmlane_patches.sending import by_lane, unlink_if_unsent  # noqa: E402
+from mmlane_patches.sending import by_lane, unlink_if_unsent, with_samples  # noqa: E402
 
 
 class Unpicklable:
@@ -118,3 +118,89 @@ def test_a_text_only_request_is_sent_as_if_nothing_stood_here(context: Callable[
     assert context(Manager.send)(manager, tokenized_obj=REQUEST) != text
     assert context(Manager.send_as_0_5_9)(manager, TEXT, REQUEST) != text
     assert asyncio.run(context(Manager.send_async)(manager, REQUEST)) != text
+
+
+class Samples:
+    """A manager that answers a request for samples with what it could share, once for each step."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.seen: list[Any] = []
+
+    async def handle(self, obj: Any, request: Any = None) -> Any:
+        try:
+            for step in range(3):
+                await asyncio.sleep(0)
+                self.seen.append(lanes.samples.get())
+                if step == obj.fails:
+                    raise OSError("mine")
+                yield step
+        finally:
+            self.ended = True
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    found: list[Any] = []
+    monkeypatch.setattr(lanes.Samples, "close", lambda samples: found.append(samples))
+    return found
+
+
+def test_the_samples_of_a_request_are_together_while_it_is_handled(closed: list[Any]) -> None:
+    handle = with_samples(Samples.handle)
+
+    async def both() -> list[Any]:
+        """Two requests at a time, and what this task itself sees meanwhile."""
+        responses = [handle(manager, SimpleNamespace(parallel_sample_num=4, fails=-1)) for manager in managers]
+        got = []
+        for _ in range(3):
+            got += [await anext(each) for each in responses]
+            assert lanes.samples.get() is None
+        for each in responses:
+            with pytest.raises(StopAsyncIteration):
+                await anext(each)
+        return got
+
+    managers = [Samples(), Samples()]
+    assert asyncio.run(both()) == [0, 0, 1, 1, 2, 2]
+    first, second = ({id(seen) for seen in manager.seen} for manager in managers)
+    assert len(first) == len(second) == 1 and first != second
+    assert [id(samples) for samples in closed] == [*first, *second]
+
+
+@pytest.mark.parametrize("how", ["fails", "is left", "is cancelled"])
+def test_a_request_that_does_not_end_as_it_should_closes_its_samples(how: str, closed: list[Any]) -> None:
+    manager = Samples()
+    responses = with_samples(Samples.handle)(
+        manager, SimpleNamespace(parallel_sample_num=2, fails=1 if how == "fails" else -1)
+    )
+
+    async def use() -> None:
+        assert await anext(responses) == 0
+        if how == "fails":
+            with pytest.raises(OSError, match="mine"):
+                await anext(responses)
+        elif how == "is left":
+            await responses.aclose()
+        else:
+            waiting = asyncio.ensure_future(anext(responses))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+    asyncio.run(use())
+    assert manager.ended and len(closed) == 1
+
+
+@pytest.mark.parametrize("obj", [SimpleNamespace(fails=-1), SimpleNamespace(parallel_sample_num=1, fails=-1)])
+def test_a_request_for_one_sample_is_handled_as_if_nothing_stood_here(obj: Any, closed: list[Any]) -> None:
+    manager = Samples()
+    responses = with_samples(Samples.handle)(manager, obj)
+    assert responses.ag_code is Samples.handle.__code__
+
+    async def all_of() -> list[Any]:
+        return [response async for response in responses]
+
+    assert asyncio.run(all_of()) == [0, 1, 2]
+    assert manager.seen == [None] * 3 and closed == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmlane.settings import Settings, SettingsError, read, take_flags
+from mmlane.settings import VARIABLES, Settings, SettingsError, misspelt, read, take_flags
 
 
 def test_defaults() -> None:
@@ -39,7 +39,7 @@ def test_a_capacity_is_a_number_of_mib() -> None:
     assert read({"MMLANE_CAPACITY_MB": ""}).capacity is None
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "64M", "1.5", "much"])
+@pytest.mark.parametrize("value", ["0", "-1", "64M", "1.5", "much", "9" * 5000])
 def test_a_wrong_capacity_is_refused(value: str) -> None:
     with pytest.raises(SettingsError, match=f"MMLANE_CAPACITY_MB={value} is not a number of MiB"):
         read({"MMLANE_CAPACITY_MB": value})
@@ -50,6 +50,19 @@ def test_pinned_memory_can_be_none_at_all() -> None:
     assert read({"MMLANE_PINNED_MB": "0"}).pinned == 0 and read({}).pinned is None
     with pytest.raises(SettingsError, match="MMLANE_PINNED_MB=no is not a number of MiB"):
         read({"MMLANE_PINNED_MB": "no"})
+
+
+def test_variables_that_nobody_reads_are_named_with_the_nearest_that_is_read() -> None:
+    known = dict.fromkeys((*VARIABLES, "MMLANE_IPC_LOCK", "MMLANE_CACHE", "OTHER_MMLANE_X"), "")
+    assert read(known).unknown == ()
+    unknown = read({"MMLANE_CAPACITY": "1", "MMLANE_ZZZ": "1", **known}).unknown
+    assert unknown == ("MMLANE_CAPACITY", "MMLANE_ZZZ")
+    assert misspelt(unknown) == (
+        "unknown variables, which do nothing: MMLANE_CAPACITY (did you mean MMLANE_CAPACITY_MB?), MMLANE_ZZZ"
+    )
+    assert "MMLANE_LOG_LEVEL (did you mean MMLANE_LOG?)" in misspelt(["MMLANE_LOG_LEVEL"])
+    assert "MMLANE_PINNED (did you mean MMLANE_PINNED_MB?)" in misspelt(["MMLANE_PINNED"])
+    assert "MMLANE_MODE (did you mean MMLANE?)" in misspelt(["MMLANE_MODE"])
 
 
 def test_flags_are_taken_off_and_carried_as_variables() -> None:

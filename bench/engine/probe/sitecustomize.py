@@ -1,6 +1,6 @@
 """Python imports this in every process of an engine that bench.engine starts; it notes what calls take.
 
-One JSON object a call, one file a process, in the directory that MMLANE_BENCH_PROBE names. Times are of
+One JSON object a call, one file a process, in the directory that BENCH_PROBE names. Times are of
 CLOCK_MONOTONIC, in seconds. Nothing is replaced before a tokenizer or scheduler is made, so that what is
 surrounded is what a plugin has put there.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from time import monotonic, thread_time
 from typing import Any
 
-DIRECTORY = "MMLANE_BENCH_PROBE"
+DIRECTORY = "BENCH_PROBE"
 # An image of this name stands for an embedding: the number of bytes follows.
 EMBEDDING = "mmlane-bench-embedding:"
 _HIDDEN = 64  # of the devkit's checkpoints

@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mmlane import __version__
-from mmlane.cli.examination import USAGE, Examination, Here, examine, size
+from mmlane.cli import lane_size
+from mmlane.cli.examination import USAGE, Examination, Here, examine
+from mmlane.cli.units import size
 from mmlane.host import PREFIXES, SharedMemory
 from mmlane.report import Report
 from mmlane.settings import SettingsError
@@ -26,6 +28,12 @@ STYLES = {
     "missing": "yellow",
     "problem": "bold red",
     "note": "yellow",
+}
+
+SWEEPS = {
+    "0": "leave what dead engines left",
+    "1": "reclaim what is provably dead",
+    "private": "reclaim what is provably dead; no other container uses this /dev/shm",
 }
 
 Row = tuple[str, ...]
@@ -85,18 +93,25 @@ def _head(found: Examination, console: Console) -> None:
         title.append(f" on sglang {found.report.engine}")
         title.append(f" ({found.untested() or 'tested'})", style="not bold")
     console.print(title)
+    engine = "by the table, not checked against its source" if found.root is None else str(found.root)
+    _table(console, [("engine", "none found" if found.report is None else engine), *_settings(found)])
+
+
+def _settings(found: Examination) -> Iterable[Row]:
+    """All settings as what they amount to here."""
     chosen = found.settings
-    mode = "off: the engine runs as it is" if chosen.mode == "off" else chosen.mode
-    rows = [
-        ("engine", str(found.root) if found.root is not None else "by the table, not checked against its source"),
-        ("mode", mode),
-        ("turned off", ", ".join(sorted(chosen.disable)) or "none"),
-        ("strict", "yes" if chosen.strict else "no"),
-        ("log", chosen.log),
-    ]
-    if found.report is None:
-        rows[0] = ("engine", "none found")
-    _table(console, rows)
+    rows = {
+        "mode": ("mode", "off: the engine runs as it is" if chosen.mode == "off" else chosen.mode),
+        "disable": ("turned off", ", ".join(sorted(chosen.disable)) or "none"),
+        "strict": ("strict", "yes" if chosen.strict else "no"),
+        "log": ("log", chosen.log),
+        "sweep": ("sweep", SWEEPS[chosen.sweep]),
+    }
+    for field, (title, text) in rows.items():
+        yield title, f"{text} (default)" if chosen.is_default(field) else text
+    capacity, pinned = lane_size.described(chosen, found.here.memory if found.here is not None else None)
+    yield "capacity", capacity
+    yield "pinned", pinned
 
 
 def _patches(report: Report, console: Console) -> None:

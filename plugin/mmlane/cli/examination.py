@@ -11,13 +11,16 @@ from typing import Any
 from packaging.version import Version
 
 from mmlane import __version__, engine, entry, host, settings
-from mmlane.cli import triggers
+from mmlane.cli import lane_size, triggers
+from mmlane.cli.units import size
 from mmlane.report import Report
 
 FINE, TROUBLE, USAGE, NO_ENGINE = 0, 1, 2, 3
 
 # Below this much room a handful of large images goes inline instead of by shared memory.
 SMALL_SHM = 256 << 20
+
+_NVIDIA = Path("/dev/nvidiactl")  # there where a process can use a GPU of that kind
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Here:
     shm: host.SharedMemory | None
     memory: host.Memory
     kernel: tuple[host.Feature, ...]
+    gpu: bool
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Examination:
             found += self.report.trouble()
         if self.here is not None:
             found += _trigger_problems(self.here.triggers, self.settings) + _shm_problems(self.here.shm)
+            found += lane_size.problems(self.settings, self.here.memory)
         return found
 
     def notes(self) -> list[str]:
@@ -63,6 +68,8 @@ class Examination:
         found = []
         if self.report is not None and self.untested():
             found.append(f"sglang {self.report.engine} is {self.untested()}")
+        if self.settings.unknown:
+            found.append(settings.misspelt(self.settings.unknown))
         if self.here is not None:
             if self.here.triggers.entry_point is None:
                 found.append(
@@ -70,6 +77,7 @@ class Examination:
                     "but only where Python runs it; reinstall mmlane with pip"
                 )
             found += _shm_notes(self.here.shm)
+            found += lane_size.notes(self.settings, self.here.memory, gpu=self.here.gpu)
             missing = [feature.name for feature in self.here.kernel if not feature.works]
             if missing:
                 found.append(
@@ -94,17 +102,27 @@ class Examination:
             "notes": self.notes(),
             "engine": report
             and {"version": report["engine"], "untested": self.untested(), "root": _text(self.root)},
-            "settings": {
-                "mode": self.settings.mode,
-                "disable": sorted(self.settings.disable),
-                "strict": self.settings.strict,
-                "log": self.settings.log,
-            },
+            "settings": self._settings_dict(),
             "patches": report["patches"] if report is not None else [],
             "triggers": self.here and _triggers_dict(self.here.triggers),
             "shm": self.here and self.here.shm and _shm_dict(self.here.shm),
             "memory": self.here and asdict(self.here.memory),
             "kernel": self.here and [asdict(feature) for feature in self.here.kernel],
+        }
+
+    def _settings_dict(self) -> dict[str, Any]:
+        """What the settings amount to; `defaults` names those that nobody has chosen otherwise."""
+        chosen, memory = self.settings, self.here.memory if self.here is not None else None
+        return {
+            "mode": chosen.mode,
+            "disable": sorted(chosen.disable),
+            "strict": chosen.strict,
+            "log": chosen.log,
+            "capacity": lane_size.capacity(chosen, memory),
+            "pinned": lane_size.pinned(chosen, memory),
+            "sweep": chosen.sweep,
+            "defaults": [name for name in settings.OF_FIELD if chosen.is_default(name)],
+            "unknown": list(chosen.unknown),
         }
 
 
@@ -122,7 +140,7 @@ def examine(asked: Version | None, environ: Mapping[str, str] | None = None) -> 
         settings=chosen,
         report=_report(chosen, found) if found is not None else None,
         root=found.root if found is not None else None,
-        here=Here(installed, host.shared_memory(), host.memory(), host.kernel_features()),
+        here=Here(installed, host.shared_memory(), host.memory(), host.kernel_features(), _NVIDIA.exists()),
     )
 
 
@@ -185,14 +203,3 @@ def _shm_dict(shm: host.SharedMemory) -> dict[str, Any]:
 
 def _text(path: Path | None) -> str | None:
     return str(path) if path is not None else None
-
-
-def size(count: int) -> str:
-    """Bytes as a person reads them: 64 MiB, 1.5 GiB."""
-    unit, value = "B", float(count)
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        unit, value = larger, value / 1024
-    digits = f"{value:.1f}".removesuffix(".0") if value < 10 else f"{value:.0f}"
-    return f"{digits} {unit}"

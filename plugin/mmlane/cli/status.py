@@ -15,12 +15,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mmlane.cli.examination import FINE, TROUBLE, size
+from mmlane.cli.examination import FINE, TROUBLE
+from mmlane.cli.units import size
 from mmlane.lane.status import LaneStats, StatusError, ask, running
 
 NONE = (
-    "No lane runs in this network namespace. An engine in mode arena (MMLANE=arena, the default) opens one at its "
-    "first request with an image; `mmlane doctor` says whether it can."
+    "No lane runs in this network namespace. An engine in mode arena (MMLANE=arena, the default) makes one at its "
+    "first request with an image; one that cannot make one says so in its log at start, in a line with 'no lane'. "
+    "Engines in other containers are not seen from here."
 )
 _TITLE = 60  # characters of a process's title to show
 _INTERVAL = 1.0  # seconds between two looks of --watch
@@ -144,7 +146,7 @@ def _rows(lane: LaneStats) -> Iterator[tuple[str, str, str]]:
     yield "readers", ", ".join(f"{group!r} {have}/{wanted}" for group, (have, wanted) in joined.items()), ""
     yield (
         "memory",
-        f"{size(lane.taken)} in use by {_count(lane.extents, 'extent')} ({size(lane.kept)} of it kept for reuse),"
+        f"{size(lane.taken)} in use by {_count(lane.extents, 'extent')},"
         f" {size(lane.warm)} committed{f' ({size(lane.pinned)} of it to be pinned)' * bool(lane.pinned)},"
         f" {size(lane.capacity)} capacity",
         "",

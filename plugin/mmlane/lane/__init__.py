@@ -1,7 +1,7 @@
 """The lane: tensors from one producing process to several reading ones on a host, at the speed of one memcpy.
 
     lane = Lane(readers={"tp": 2})              # in the producer
-    ticket = lane.put(tensor)                   # plain bytes, or a Refused that says why not
+    ticket = lane.put(tensor)                   # plain bytes, or a Refused that says why not; copies the tensor
 
     reader = Reader(group="tp")                 # in each reader
     reader.join(address)
@@ -30,9 +30,10 @@ from mmlane.lane.status import LaneStats, StatusError
 if TYPE_CHECKING:
     from mmlane.lane.producer import Lane
     from mmlane.lane.reader import Mode, Reader
+    from mmlane.lane.share import Share
 else:
     # These need torch, which takes seconds to import; who asks for a lane's status does not.
-    _LATER = {"Lane": "producer", "Mode": "reader", "Reader": "reader"}
+    _LATER = {"Lane": "producer", "Mode": "reader", "Reader": "reader", "Share": "share"}
 
     def __getattr__(name):
         if name not in _LATER:
@@ -50,6 +51,7 @@ __all__ = [
     "Mode",
     "Reader",
     "Refused",
+    "Share",
     "StaleTicket",
     "StatusError",
     "TicketError",

@@ -15,12 +15,12 @@ from mmlane.lane.space import Space
 
 @dataclass(eq=False, slots=True)
 class Extent:
-    """A range of the lane that holds one tensor. `kept`: its source may be put again, it stays without tickets."""
+    """A range of the lane that holds one tensor. `shared`: a share holds it, it stays without tickets."""
 
     offset: int
     nbytes: int
     tickets: int = 0
-    kept: bool = False
+    shared: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -53,7 +53,6 @@ class Ledger:
     on_end: Callable[[int], None] = lambda slot: None
     readers: dict[int, str] = field(default_factory=dict)
     live: dict[int, Live] = field(default_factory=dict)  # by slot, oldest first
-    idle: dict[Extent, None] = field(default_factory=dict)  # kept extents without tickets
     orphans: int = 0
     _everyone: dict[str, frozenset[int]] = field(default_factory=dict)  # group -> its readers
     _unused: list[int] = field(default_factory=list)
@@ -91,25 +90,18 @@ class Ledger:
         return Extent(offset, self.space.rounded(nbytes))
 
     def settle(self, extent: Extent) -> None:
-        """An extent without a ticket is free, or idle if its source may be put again."""
-        if extent.tickets:
-            return
-        if extent.kept:
-            self.idle[extent] = None
-        else:
+        """An extent is free when it has no ticket and no share holds it."""
+        if not extent.tickets and not extent.shared:
             self.space.give(extent.offset)
 
-    def keep(self, extent: Extent) -> None:
-        """The source of an extent may be put again: the extent stays when its last ticket ends."""
-        extent.kept = True
+    def hold(self, extent: Extent) -> None:
+        """A share holds an extent: it stays when its last ticket ends."""
+        extent.shared = True
 
-    def drop(self, extent: Extent) -> None:
-        """The source of an extent cannot be put again: it is free without a ticket, else with its last one."""
-        if extent.kept:
-            extent.kept = False
-            if extent.tickets == 0:
-                del self.idle[extent]
-                self.space.give(extent.offset)
+    def let_go(self, extent: Extent) -> None:
+        """The share has ended: the extent is free without a ticket, else with its last one."""
+        extent.shared = False
+        self.settle(extent)
 
     # --- tickets -------------------------------------------------------------------------------------------
 
@@ -123,7 +115,6 @@ class Ledger:
         else:
             return None
         self._serial += 1
-        self.idle.pop(extent, None)
         extent.tickets += 1
         ticket = self.live[slot] = Live(slot, self._serial, extent, now, self._everyone)
         return ticket

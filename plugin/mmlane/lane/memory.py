@@ -18,7 +18,7 @@ from math import prod
 import torch
 
 from mmlane import host
-from mmlane.lane.errors import LaneUnavailable
+from mmlane.lane.errors import LaneUnavailable, needed
 
 PAGE = mmap.PAGESIZE
 
@@ -147,7 +147,7 @@ class Backing:
             os.ftruncate(self.fd, nbytes)
             self._seal()
             self.shared_fd = self._read_only()
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # the latter for more than the system can express
             self.close()
             raise LaneUnavailable(
                 f"a lane of {nbytes} bytes could not be set up ({error}): ask for a smaller capacity,"
@@ -205,7 +205,21 @@ class Backing:
         self.fd = self.shared_fd = -1
 
 
+def attempt(nbytes: int) -> None:
+    """Make a lane's memory and let it go at once. Raises LaneUnavailable when there can be none of that size."""
+    backing = Backing(nbytes)
+    try:
+        with needed("mmap"):
+            Mapping(backing.fd, nbytes, writable=True).unmap()
+    except OSError as error:
+        raise LaneUnavailable(
+            f"a lane of {nbytes} bytes could not be set up ({error}): ask for a smaller capacity,"
+            " or raise `ulimit -v`"
+        ) from error
+    finally:
+        backing.close()
+
+
 def default_capacity() -> int:
-    """A quarter of the memory of the machine or of its control group, in bytes: address room, not committed."""
-    facts = host.memory()
-    return round_up(min(facts.total, facts.limit or facts.total) // 4, 1 << 20)
+    """What a lane may hold unless somebody says otherwise, in bytes: address room, not committed."""
+    return host.memory().lane_capacity()

@@ -11,7 +11,6 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from itertools import islice
 from math import inf
 from types import TracebackType
 
@@ -21,7 +20,7 @@ from mmlane.lane import memory, points, wire
 from mmlane.lane.control import Control
 from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused, needed
 from mmlane.lane.ledger import Extent, Ledger
-from mmlane.lane.sources import Identity, Sources, identity
+from mmlane.lane.share import Held, Share
 from mmlane.lane.space import Space
 from mmlane.lane.status import LaneStats
 from mmlane.lane.ticket import DIMENSIONS, NAMES, Content, digest, read, write
@@ -32,7 +31,6 @@ SEGMENT = 4 << 20
 SLOTS = 1 << 16  # tickets that can be out at a time
 _AHEAD = 8 << 20  # bytes at most to commit ahead of need
 _DRAIN = 16  # puts after which give-backs are handled, needed or not
-_GLANCE = 8  # idle extents to look at in one put
 _STEP = 16  # segments to commit for good before looking again at what memory is left
 _PAUSE = 0.0005  # seconds between them, for puts that want to commit, too: the lock alone would not let them in
 _AT_A_TIME = 4096  # segments to hand back in one look: more would not fit into the readers' sockets
@@ -103,7 +101,7 @@ class Lane:
         self._committing = threading.Lock()
         self._withdrawn: deque[tuple[int, int]] = deque()
         self._recalled: deque[tuple[int, int]] = deque()
-        self._sources = Sources()
+        self._ended: deque[Held] = deque()  # shares that were closed
         self._refused: Counter[Cause] = Counter()
         self._puts = self._shared = self._copied = self._strays = 0
         self._copy_seconds = 0.0
@@ -179,28 +177,26 @@ class Lane:
             self._opened.wait_for(lambda: self._closed or self._is_open(), timeout)
             return self._is_open()
 
-    def put(self, tensor: torch.Tensor, *, share: bool = True) -> bytes | Refused:
+    def put(self, tensor: torch.Tensor, *, share: Share | None = None) -> bytes | Refused:
         """Copy a tensor into the lane and return a ticket for it, for the readers of one group to take or discard.
 
-        tensor: any shape, strides and dtype of whole bytes, dense, on the CPU; readers get it contiguous. A
-        tensor that was put before, lives, and was not changed in place (as torch's version counter tells) is not
-        copied again: the new ticket refers to the same bytes. share=False: copy in any case, for tensors that are
-        written behind torch's back.
+        tensor: any shape, strides and dtype of whole bytes, dense, on the CPU; readers get it contiguous.
+        share: of this lane, made for this tensor (see `Lane.share`): only its first put copies.
 
-        Returns a Refused where no ticket can be had; never waits for readers. Raises LaneError in a forked child.
+        Returns a Refused where no ticket can be had; never waits for readers. Raises LaneError in a forked child,
+        ValueError for a share that is not for this tensor or lane.
         """
         self._check_process()
+        held = None if share is None or share.closed else self._held(share, tensor)
         problem = _unsupported(tensor)
         if problem:
             with self._lock:
                 return self._refuse("unsupported", problem)
         nbytes = tensor.numel() * tensor.itemsize
-        same = identity(tensor) if share else None
-        version = 0 if same is None else tensor._version
         extent: Extent | None = None
         try:
             with self._lock, self._books:
-                placed = self._place(tensor, nbytes, same, version)
+                placed = self._place(tensor, nbytes, held)
                 if not isinstance(placed, Extent):
                     return placed
                 cold = self._ledger.space.cold(placed.offset, placed.nbytes)
@@ -221,7 +217,7 @@ class Lane:
                 self._copied += nbytes
                 self._copy_seconds += took
                 self._release()
-                return self._publish(tensor, nbytes, placed, same, version)
+                return self._publish(tensor, nbytes, placed, held)
         except BaseException as error:
             with self._lock, self._books:
                 if extent is not None:
@@ -229,16 +225,18 @@ class Lane:
                     self._release()
             if not isinstance(error, OSError) or error.errno is None:  # a TimeoutError is one, of a signal handler
                 raise
-            return self._without_memory(tensor, share, nbytes, error)
-
-    def _without_memory(self, tensor: torch.Tensor, share: bool, nbytes: int, error: OSError) -> bytes | Refused:
-        """Put a tensor where copies are that were kept for their sources only; refuse it when there are none."""
-        with self._lock, self._books:
-            if not self._ledger.idle:
+            with self._lock:
                 return self._refuse("full", f"no memory for {nbytes} bytes: {error}")
-            for kept in list(self._ledger.idle):
-                self._drop(kept)
-        return self.put(tensor, share=share)
+
+    def share(self, uses: int) -> Share:
+        """One copy for `uses` puts of one tensor, whatever becomes of their tickets meanwhile.
+
+        The copy is held until the uses are spent, or the share is closed or dropped. Raises ValueError unless
+        `uses` is positive.
+        """
+        if uses < 1:
+            raise ValueError(f"{uses=}: a share is for at least one put")
+        return Share(Held(self, uses), self._ended.append)
 
     def withdraw(self, ticket: bytes) -> None:
         """Take back a ticket that was never sent and never will be; its bytes can be used again.
@@ -274,8 +272,6 @@ class Lane:
             ledger = self._ledger
             if not self._closed:
                 self._drain()
-                self._sweep(len(ledger.idle))
-            extents = {ticket.extent for ticket in ledger.live.values()} | set(ledger.idle)
             return LaneStats(
                 address=self.address,
                 pid=self._pid,
@@ -284,8 +280,7 @@ class Lane:
                 warm=ledger.space.warm_bytes,
                 pinned=self._for_good,
                 taken=ledger.space.taken_bytes,
-                kept=sum(extent.nbytes for extent in ledger.idle),
-                extents=len(extents),
+                extents=ledger.space.taken_count,
                 tickets=len(ledger.live),
                 expected=dict(self.expected),
                 readers=dict(Counter(ledger.readers.values())),
@@ -355,20 +350,27 @@ class Lane:
         wanted = ", ".join(f"{have[group]} of {count} in {group!r}" for group, count in self.expected.items())
         return self._refuse("not_open", f"readers that have joined: {wanted}; the lane opens when all have")
 
-    def _place(
-        self, tensor: torch.Tensor, nbytes: int, same: Identity | None, version: int
-    ) -> bytes | Extent | Refused:
-        """A ticket on the extent that holds the tensor already, or an extent to copy it to, or neither."""
+    def _held(self, share: Share, tensor: torch.Tensor) -> Held:
+        held, content = share.held, (tensor.dtype, tensor.shape)
+        if held.lane is not self:
+            raise ValueError(f"a share of {held.lane!r}, put into {self!r}")
+        if held.content not in (None, content):
+            raise ValueError(f"a share for a tensor of {held.content}, put with one of {content}")
+        return held
+
+    def _place(self, tensor: torch.Tensor, nbytes: int, held: Held | None) -> bytes | Extent | Refused:
+        """A ticket on the copy that a share holds already, or an extent to copy to, or neither."""
         space = self._ledger.space
         self._ahead = max(self._ahead, min(nbytes, _AHEAD))
         self._undrained += 1
         if (self._undrained >= _DRAIN or len(self._ledger.live) >= SLOTS) and not self._closed:
             self._drain()
+        if held is not None:
+            held.uses -= 1
+            if held.extent is not None:
+                return self._place_again(tensor, nbytes, held, held.extent)
         if not self._is_open():
             return self._shut()
-        known = None if same is None else self._sources.find(same, version)
-        if known is not None:
-            return self._issue(tensor, nbytes, known, shared=True)
         if nbytes > space.capacity:
             return self._refuse(
                 "oversize", f"{nbytes} bytes, more than the lane's capacity of {space.capacity}: raise it"
@@ -376,9 +378,6 @@ class Lane:
         offset = space.find(nbytes)
         if offset is None or space.cold(offset, nbytes):
             self._drain()  # before memory is committed, use what has come back
-            offset = space.find(nbytes)
-        while offset is None and self._ledger.idle:
-            self._drop(next(iter(self._ledger.idle)))
             offset = space.find(nbytes)
         if offset is None:
             return self._refuse(
@@ -388,18 +387,27 @@ class Lane:
             )
         return self._ledger.allocate(offset, nbytes)
 
-    def _publish(
-        self, tensor: torch.Tensor, nbytes: int, extent: Extent, same: Identity | None, version: int
-    ) -> bytes | Refused:
+    def _place_again(self, tensor: torch.Tensor, nbytes: int, held: Held, extent: Extent) -> bytes | Refused:
+        placed = self._issue(tensor, nbytes, extent, shared=True) if self._is_open() else self._shut()
+        if held.uses < 1:
+            self._end(held)
+        return placed
+
+    def _publish(self, tensor: torch.Tensor, nbytes: int, extent: Extent, held: Held | None) -> bytes | Refused:
         if not self._is_open():  # any more
             self._ledger.settle(extent)
             return self._shut()
-        if same is not None and version == tensor._version:  # nobody changed it while it was copied
-            earlier = self._sources.add(same, version, tensor, extent)
-            if earlier is not None:
-                self._ledger.drop(earlier)
-            self._ledger.keep(extent)
+        if held is not None and held.uses > 0 and held.extent is None:  # else another thread was first
+            held.extent, held.content = extent, (tensor.dtype, tensor.shape)
+            self._ledger.hold(extent)
         return self._issue(tensor, nbytes, extent, shared=False)
+
+    def _end(self, held: Held) -> None:
+        """Nothing more is put with a share."""
+        held.uses = 0
+        extent, held.extent = held.extent, None
+        if extent is not None:
+            self._ledger.let_go(extent)
 
     def _issue(self, tensor: torch.Tensor, nbytes: int, extent: Extent, *, shared: bool) -> bytes | Refused:
         live = self._ledger.issue(extent, time.monotonic())
@@ -427,21 +435,9 @@ class Lane:
             self._heard(reader, message)
         while self._withdrawn:
             self._ledger.withdraw(*self._withdrawn.popleft())
-        self._sweep(_GLANCE)
+        while self._ended:
+            self._end(self._ended.popleft())
         self._look_ahead()
-
-    def _sweep(self, count: int) -> None:
-        """Free idle extents whose source is gone, among the `count` that were looked at longest ago."""
-        idle = self._ledger.idle
-        for extent in list(islice(idle, count)):
-            if self._sources.is_gone(extent):
-                self._drop(extent)
-            else:
-                idle[extent] = idle.pop(extent)  # to the end
-
-    def _drop(self, extent: Extent) -> None:
-        self._sources.forget(extent)
-        self._ledger.drop(extent)
 
     def _heard(self, reader: int, message: bytes) -> None:
         if not message:
@@ -630,7 +626,6 @@ class Lane:
             if self._closed:
                 return
             self._drain()
-            self._sweep(len(self._ledger.idle))
             self._starved = False
             self._ahead = 0
             self._ask_after_orphans()

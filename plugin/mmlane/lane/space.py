@@ -134,6 +134,11 @@ class Space:
         return sum(self._taken.values())
 
     @property
+    def taken_count(self) -> int:
+        """How many ranges are taken."""
+        return len(self._taken)
+
+    @property
     def warm_bytes(self) -> int:
         """Bytes with memory behind them."""
         return len(self._warm) * self.segment

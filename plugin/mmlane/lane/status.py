@@ -26,7 +26,7 @@ class LaneStats:
 
     pid: the producer, as whoever asks would call it; 0 if it is out of sight, in another PID namespace.
     capacity: address room. warm: memory committed. pinned: of this, for good, for readers to pin. taken: in
-    extents, of which `kept` hold no ticket and wait for their tensor to be put again. expected, readers: by group.
+    extents: of tickets, held by shares, and being filled. expected, readers: by group.
     puts: tickets issued. shared: puts that needed no copy. copied: copied into the lane by all other puts, in
     `copy_seconds`, added up over all threads; puts that were refused after their copy count, too.
     refused: puts refused, by cause. orphans: tickets that no reader ever saw, reclaimed. strays: messages from
@@ -41,7 +41,6 @@ class LaneStats:
     warm: int
     pinned: int
     taken: int
-    kept: int
     extents: int
     tickets: int
     expected: dict[str, int]

@@ -1,0 +1,133 @@
+"""An error that nobody expects, in each place at which the engine calls mmlane.
+
+docs/how-it-works.md, "When mmlane fails", has the rule: the tokenizer's side goes another way and says so once; a
+rank fails the request, or ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from devkit.client import Reply
+from tests.engine import scenarios
+from tests.engine.watching import WatchedServer
+
+pytestmark = pytest.mark.engine
+
+RELEASES = pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.18", "0.5.23")
+ENDS_S = 180.0  # from 0.5.14 on the main process waits a minute for core dumps
+
+# What fails while requests are sent -> what its line begins with.
+SENDING = {
+    "mmlane.lane.producer:Lane.put": "put failed",
+    "mmlane.lane.producer:Lane.share": "put failed",
+    "mmlane_patches.lanes:Samples.put": "put failed",
+    "mmlane_patches.lanes:Samples.close": "share failed",
+    "mmlane_patches.tickets:LanePointer._carry": "put failed",
+}
+# The same where only older releases have the patch: up to which one.
+OLDER = {
+    "mmlane_patches.wrapping:replace_values": ("wrapping failed", "0.5.12.post1"),
+    "mmlane_patches.fan_out:own_items": ("fan_out failed", "0.5.12.post1"),
+}
+
+
+def failing_server(release: str, plugin: Path) -> WatchedServer:
+    return WatchedServer(release, plugin=plugin, probes=["failures"], args=["--enable-metrics"])
+
+
+@contextmanager
+def failing(server: WatchedServer, *seams: str) -> Iterator[None]:
+    file = server.notes / "fail"
+    file.write_text("".join(f"{seam}\n" for seam in seams))
+    try:
+        yield
+    finally:
+        file.unlink()
+
+
+def one(server: WatchedServer) -> Reply:
+    return server.generate([scenarios.image(1)], scenarios.TEXT)
+
+
+def three(server: WatchedServer) -> Reply:
+    return server.generate([scenarios.image(2)], scenarios.TEXT, n=3)
+
+
+def said(server: WatchedServer, line: str, seam: str, error: str = "Injected") -> int:
+    return len(re.findall(rf"mmlane: {line}: {error}: in {re.escape(seam)};", server.log()))
+
+
+@RELEASES
+def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
+    with failing_server(release, plugin_wheel) as server:
+        scenarios.open_lanes(server)
+        wanted = [scenarios.tokens(one(server)), scenarios.tokens(three(server))]
+        seams = dict(SENDING)
+        for seam, (line, newest) in OLDER.items():
+            if Version(release) <= Version(newest):
+                seams[seam] = line
+        for number, (seam, line) in enumerate(seams.items()):
+            error = f"Injected{number}"  # the same kind of error at the same place is said once
+            alone = seam.endswith("own_items")  # what it does is needed for n > 1 there
+            with failing(server, f"{seam} {error}"):
+                replies = [one(server), *([] if alone else [three(server), three(server)])]
+            for reply, tokens in zip(replies, [wanted[0], wanted[1], wanted[1]], strict=False):
+                assert reply.status == 200, (seam, reply.body)
+                assert scenarios.tokens(reply) == tokens, seam
+            assert said(server, line, seam, error) == 1, seam
+
+        # The way behind it fails as well: features go inline, or, from 0.5.21 on, by the engine's own class.
+        with failing(server, "mmlane.lane.producer:Lane.put Injected", "mmlane_patches.pointer:_store Injected"):
+            assert scenarios.tokens(one(server)) == wanted[0]
+        with failing(server, "mmlane_patches.fan_out_images:_keep_together Injected"):
+            assert scenarios.two_images_n2(server).status == 400  # as without mmlane
+        scenarios.wait_for_baseline(server)
+        assert scenarios.tokens(one(server)) == wanted[0]
+
+        # In a rank: a ticket's error fails its request, on all ranks; what nobody expects ends the rank.
+        take = "mmlane.lane.reader:Reader.take"
+        with failing(server, f"{take} StaleTicket"):
+            server.loses()
+            assert one(server).status == 500
+        assert scenarios.tokens(three(server)) == wanted[1]
+        scenarios.wait_for_baseline(server)
+        ranks = server.find("sglang::scheduler")
+        with failing(server, f"{take} Injected scheduler_TP1"):
+            server.loses()
+            answer = scenarios.in_background(lambda: one(server))
+            scenarios.wait_for(lambda: not set(ranks) & {p.pid for p in server.processes()}, "the end", ENDS_S)
+            server.stop()
+            assert answer.result(scenarios.WAIT_S).status != 200
+        assert server.log().count("mmlane: this rank ends, and the engine with it") == 1
+
+
+@RELEASES
+def test_at_start(release: str, plugin_wheel: Path) -> None:
+    """Whoever cannot take part leaves the lane out, and says so; images are answered all the same."""
+    server = failing_server(release, plugin_wheel)
+    seams = ("mmlane_patches.lanes:become_producer", "mmlane_patches.sweeping:_sweep")
+    with failing(server, *(f"{seam} Injected" for seam in seams)), server:
+        assert one(server).status == 200
+        assert three(server).status == 200
+        assert said(server, "start failed", seams[0]) == 1
+        assert "did not look for leftovers in /dev/shm: Injected" in server.log()
+        assert scenarios.lanes(server) == []
+
+
+@RELEASES
+def test_a_rank_that_cannot_join(release: str, plugin_wheel: Path) -> None:
+    server = failing_server(release, plugin_wheel)
+    with failing(server, "mmlane_patches.lanes:become_rank Injected scheduler_TP0"), server:
+        assert one(server).status == 200
+        assert three(server).status == 200
+        assert said(server, "start failed", "mmlane_patches.lanes:become_rank") == 1
+        scenarios.wait_for(lambda: scenarios.lane(server).readers.get("dp0") == 1, "the other rank")
+        assert one(server).status == 200
+        assert not scenarios.lane(server).is_open
