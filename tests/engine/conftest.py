@@ -94,7 +94,7 @@ def arena(version: str, unpatched: Transcript, plugin_wheel: Path) -> Iterator[W
     end_the_one_before()
     with WatchedServer(
         version,
-        probes=["collectives", "held"],
+        probes=["collectives", "held", "uncollected"],
         plugin=plugin_wheel,
         args=["--enable-metrics"],
         env={"MMLANE_LOG": "debug"},

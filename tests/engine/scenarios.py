@@ -107,14 +107,14 @@ def asked_and_left(server: WatchedServer, picture: bytes, **sampling: Any) -> It
 
 
 @contextmanager
-def sending_held(server: WatchedServer) -> Iterator[None]:
-    """Its tokenizer sends only while no ticket is out; with the probe `held`."""
-    hold = server.notes / "hold"
-    hold.touch()
+def told(server: WatchedServer, name: str) -> Iterator[None]:
+    """Have a probe do, meanwhile, what it does while there is a file of this name: `hold`, `uncollected`."""
+    file = server.notes / name
+    file.touch()
     try:
         yield
     finally:
-        hold.unlink()
+        file.unlink()
 
 
 def segments(server: WatchedServer) -> dict[str, int]:

@@ -86,7 +86,7 @@ def test_eight_samples_share_one_copy(held: bool, arena: WatchedServer) -> None:
     before = scenarios.lane(arena)
     one = arena.generate([picture], scenarios.TEXT)
     between = scenarios.lane(arena)
-    with scenarios.sending_held(arena) if held else nullcontext():
+    with scenarios.told(arena, "hold") if held else nullcontext():
         eight = arena.generate([picture], scenarios.TEXT, n=8)
     after = scenarios.lane(arena)
     assert scenarios.tokens(eight) == scenarios.tokens(one) * 8
@@ -137,18 +137,19 @@ def test_hanging_up_in_mid_flight(arena: WatchedServer) -> None:
 
 
 def test_hanging_up_on_several_samples(arena: WatchedServer) -> None:
-    """At the first token, and while the request that warms the prefix is under way: nothing stays for anybody."""
+    """At the first token, and while the warm-up is under way: nothing is left, and no collector is waited for."""
     scenarios.open_lanes(arena)
     scenarios.wait_for_baseline(arena)
-    for seed in range(30, 33):
-        events = arena.stream([scenarios.image(seed)], scenarios.TEXT, n=3, max_new_tokens=50)
-        next(events)
-        events.close()  # type: ignore[attr-defined]
-    scenarios.wait_for_baseline(arena)
-    for seed in range(33, 36):
-        with scenarios.schedulers_stopped(arena), scenarios.asked_and_left(arena, scenarios.image(seed), n=3):
-            scenarios.wait_for(lambda: scenarios.lane(arena).tickets == 1, "the ticket")
+    with scenarios.told(arena, "uncollected"):
+        for seed in range(30, 33):
+            events = arena.stream([scenarios.image(seed)], scenarios.TEXT, n=3, max_new_tokens=50)
+            next(events)
+            events.close()  # type: ignore[attr-defined]
         scenarios.wait_for_baseline(arena)
+        for seed in range(33, 36):
+            with scenarios.schedulers_stopped(arena), scenarios.asked_and_left(arena, scenarios.image(seed), n=3):
+                scenarios.wait_for(lambda: scenarios.lane(arena).tickets == 1, "the ticket")
+            scenarios.wait_for_baseline(arena)
 
 
 def test_metrics(arena: WatchedServer) -> None:

@@ -5,39 +5,14 @@ So the n samples of a prompt find nothing of the request that warmed its prefix,
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from when_made import TOKENIZER, when_made
+from when_made import before_each_send
 
 LIMIT_S = 60.0  # only a fault takes that long
-
-
-def watch_tokenizer(manager: Any) -> None:
-    manager._send_one_request = held(manager._send_one_request)
-
-
-def held(send: Callable[..., Any]) -> Callable[..., Any]:
-    if inspect.iscoroutinefunction(send):  # from 0.5.20 on
-
-        @wraps(send)
-        async def send_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-            hold(self)
-            return await send(self, *args, **kwargs)
-
-        return send_async
-
-    @wraps(send)
-    def send_one_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hold(self)
-        return send(self, *args, **kwargs)
-
-    return send_one_request
 
 
 def hold(manager: Any) -> None:
@@ -54,4 +29,4 @@ def hold(manager: Any) -> None:
         time.sleep(0.002)
 
 
-when_made(TOKENIZER, watch_tokenizer)
+before_each_send(hold)
