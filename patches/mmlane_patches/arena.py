@@ -21,6 +21,7 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
+from mmlane import settings
 from mmlane.compat import matrix
 from mmlane.patching import Target
 
@@ -31,7 +32,6 @@ def _producing(init: Callable[..., None]) -> Callable[..., None]:
     @wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        from mmlane import settings
         from mmlane_patches import lanes
 
         wanted = settings.read(os.environ)
@@ -52,7 +52,6 @@ def _reading(init: Callable[..., None]) -> Callable[..., None]:
     @wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        from mmlane import settings
         from mmlane_patches import lanes
 
         given = signature.bind(self, *args, **kwargs).arguments
