@@ -53,6 +53,12 @@ def engine_environment(version: str, *, plugin: Path | None = None) -> Environme
     return Environment(version, venv_python(root), site_packages(root), root)
 
 
+def disposable_environment(version: str, plugin: Path, root: Path) -> Environment:
+    """The same, with the plugin in a new directory `root` that nobody else uses, so that it can be damaged."""
+    _install(plugin, root, _engine(version))
+    return Environment(version, venv_python(root), site_packages(root), root)
+
+
 def base_environment() -> Path:
     """The shared layer: a virtual environment without any engine."""
     torchvision_ops = cpu_engine.TORCHVISION_OPS.read_bytes()
@@ -88,17 +94,18 @@ def _engine(version: str) -> Path:
 
 
 def _overlay(version: str, engine: Path, wheel: Path) -> Path:
-    base = base_environment()
     fingerprint = digest(wheel.read_bytes())
-
-    def build(root: Path) -> None:
-        create_venv(root, with_pip=False)
-        # Not --target: an ordinary installation is what runs the wheel's own .pth file and scripts.
-        pip(base, "--python", venv_python(root), "install", "--no-deps", wheel)
-        put_on_top_of(root, engine, base)
-
     path = cache_root() / "overlays" / f"{version}-{fingerprint}"
-    return build_once(path, digest(fingerprint, engine.name, base.name), build)
+    made_from = digest(fingerprint, engine.name, base_environment().name)
+    return build_once(path, made_from, lambda root: _install(wheel, root, engine))
+
+
+def _install(wheel: Path, root: Path, engine: Path) -> None:
+    base = base_environment()
+    create_venv(root, with_pip=False)
+    # Not --target: an ordinary installation is what runs the wheel's own .pth file and scripts.
+    pip(base, "--python", venv_python(root), "install", "--no-deps", wheel)
+    put_on_top_of(root, engine, base)
 
 
 def pinned(source: Path, package: str) -> str:

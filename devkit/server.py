@@ -26,7 +26,7 @@ from typing import Any
 from devkit.cache import cache_root
 from devkit.checkpoint import tiny_qwen2_vl
 from devkit.client import Client, Reply
-from devkit.environment import engine_environment
+from devkit.environment import Environment, engine_environment
 from devkit.processes import Family, Process
 from devkit.releases import release
 from devkit.sharedmemory import SharedMemory, can_be_private, privately
@@ -47,6 +47,7 @@ class ServerDied(RuntimeError):
 class EngineServer:
     """`python -m sglang.launch_server` of one engine version on CPU, in a session of its own.
 
+    `environment` is one that exists, instead of that of a release with the `plugin` or without.
     `args` come after ours on the command line, so they win. `shm_bytes` is the size of its private
     /dev/shm; asking for one where that is impossible is an error.
     """
@@ -56,6 +57,7 @@ class EngineServer:
         version: str,
         *,
         plugin: Path | None = None,
+        environment: Environment | None = None,
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         tp: int = 2,
@@ -67,7 +69,7 @@ class EngineServer:
         self.version = version
         self.tp = tp
         self.startup_s = 0.0
-        self._environment = engine_environment(version, plugin=plugin)
+        self._environment = environment or engine_environment(version, plugin=plugin)
         self._args = tuple(args)
         self._env = dict(env or {})
         self._shm_bytes = shm_bytes

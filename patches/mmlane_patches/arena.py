@@ -21,6 +21,7 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
+from mmlane import settings
 from mmlane.compat import matrix
 from mmlane.patching import Target
 from mmlane_patches.guard import guarded
@@ -33,7 +34,6 @@ def _producing(init: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         with guarded("start", "this tokenizer has no lane: features go by shared-memory segments"):
-            from mmlane import settings
             from mmlane_patches import lanes
 
             wanted = settings.read(os.environ)
@@ -58,7 +58,6 @@ def _reading(init: Callable[..., None]) -> Callable[..., None]:
             become_rank(self, *args, **kwargs)
 
     def become_rank(self: Any, *args: Any, **kwargs: Any) -> None:
-        from mmlane import settings
         from mmlane_patches import lanes
 
         given = signature.bind(self, *args, **kwargs).arguments

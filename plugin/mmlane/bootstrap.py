@@ -1,7 +1,7 @@
 """What the .pth line runs in every interpreter: watch for the engine, cost nothing otherwise.
 
-Standard library only, and of that only what the interpreter has loaded by itself. Nothing here may
-raise: an exception in a .pth line would be printed by every Python process of the user's machine.
+Standard library only, and of that only what the interpreter has loaded by itself. What raises here is kept by
+the .pth line until the engine is imported: other Python processes of the user's machine are not to hear of it.
 """
 
 # No `from __future__ import annotations`: it is a module too and would cost more than the rest. Hence the quotes.
@@ -93,9 +93,31 @@ def _flagged() -> bool:
 def _start() -> None:
     try:
         from mmlane import entry
-    except ImportError as error:  # a dependency was not installed, or uninstalled; the engine is not to pay for it
-        if os.environ.get("MMLANE_STRICT") == "1" or "--mmlane-strict" in sys.argv:
-            raise SystemExit(f"mmlane: could not start: {error}") from error
-        print(f"mmlane: is off, the engine runs without it: {error}; reinstall it with pip", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001 - a part of it, or a dependency, is gone or half written
+        give_up(error, child=is_unstarted_child())
         return
     entry.start("import hook")
+
+
+def is_unstarted_child() -> bool:
+    """Whether this is a spawned child whose `Process` object is still being unpickled."""
+    processes = sys.modules.get("multiprocessing.process")
+    return processes is not None and hasattr(processes.current_process(), "_inheriting")
+
+
+def give_up(error: Exception, *, child: bool) -> None:
+    """What follows, in one line, where mmlane cannot be had: the engine runs without it, also its children.
+
+    In strict mode the process ends. So it does in a child, whose parent would have turned mmlane off had it not
+    had it either: its peers would wait for this one in their collectives. The start line, mmlane.pth, does the
+    same by itself where this file cannot be imported.
+    """
+    cause = f"{type(error).__name__}: {error}"
+    if os.environ.get("MMLANE_STRICT", "").strip() == "1" or "--mmlane-strict" in sys.argv:
+        raise SystemExit(f"mmlane: could not start: {cause}") from error
+    if child:
+        where = "in this process, whose peers may count on it"
+        raise SystemExit(f"mmlane: could not start {where}: {cause}; start the engine anew") from error
+    os.environ["MMLANE"] = "off"
+    advice = "reinstall it with pip, or report this; MMLANE=off silences it"
+    print(f"mmlane: is off, the engine runs without it: {cause}; {advice}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from mmlane.bootstrap import is_unstarted_child
 from mmlane.patching import EngineSource
 
 DISTRIBUTION = "sglang"
@@ -91,9 +92,9 @@ def role() -> str:
     return ROLES.get(name, name)
 
 
-def is_unstarted_child() -> bool:
-    """Whether this is a spawned child whose `Process` object is still being unpickled."""
-    return getattr(multiprocessing.current_process(), "_inheriting", False) is True
+def is_child() -> bool:
+    """Whether the engine has started this process, so that it is one of several that have to decide alike."""
+    return is_unstarted_child() or role() in ROLES.values()
 
 
 def when_child_runs(callback: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mmlane import bootstrap, compat, engine, settings
 from mmlane.engine_help import HELP
-from mmlane.patching import Patcher, Refusal, Replacement, Target, apply
+from mmlane.patching import Decision, Failure, Patcher, Refusal, Replacement, Target, apply
 from mmlane.report import Report, skip_line
 
 # The engine's own way for plugins to replace things runs late: in schedulers, after everything is imported.
@@ -65,27 +65,49 @@ class Session:
         for name in sorted(self.watched(), key=LAST_MODULE.__eq__):
             loaded = sys.modules.get(name)
             if loaded is not None:
-                self.module_ready(loaded)
+                self.patch(loaded)
             else:
                 bootstrap.WATCH.after[name] = self.module_ready
         if bootstrap.WATCH not in sys.meta_path:
             sys.meta_path.insert(0, bootstrap.WATCH)
-        if engine.is_unstarted_child():
+        if bootstrap.is_unstarted_child():
             engine.when_child_runs(self.tell)
 
     def module_ready(self, module: ModuleType) -> None:
-        """Called with each watched module of the engine, as soon as its body has run."""
+        """Called by the engine's import of each watched module, as soon as its body has run."""
+        try:
+            self.patch(module)
+        except Exception as error:  # noqa: BLE001 - ours, and not to be raised by the engine's import
+            give_up(error)
+
+    def patch(self, module: ModuleType) -> None:
+        """Do all that is to be done with a module of the engine that has been imported. Idempotent."""
         skipped = self.patcher.standing("skipped")
+        if "torch" in sys.modules:  # which it is for the engine to import first, and what is loaded needs
+            self.patcher.load()
         self.patcher.module_ready(module)
         dropped = [d for d in self.patcher.standing("skipped") if d not in skipped]
         if dropped:
-            self.stop_if_strict()
-            say(skip_line(dropped))
+            self.drop(dropped)
         for extra in (HELP, self.after_hooks()):
             if module.__name__ == extra.module:
                 self.add(extra, module)
-        if module.__name__ == LAST_MODULE and not engine.is_unstarted_child():
+        if module.__name__ == LAST_MODULE and not bootstrap.is_unstarted_child():
             self.tell()
+
+    def drop(self, dropped: list[Decision]) -> None:
+        """Say what cannot be applied after all, and have the processes that this one starts leave it out as well.
+
+        A patch whose own code fails in a child may be in place in its peers: that ends the child.
+        """
+        self.stop_if_strict()
+        failures = [d.reason for d in dropped if d.failed]
+        if failures and engine.is_child():
+            raise Failure(failures[0])
+        for culprit in [d for d in dropped if not d.needs]:
+            say(skip_line([d for d in dropped if culprit.spec.id in (d.spec.id, d.needs)]))
+        left_out = settings.read(os.environ).disable.union(d.spec.id for d in dropped)
+        os.environ["MMLANE_DISABLE"] = ",".join(sorted(left_out))
 
     def add(self, extra: Target, module: ModuleType) -> None:
         """Replace something of the engine that no patch needs; where it is not there, only this is missing."""
@@ -180,20 +202,19 @@ def start(trigger: str) -> None:
         session.begin()
     except settings.SettingsError as error:
         raise SystemExit(f"mmlane: {error}") from None
-    except Exception as error:
-        if session is not None:
-            session.undo()
-            session = None
-        cause = f"{type(error).__name__}: {error}"
-        if os.environ.get("MMLANE_STRICT") == "1":
-            raise SystemExit(f"mmlane: could not start: {cause}") from error
-        if engine.is_unstarted_child():
-            where = "in this process, whose peers may count on it"
-            raise SystemExit(f"mmlane: could not start {where}: {cause}") from error
-        os.environ["MMLANE"] = "off"
-        say(f"is off, the engine runs without it: {cause}; please report this; silence it with MMLANE=off")
-        if os.environ.get("MMLANE_LOG") == "debug":
-            traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - as above
+        give_up(error)
+
+
+def give_up(error: Exception) -> None:
+    """Leave the engine as it was, or end this process: see `bootstrap.give_up`."""
+    global session
+    if session is not None:
+        session.undo()
+        session = None
+    if os.environ.get("MMLANE_LOG") == "debug":
+        traceback.print_exception(error)
+    bootstrap.give_up(error, child=engine.is_child())
 
 
 def stop() -> None:

@@ -40,7 +40,8 @@ class Target:
     values (`x=` marks a default). For a class it is that of its `__init__`, for a constant its value as written,
     which tells whether it is still the engine's own.
     `replace` is given the engine's object and returns what takes its place; as a string, "module:function", it is
-    imported when the target's module is there, so that a patch file need not import what the engine is yet to.
+    imported as soon as torch is there (`Patcher.load`), so that a patch file need not import what the engine is
+    yet to. That module may import torch; the engine only inside of its functions.
     `since` and `before` bound the engine versions on which this target is the right place.
     """
 
@@ -64,10 +65,19 @@ class Target:
         """What is looked for, in words."""
         return f"wanted {self.path}{' or '.join(_told(signature) for signature in self.signatures)}"
 
+    def load(self) -> Callable[[Any], Any]:
+        """`replace`, imported. Raises `Failure`."""
+        if not isinstance(self.replace, str):
+            return self.replace
+        try:
+            replace: Callable[[Any], Any] = pkgutil.resolve_name(self.replace)
+        except Exception as error:  # as in `apply`
+            raise Failure(f"nothing to replace {self.path} with: {type(error).__name__}: {error}") from error
+        return replace
+
     def build(self, original: Any) -> Any:
         """What takes the place of the engine's `original`."""
-        replace = pkgutil.resolve_name(self.replace) if isinstance(self.replace, str) else self.replace
-        return replace(original)
+        return self.load()(original)
 
     def serves(self, version: Version) -> bool:
         """Whether this is a target on that engine version. A pre-release counts as before its release."""
@@ -110,6 +120,10 @@ class PatchSpec:
 
 class Refusal(Exception):
     """A target cannot be patched as the patch expects; the message says what was wanted and what was found."""
+
+
+class Failure(Refusal):
+    """A patch's own code failed, or is not there: unlike what the engine looks like, that may be so here alone."""
 
 
 # --- check: the engine's source, read without importing it -------------------------------------------------
@@ -280,7 +294,7 @@ def apply(target: Target, module: ModuleType, ours: Collection[Replacement] = ()
     except Refusal:
         raise
     except Exception as error:  # a patch's code, perhaps somebody else's; the engine's import must not fail of it
-        raise Refusal(f"nothing to replace {target.path} with: {type(error).__name__}: {error}") from error
+        raise Failure(f"nothing to replace {target.path} with: {type(error).__name__}: {error}") from error
     _rebind(owner, attribute, original, installed)
     return Replacement(target, owner, attribute, original, installed)
 
@@ -348,6 +362,7 @@ class Decision:
     """What became of one patch here, and why.
 
     `chosen`: it is skipped because the user said so. `needs`: it is skipped because that patch of its group is.
+    `failed`: it is skipped because its own code failed.
     """
 
     spec: PatchSpec
@@ -356,6 +371,7 @@ class Decision:
     targets: tuple[Target, ...] = ()
     chosen: bool = False
     needs: str = ""
+    failed: bool = False
     replaced: list[Replacement] = field(default_factory=list)
 
     @property
@@ -398,6 +414,20 @@ class Patcher:
             for target in decision.targets
         }
 
+    def load(self) -> None:
+        """Import all that the plan names; a group for which that fails is skipped. Idempotent.
+
+        The engine imports some of its modules late, when our files may be gone, or those of another version.
+        """
+        for decision in self.decisions.values():
+            if decision.state not in ("planned", "applied"):
+                continue
+            try:
+                for target in decision.targets:
+                    target.load()
+            except Failure as failure:
+                self._drop_group(decision, failure)
+
     def module_ready(self, module: ModuleType) -> None:
         """Apply what the plan holds for a module that has just been, or already was, imported. Idempotent."""
         for decision in self.decisions.values():
@@ -409,7 +439,7 @@ class Patcher:
                 try:
                     replacement = apply(target, module, [ours for _, ours in self._in_order])
                 except Refusal as refusal:
-                    self._drop_group(decision, str(refusal))
+                    self._drop_group(decision, refusal)
                     break
                 decision.replaced.append(replacement)
                 decision.state = "applied"
@@ -426,14 +456,14 @@ class Patcher:
             if not replacement.in_force()
         ]
 
-    def _drop_group(self, culprit: Decision, reason: str) -> None:
+    def _drop_group(self, culprit: Decision, refusal: Refusal) -> None:
         """Skip every patch of a group, because one of them cannot be applied; what others had put on top stays.
 
         So are patches that need one of these.
         """
         modules = {replacement.target.module for _, replacement in self._in_order}
         self.undo()
-        culprit.state, culprit.reason = "skipped", reason
+        culprit.state, culprit.reason, culprit.failed = "skipped", str(refusal), isinstance(refusal, Failure)
         spread(self.decisions)
         for module in modules:
             self.module_ready(sys.modules[module])

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+PLUGIN = Path(__file__).resolve().parents[2] / "plugin"
 
 
 def run(code: str, path: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -110,3 +115,99 @@ def test_looking_for_the_engine_starts_nothing(tmp_path: Path) -> None:
         tmp_path,
     )
     assert result.returncode == 0, result.stderr
+
+
+# --- the start line, where the package behind it is gone or damaged ---
+
+DAMAGE = {
+    "gone": {},
+    "half written": {"__init__": "", "bootstrap": "def install("},
+    "of another version": {"__init__": "", "bootstrap": ""},
+    "raising": {"__init__": "raise OSError('made to fail')"},
+}
+
+
+@pytest.fixture(params=DAMAGE)
+def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A site directory with the start line, what is left of the package, and a stand-in for the engine."""
+    shutil.copy(PLUGIN / "mmlane.pth", tmp_path)
+    for name, body in DAMAGE[request.param].items():
+        file = tmp_path / "mmlane" / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(body)
+    package(tmp_path, "sglang", "print('the engine')\n")
+    return tmp_path
+
+
+def run_in(site: Path, code: str, *argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter whose only packages are those of a site directory."""
+    start = f"import site; site.addsitedir({str(site)!r})\n"
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", start + code, *argv],
+        env={**{k: v for k, v in os.environ.items() if not k.startswith("MMLANE")}, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_python_without_the_engine_hears_nothing_of_it(damaged: Path) -> None:
+    result = run_in(damaged, "import colorsys; print('fine')", "--mmlane-strict", MMLANE_STRICT="1")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "fine\n", "")
+
+
+LOOK = "import importlib.util as u; assert u.find_spec('sglang').submodule_search_locations; print('looked')\n"
+
+
+@pytest.mark.parametrize("how", ["variable", "flag"])
+def test_strict_ends_the_engine_when_it_is_imported_and_not_before(damaged: Path, how: str) -> None:
+    argv, environ = (["--mmlane-strict"], {}) if how == "flag" else ([], {"MMLANE_STRICT": "1"})
+    result = run_in(damaged, f"{LOOK}import sglang", *argv, **environ)
+    assert (result.returncode, result.stdout) == (1, "looked\n")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("mmlane: could not start: ") and "reinstall mmlane with pip" in line
+
+
+def test_otherwise_the_engine_runs_without_it_and_says_so(damaged: Path) -> None:
+    code = (
+        f"{LOOK}import sglang, os, sys\n"
+        "assert vars(sglang.__loader__).keys() == {'name', 'path'}\n"
+        "print(os.environ['MMLANE'])"
+    )
+    result = run_in(damaged, code)
+    assert (result.returncode, result.stdout) == (0, "looked\nthe engine\noff\n"), result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("mmlane: is off, the engine runs without it: ")
+    silent = run_in(damaged, code, MMLANE="off")
+    assert (silent.returncode, silent.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("parent", ["managed", "did not"])
+def test_a_child_whose_parent_has_it_ends(damaged: Path, parent: str) -> None:
+    """An engine's process that is started after the package has gone: half of an engine is not patched."""
+    (damaged / "worker.py").write_text(
+        f"import site; site.addsitedir({str(damaged)!r})\nimport sglang\ndef work(): print('served')\n"
+    )
+    code = "import multiprocessing as m, os, worker\n"
+    if parent == "managed":
+        code += "del os.environ['MMLANE']\n"
+    code += "p = m.get_context('spawn').Process(target=worker.work); p.start(); p.join(); print(p.exitcode)\n"
+    result = run_in(damaged, code)
+    assert result.stderr.count("\n") == (2 if parent == "managed" else 1), result.stderr
+    assert result.stdout.endswith("\n1\n" if parent == "managed" else "served\n0\n"), result.stderr
+    assert ("mmlane: could not start: " in result.stderr) == (parent == "managed")
+
+
+def test_a_part_of_the_package_is_gone(tmp_path: Path) -> None:
+    """The watch is there, and what it starts is not: the same follows."""
+    shutil.copy(PLUGIN / "mmlane.pth", tmp_path)
+    (tmp_path / "mmlane").mkdir()
+    for name in ("__init__.py", "bootstrap.py"):
+        shutil.copy(PLUGIN / "mmlane" / name, tmp_path / "mmlane")
+    package(tmp_path, "sglang", "print('the engine')\n")
+    result = run_in(tmp_path, f"{LOOK}import sglang, os; print(os.environ['MMLANE'])")
+    assert (result.returncode, result.stdout) == (0, "looked\nthe engine\noff\n")
+    assert result.stderr.startswith("mmlane: is off, the engine runs without it: ImportError: ")
+    strict = run_in(tmp_path, f"{LOOK}import sglang", MMLANE_STRICT="1")
+    assert (strict.returncode, strict.stdout) == (1, "looked\n")
+    assert strict.stderr.startswith("mmlane: could not start: ") and strict.stderr.count("\n") == 1

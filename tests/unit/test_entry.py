@@ -218,9 +218,111 @@ def test_a_missing_dependency_leaves_the_engine_alone(stand_in: Path) -> None:
     code = f"{STEPS['pth']}\n{STEPS['engine']}\nprint('served')"
     result = run(stand_in, code)
     assert (result.returncode, result.stdout) == (0, "served\n"), result.stderr
-    assert "the engine runs without it: no pluggy" in result.stderr
+    assert "the engine runs without it: ModuleNotFoundError: no pluggy" in result.stderr
     strict = run(stand_in, code, MMLANE_STRICT="1")
     assert (strict.returncode, strict.stdout) == (1, "")
+
+
+def test_half_of_the_package_is_missing(stand_in: Path) -> None:
+    (stand_in / "mmlane_patches.py").write_text("raise ModuleNotFoundError('no patches')")
+    code = f"{STEPS['pth']}\n{STEPS['engine']}\nprint('served')"
+    result = run(stand_in, code)
+    assert (result.returncode, result.stdout) == (0, "served\n"), result.stderr
+    assert "the engine runs without it: ModuleNotFoundError: no patches" in result.stderr
+    strict = run(stand_in, code, MMLANE_STRICT="1")
+    assert (strict.returncode, strict.stdout) == (1, "")
+
+
+# --- what goes wrong later ---
+
+
+@pytest.fixture
+def by_name(stand_in: Path) -> Path:
+    """The contributed patch names its replacement, in a module of its own; and the engine imports torch first."""
+    theirs = (stand_in / "theirs.py").read_text()
+    (stand_in / "replacement.py").write_text(theirs[theirs.index("def double") : theirs.index("@hookimpl")])
+    (stand_in / "theirs.py").write_text(theirs.replace(", double)", ", 'replacement:double')"))
+    (stand_in / "torch.py").write_text("")
+    (stand_in / "sglang/srt/server_args.py").write_text(f"import torch\n{MODULES['srt/server_args']}")
+    return stand_in
+
+
+GO = "import pathlib, sys; sys.dont_write_bytecode = True; gone = pathlib.Path('{}/replacement.py')\n"
+
+
+def test_what_a_process_will_need_is_loaded_with_the_first_modules_of_the_engine(by_name: Path) -> None:
+    code = (
+        f"{GO.format(by_name)}{STEPS['pth']}\nimport sglang.srt.server_args\ngone.unlink()\n{STEPS['engine']}\n"
+        "assert sglang.srt.entrypoints.engine.function(2) == 4\n"
+    )
+    result = run(by_name, code)
+    assert result.returncode == 0, result.stderr
+    assert "skipped" not in result.stderr
+
+
+def test_nothing_is_loaded_before_the_engine_has_imported_torch(by_name: Path) -> None:
+    (by_name / "sglang/srt/server_args.py").write_text(MODULES["srt/server_args"])
+    code = f"{STEPS['pth']}\nimport sglang.srt.server_args, sys\nassert 'replacement' not in sys.modules"
+    result = run(by_name, code)
+    assert result.returncode == 0, result.stderr
+
+
+CHILD = """
+import multiprocessing as m, worker
+process = m.get_context('spawn').Process(target=worker.run_scheduler_process)
+process.start(); process.join(); print(process.exitcode)
+"""
+
+
+def test_what_is_gone_in_a_child_alone_ends_it(by_name: Path) -> None:
+    (by_name / "worker.py").write_text(f"{STEPS['engine']}\ndef run_scheduler_process(): print('served')\n")
+    result = run(by_name, f"{GO.format(by_name)}{STEPS['pth']}\n{STEPS['engine']}\ngone.unlink()\n{CHILD}")
+    assert result.stdout == "1\n", result.stderr
+    *_, line = result.stderr.splitlines()
+    assert "could not start in this process, whose peers may count on it: " in line
+    assert "nothing to replace sglang.srt.managers.target.function with: ModuleNotFoundError" in line
+
+
+def test_what_a_process_leaves_out_its_children_leave_out(by_name: Path) -> None:
+    """It comes back meanwhile, as with an upgrade: still one engine has it everywhere or nowhere."""
+    (by_name / "worker.py").write_text(
+        f"{STEPS['engine']}\nimport sglang\n"
+        "def run_scheduler_process(): assert sglang.srt.entrypoints.engine.function(2) == 2\n"
+    )
+    code = (
+        f"{GO.format(by_name)}body = gone.read_text(); gone.unlink()\n{STEPS['pth']}\n{STEPS['engine']}\n"
+        f"assert sglang.srt.entrypoints.engine.function(2) == 2\ngone.write_text(body)\n{CHILD}"
+    )
+    result = run(by_name, code)
+    assert result.stdout == "0\n", result.stderr
+    assert "skipped theirs: nothing to replace" in result.stderr
+
+
+BREAK = "from mmlane.patching import Patcher\ndef broken(*a): raise OSError('made to fail')\n"
+
+
+def test_an_unexpected_failure_does_not_reach_the_engines_import(stand_in: Path) -> None:
+    code = (
+        f"{STEPS['pth']}\nimport sglang\n{BREAK}Patcher.module_ready = broken\n{STEPS['engine']}\nprint('served')"
+    )
+    result = run(stand_in, code)
+    assert (result.returncode, result.stdout) == (0, "served\n"), result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("mmlane: is off, the engine runs without it: OSError: made to fail")
+    strict = run(stand_in, code, MMLANE_STRICT="1")
+    assert (strict.returncode, strict.stdout) == (1, "")
+
+
+def test_an_unexpected_failure_ends_a_child(stand_in: Path) -> None:
+    """Also one whose target has begun: the engine imports some of its modules at the first image."""
+    (stand_in / "worker.py").write_text(
+        f"import sglang\ndef run_scheduler_process():\n  {BREAK.replace(chr(10), chr(10) + '  ')}"
+        f"Patcher.module_ready = broken\n  {STEPS['engine']}\n  print('served')\n"
+    )
+    result = run(stand_in, f"{STEPS['pth']}\n{STEPS['engine']}\n{CHILD}")
+    assert result.stdout == "1\n", result.stderr
+    *_, line = result.stderr.splitlines()
+    assert "could not start in this process, whose peers may count on it: OSError: made to fail" in line
 
 
 def test_a_package_whose_patches_cannot_be_loaded_is_named(stand_in: Path) -> None:

@@ -348,6 +348,21 @@ def test_a_replacement_that_cannot_be_made_skips_its_group_alone(package: str, t
     assert defining.function is before
 
 
+def test_what_the_plan_names_is_loaded_at_once(package: str, tmp_path: Path) -> None:
+    """Also for a module of the engine that is imported later; what cannot be loaded skips its group alone."""
+    (tmp_path / package / "replacements.py").write_text("def first(f): return 1\ndef second(f): return 2\n")
+    one = spec("one", target(package, "function", replace=f"{package}.replacements:first"))
+    gone = spec("gone", target(package, "Thing.method", "(self, x)", replace=f"{package}.absent:shout"))
+    patcher = planned(package, tmp_path, one, gone)
+    patcher.load()
+    assert {i: d.state for i, d in patcher.decisions.items()} == {"one": "planned", "gone": "skipped"}
+    assert patcher.decisions["gone"].failed and not patcher.decisions["one"].failed
+    (tmp_path / package / "replacements.py").unlink()
+    defining = importlib.import_module(f"{package}.defining")
+    patcher.module_ready(defining)
+    assert defining.function == 1
+
+
 def test_who_replaced_it(package: str) -> None:
     defining = importlib.import_module(f"{package}.defining")
     assert replaced_by(defining.function, defining) is None

@@ -1,0 +1,101 @@
+"""The package goes, or another version takes its place, under a running engine, which reads nothing from it.
+
+Some processes of some releases import a module of the engine with the first request only (0.5.12.post1: the
+schedulers, the tokenizer manager). What of ours patches it has been loaded by then.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from devkit.environment import Environment, disposable_environment
+from devkit.server import EngineServer
+from tests.engine import scenarios
+from tests.engine.scenarios import image
+
+pytestmark = pytest.mark.engine
+
+# Relays on the way, too: a router in front of two tokenizer workers, and a data-parallel controller.
+TOPOLOGY = {"0.5.18": ("--tokenizer-worker-num", "2"), "0.5.23": ("--dp", "2")}
+
+
+def uninstall(environment: Environment) -> None:
+    """Delete what `pip uninstall` deletes."""
+    for pattern in ("mmlane", "mmlane_patches", "mmlane.*", "sglang_mmlane-*.dist-info"):
+        for path in environment.site_packages.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def upgrade(environment: Environment) -> None:
+    """Put another version in its place, of which nothing can be imported: who reads it after all, fails."""
+    for package in ("mmlane", "mmlane_patches"):
+        for file in (environment.site_packages / package).rglob("*.py"):
+            file.write_text('__version__ = "99"\nraise RuntimeError("read after the engine had started")\n')
+        for compiled in (environment.site_packages / package).rglob("__pycache__"):
+            shutil.rmtree(compiled)
+
+
+CHANGES = [uninstall, pytest.param(upgrade, marks=pytest.mark.matrix)]
+MODES = ["arena", pytest.param("backport", marks=pytest.mark.matrix)]
+
+
+def answers(server: EngineServer) -> list[list[list[int]]]:
+    """The tokens of every kind of request; the first that a server is asked has an image."""
+    replies = [ask(server) for ask in scenarios.ANSWERED.values()]
+    assert {reply.status for reply in replies} == {200}, [reply.body for reply in replies]
+    return [scenarios.tokens(reply) for reply in replies]
+
+
+def streamed(server: EngineServer) -> str:
+    *_, last = server.stream([image(8)], scenarios.TEXT)
+    text: str = last["text"]
+    return text
+
+
+def started(release: str, environment: Environment | None = None, **environ: str) -> EngineServer:
+    arguments = TOPOLOGY.get(release, ())
+    tp = 1 if "--dp" in arguments else 2
+    return EngineServer(release, environment=environment, args=arguments, env=environ, tp=tp)
+
+
+@lru_cache
+def unpatched(release: str) -> tuple[list[list[list[int]]], str, list[list[int]]]:
+    """What a release says without the plugin: its answers, what it streams, and what one image gives."""
+    with started(release) as server:
+        return answers(server), streamed(server), scenarios.tokens(server.generate([image(4)], scenarios.TEXT))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.releases("0.5.12.post1", "0.5.18", "0.5.23")
+def test_under_a_running_engine(
+    release: str, change: Callable[[Environment], None], mode: str, plugin_wheel: Path, tmp_path: Path
+) -> None:
+    expected, stream, one = unpatched(release)
+    environment = disposable_environment(release, plugin_wheel, tmp_path / "overlay")
+
+    def as_ever(server: EngineServer) -> None:
+        assert answers(server) == expected
+        assert streamed(server) == stream
+        assert scenarios.tokens(scenarios.one_image_n3(server)) == one * 3
+        assert scenarios.two_images_n2(server).status == 200
+
+    with started(release, environment, MMLANE=mode) as server:
+        change(environment)  # before the first request: what that makes a process import is imported after this
+        as_ever(server)
+        if mode == "arena":
+            scenarios.open_lanes(server, 2 if release == "0.5.18" else 1)
+            before = scenarios.lanes(server)
+            as_ever(server)
+            after = scenarios.lanes(server)
+            assert [stats.refused for stats in after] == [stats.refused for stats in before]
+            assert sum(stats.puts for stats in after) > sum(stats.puts for stats in before)
+            scenarios.wait_for_baseline(server)
+        assert scenarios.features(server) == []
+        said = [line for line in server.log().splitlines() if "skipped" in line or "could not" in line]
+        assert said == []
