@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from devkit.environment import Environment, disposable_environment
-from devkit.server import EngineServer
 from tests.engine import scenarios
 from tests.engine.scenarios import image
+from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
 
@@ -44,23 +44,23 @@ CHANGES = [uninstall, pytest.param(upgrade, marks=pytest.mark.matrix)]
 MODES = ["arena", pytest.param("backport", marks=pytest.mark.matrix)]
 
 
-def answers(server: EngineServer) -> list[list[list[int]]]:
+def answers(server: WatchedServer) -> list[list[list[int]]]:
     """The tokens of every kind of request; the first that a server is asked has an image."""
     replies = [ask(server) for ask in scenarios.ANSWERED.values()]
     assert {reply.status for reply in replies} == {200}, [reply.body for reply in replies]
     return [scenarios.tokens(reply) for reply in replies]
 
 
-def streamed(server: EngineServer) -> str:
+def streamed(server: WatchedServer) -> str:
     *_, last = server.stream([image(8)], scenarios.TEXT)
     text: str = last["text"]
     return text
 
 
-def started(release: str, environment: Environment | None = None, **environ: str) -> EngineServer:
+def started(release: str, environment: Environment | None = None, **environ: str) -> WatchedServer:
     arguments = TOPOLOGY.get(release, ())
     tp = 1 if "--dp" in arguments else 2
-    return EngineServer(release, environment=environment, args=arguments, env=environ, tp=tp)
+    return WatchedServer(release, environment=environment, args=arguments, env=environ, tp=tp)
 
 
 @lru_cache
@@ -79,7 +79,7 @@ def test_under_a_running_engine(
     expected, stream, one = unpatched(release)
     environment = disposable_environment(release, plugin_wheel, tmp_path / "overlay")
 
-    def as_ever(server: EngineServer) -> None:
+    def as_ever(server: WatchedServer) -> None:
         assert answers(server) == expected
         assert streamed(server) == stream
         assert scenarios.tokens(scenarios.one_image_n3(server)) == one * 3

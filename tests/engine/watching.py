@@ -40,7 +40,7 @@ class WatchedServer(EngineServer):
     ) -> None:
         self._directory = tempfile.TemporaryDirectory()
         self.notes = Path(self._directory.name)
-        self._patched = plugin is not None
+        self._patched = plugin is not None or options.get("environment") is not None
         self._answered: list[int] = []
         self._losing = 0
         self._killed = False
