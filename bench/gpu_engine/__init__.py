@@ -23,6 +23,6 @@ to these paths. The installed engine is not changed.
 
 Each mode has a server of its own, one after the other; `off` is the installed plugin with `MMLANE=off`. Each
 kind of request has two rounds that do not count and six that do. A figure is the time until all requests of a
-round are answered. Then the lane's own numbers are read, once no ticket is out, and what the server left in
-/dev/shm is listed when all its processes have ended.
+round are answered. Then the lane's own numbers are read, once no ticket is out, and what is new in /dev/shm is
+listed when all processes of the server have ended.
 """

@@ -77,7 +77,7 @@ def _ms(record: Record | None) -> str:
 
 
 def about(results: Results) -> str:
-    """The machine, and what was left behind, in a few lines."""
+    """The machine, and what was there afterwards, in a few lines."""
     machine = results.machine
     lines = [
         f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}, sglang {machine['sglang']};"
@@ -90,5 +90,5 @@ def about(results: Results) -> str:
             said = lane["stats"] or {"problem": lane["problem"]}
             lines.append(f"{mode}, the lane afterwards: {json.dumps(said)}.")
     for mode, names in results.left.items():
-        lines.append(f"{mode}, left in /dev/shm: {', '.join(names) or 'nothing'}.")
+        lines.append(f"{mode}, new in /dev/shm afterwards: {', '.join(names) or 'nothing'}.")
     return "\n".join(lines)

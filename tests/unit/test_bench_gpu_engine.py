@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import distributions
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from bench.gpu_engine.requests import CASES, Case, Images, Unanswered, rounds
 from bench.gpu_engine.server import PLATFORM, end, entry_point, environ
 from devkit.client import Client
 from devkit.processes import Family
+from mmlane.lane import Lane
 
 INSIDE = Path(command.__file__).with_name("inside")
 
@@ -60,7 +63,8 @@ def test_the_table_again_from_results_that_are_there(tmp_path: Path, capsys: pyt
     assert "| 1 image | 200.0 | 100.0 | 0.50 | the same |" in report
     for text in (report, capsys.readouterr().out):
         assert "a GPU, driver 1" in text and "pure-torch" in text
-        assert "arena, left in /dev/shm: something." in text and "off, left in /dev/shm: nothing." in text
+        assert "arena, new in /dev/shm afterwards: something." in text
+        assert "off, new in /dev/shm afterwards: nothing." in text
     assert about(Results.load(tmp_path / "gpu-engine.json")) in report
 
 
@@ -169,6 +173,15 @@ def test_the_engine_finds_the_platform_and_none_of_the_callers_settings(tmp_path
     assert (env["HOME"], env["MMLANE"], env["SGLANG_PLATFORM"]) == ("/root", "off", PLATFORM)
     assert not {"MMLANE_LOG", "SGLANG_X"} & set(env)
     assert env["PYTHONPATH"].split(":")[:2] == [str(INSIDE), str(tmp_path)]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_numbers_of_the_servers_own_lane(ours: bool) -> None:
+    pids = {os.getpid()} if ours else set()
+    with Lane({"tp": 1}, capacity=1 << 20) as lane:
+        found = command.settled(SimpleNamespace(pids=lambda: pids))  # type: ignore[arg-type]
+        assert [one["address"] for one in found] == [lane.address] * ours
+    assert not ours or json.loads(json.dumps(found))[0]["stats"]["tickets"] == 0
 
 
 STUBBORN = """
