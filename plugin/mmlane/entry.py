@@ -65,23 +65,16 @@ class Session:
         for name in sorted(self.watched(), key=LAST_MODULE.__eq__):
             loaded = sys.modules.get(name)
             if loaded is not None:
-                self.patch(loaded)
+                self.module_ready(loaded)
             else:
-                bootstrap.WATCH.after[name] = self.module_ready
+                bootstrap.WATCH.after[name] = guarded(self.module_ready)
         if bootstrap.WATCH not in sys.meta_path:
             sys.meta_path.insert(0, bootstrap.WATCH)
         if bootstrap.is_unstarted_child():
-            engine.when_child_runs(self.tell)
+            engine.when_child_runs(guarded(self.tell))
 
     def module_ready(self, module: ModuleType) -> None:
-        """Called by the engine's import of each watched module, as soon as its body has run."""
-        try:
-            self.patch(module)
-        except Exception as error:  # noqa: BLE001 - ours, and not to be raised by the engine's import
-            give_up(error)
-
-    def patch(self, module: ModuleType) -> None:
-        """Do all that is to be done with a module of the engine that has been imported. Idempotent."""
+        """Called with each watched module of the engine, as soon as its body has run."""
         skipped = self.patcher.standing("skipped")
         if "torch" in sys.modules:  # which it is for the engine to import first, and what is loaded needs
             self.patcher.load()
@@ -124,7 +117,7 @@ class Session:
             @functools.wraps(apply_hooks)
             def apply_hooks_and_look(cls: Any) -> None:
                 apply_hooks(cls)
-                self.look_again()
+                guarded(self.look_again)()
 
             return apply_hooks_and_look
 
@@ -202,8 +195,21 @@ def start(trigger: str) -> None:
         session.begin()
     except settings.SettingsError as error:
         raise SystemExit(f"mmlane: {error}") from None
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:  # noqa: BLE001 - whatever it is
         give_up(error)
+
+
+def guarded(step: Callable[..., None]) -> Callable[..., None]:
+    """A step of ours for the engine to run: an unexpected failure does not reach the engine's own code."""
+
+    @functools.wraps(step)
+    def run(*args: Any) -> None:
+        try:
+            step(*args)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            give_up(error)
+
+    return run
 
 
 def give_up(error: Exception) -> None:

@@ -70,3 +70,25 @@ def test_an_installation_carries_everything_and_leaves_nothing(
     assert list((tmp_path / "venv").rglob("*mmlane*")) == []
     clean = subprocess.run([str(python), "-c", ""], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (clean.returncode, clean.stderr) == (0, "")
+
+
+def test_a_checkout_that_has_moved(tmp_path: Path, checkout: Path) -> None:
+    """What an editable installation leaves then: the start line, and a package without a file of ours in it."""
+    python = fresh_venv(tmp_path / "venv")
+    pip(python, "install", "--no-deps", "-e", str(checkout))
+    (pointer,) = (tmp_path / "venv").rglob("_editable_impl_*.pth")
+    pointer.unlink()
+    (pointer.parent / "sglang.py").write_text("")  # a stand-in for the engine
+
+    def runs(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(python), "-c", code], env=environ, capture_output=True, text=True, check=False)
+
+    for code, environ in (("", {"MMLANE_STRICT": "1"}), ("import sglang", {"MMLANE": "off"})):
+        silent = runs(code, **environ)
+        assert (silent.returncode, silent.stderr) == (0, "")
+    without = runs("import sglang")
+    assert without.returncode == 0
+    assert without.stderr.startswith("mmlane: is off, the engine runs without it: ModuleNotFoundError: ")
+    strict = runs("import sglang", MMLANE_STRICT="1")
+    assert strict.returncode == 1
+    assert strict.stderr.startswith("mmlane: could not start: ModuleNotFoundError: ")
