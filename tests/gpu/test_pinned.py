@@ -51,7 +51,7 @@ def bytes_of_others(pair: Together, stream: Any) -> int:
     gpu.synchronize()
     with gpu.stream(stream):
         gpu._sleep(LONG)
-        on_device.copy_(pair.reader.take(pair.put(zeros, share=False)), non_blocking=True)
+        on_device.copy_(pair.reader.take(pair.put(zeros)), non_blocking=True)
         passed = gpu.Event()
         passed.record()
     assert not passed.query(), "LONG was over too soon, or the copy was not asynchronous"

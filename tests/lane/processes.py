@@ -27,7 +27,7 @@ from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 import torch
 
-from mmlane.lane import Lane, LaneError, LaneStats, Mode, Reader, Refused, points
+from mmlane.lane import Lane, LaneError, LaneStats, Mode, Reader, Refused, Share, points
 from tests.lane import oracle
 
 P = ParamSpec("P")
@@ -103,35 +103,32 @@ class Sent:
 
 
 class Producing:
-    """A producer: one lane, and the tensors that it keeps."""
+    """A producer: one lane, and its shares."""
 
     def __init__(self, readers: dict[str, int], **options: Any) -> None:
         self.lane = Lane(readers, **options)
-        self.kept: dict[int, torch.Tensor] = {}
+        self.shares: dict[int, Share] = {}
 
     def address(self) -> str:
         return self.lane.address
 
-    def put(self, seed: int, nbytes: int, *, keep: bool = False, share: bool = True) -> Sent:
-        """Put a stamped tensor. keep: it stays, and is not copied again if it is put again."""
-        sent = self.try_put(seed, nbytes, keep=keep, share=share)
+    def put(self, seed: int, nbytes: int, *, uses: int = 1) -> Sent:
+        """Put a stamped tensor. uses: of a share for this seed, of which this put is the first."""
+        sent = self.try_put(seed, nbytes, uses=uses)
         if isinstance(sent, Refused):
             raise AssertionError(f"payload {seed} of {nbytes} bytes was refused: {sent}")
         return sent
 
-    def try_put(self, seed: int, nbytes: int, *, keep: bool = False, share: bool = True) -> Sent | Refused:
+    def try_put(self, seed: int, nbytes: int, *, uses: int = 1) -> Sent | Refused:
         """As `put`, where a refusal is an answer."""
-        tensor = self.kept.get(seed)
-        if tensor is None:
-            tensor = stamp(seed, nbytes)
-        if keep:
-            self.kept[seed] = tensor
-        ticket = self.lane.put(tensor, share=share)
+        if uses > 1:
+            self.shares[seed] = self.lane.share(uses)
+        ticket = self.lane.put(stamp(seed, nbytes), share=self.shares.get(seed))
         return ticket if isinstance(ticket, Refused) else Sent(ticket, seed, nbytes)
 
     def forget(self, seed: int) -> None:
-        """Let a kept tensor go."""
-        del self.kept[seed]
+        """Close a share."""
+        self.shares.pop(seed).close()
 
     def withdraw(self, ticket: bytes) -> None:
         self.lane.withdraw(ticket)

@@ -261,7 +261,7 @@ def bytes_of_others(pair: Together, stream: FakeStream) -> int:
     """Of a tensor of zeros that fills the lane: how many bytes the device has from those that came after.
 
     It is let go as soon as it is to be copied. The stream stands still until the lane has heard of all there is to
-    hear, and others have been put. No source is kept: its extent would be, too.
+    hear, and others have been put.
     """
     stream.stands_still = True
     on_device = stream.copy(pair.reader.take(pair.put(torch.zeros(ALL, dtype=torch.uint8))))

@@ -163,7 +163,7 @@ def fill_without_fallocate() -> tuple[str, str, bool]:
         reader.join(lane.address)
         tensor = torch.ones(MIB, dtype=torch.uint8)
         tickets = []
-        while isinstance(ticket := lane.put(tensor, share=False), bytes):
+        while isinstance(ticket := lane.put(tensor), bytes):
             tickets.append(ticket)
         assert all(reader.take(ticket).all() for ticket in tickets)
         return ticket.cause, ticket.detail, isinstance(lane.put(tensor), bytes)
@@ -346,9 +346,9 @@ def meet_a_full_file_system_ahead_of_need() -> tuple[bool, int]:
     with Lane({"tp": 1}, capacity=64 * MIB, segment=MIB) as lane, Reader("tp") as first:
         first.join(lane.address)
         tensor = torch.ones(3 * MIB, dtype=torch.uint8)
-        old = lane.put(tensor, share=False)
+        old = lane.put(tensor)
         wait_until(lambda: lane.stats().warm == 6 * MIB, "as much memory again ahead of need")
-        assert isinstance(lane.put(tensor, share=False), bytes)
+        assert isinstance(lane.put(tensor), bytes)
         wait_until(lambda: lane.stats().warm == 7 * MIB and lane._starved, "an attempt that fails")
         with Reader("tp") as second:
             second.join(lane.address)

@@ -42,7 +42,7 @@ class Held:
     """An extent as the invariants see it."""
 
     tickets: set[Out] = field(default_factory=set)
-    kept: bool = False
+    shared: bool = False
 
 
 class Books(RuleBasedStateMachine):
@@ -82,7 +82,7 @@ class Books(RuleBasedStateMachine):
         ticket.ended = True
         held = self.extents[ticket.extent]
         held.tickets.remove(ticket)
-        if not held.tickets and not held.kept:
+        if not held.tickets and not held.shared:
             del self.extents[ticket.extent]
 
     def owes(self, reader: int, ticket: Out) -> bool:
@@ -154,9 +154,9 @@ class Books(RuleBasedStateMachine):
         self.extents[extent].tickets.add(new)
 
     @precondition(lambda self: self.is_open())
-    @rule(nbytes=st.integers(0, CAPACITY), kept=st.booleans())
-    def put(self, nbytes: int, kept: bool) -> None:
-        """As the lane does it: a place, the copy, perhaps the books on its source, a ticket or none."""
+    @rule(nbytes=st.integers(0, CAPACITY), shared=st.booleans())
+    def put(self, nbytes: int, shared: bool) -> None:
+        """As the lane does it: a place, the copy, perhaps a share that holds it, a ticket or none."""
         offset = self.space.find(nbytes)
         if offset is None:
             return
@@ -164,13 +164,13 @@ class Books(RuleBasedStateMachine):
         extent = self.ledger.allocate(offset, nbytes)
         assert (extent.offset, extent.nbytes) == (offset, self.space.rounded(nbytes))
         assert all(offset + extent.nbytes <= at or at + size <= offset for at, size in taken.items())  # (6)
-        if kept:
-            self.ledger.keep(extent)
-        self.extents[extent] = Held(kept=kept)
+        if shared:
+            self.ledger.hold(extent)
+        self.extents[extent] = Held(shared=shared)
         self.issue(extent)
         if not self.extents[extent].tickets:
             self.ledger.settle(extent)
-            if not kept:
+            if not shared:
                 del self.extents[extent]
 
     @precondition(lambda self: self.is_open())
@@ -188,22 +188,21 @@ class Books(RuleBasedStateMachine):
         for _ in range(times):
             self.issue(extent)
         if not self.extents[extent].tickets:
-            self.ledger.settle(extent)  # nothing to settle: it is kept, or it would not be there
+            self.ledger.settle(extent)  # nothing to settle: it is shared, or it would not be there
 
     @precondition(lambda self: self.extents)
     @rule(data=st.data())
-    def keep(self, data: st.DataObject) -> None:
+    def hold(self, data: st.DataObject) -> None:
         extent = data.draw(st.sampled_from(list(self.extents)), "extent")
-        self.ledger.keep(extent)
-        self.extents[extent].kept = True
+        self.ledger.hold(extent)
+        self.extents[extent].shared = True
 
     @precondition(lambda self: self.extents)
     @rule(data=st.data())
-    def drop(self, data: st.DataObject) -> None:
-        """Also what is not kept."""
+    def let_go(self, data: st.DataObject) -> None:
         extent = data.draw(st.sampled_from(list(self.extents)), "extent")
-        self.ledger.drop(extent)
-        self.extents[extent].kept = False
+        self.ledger.let_go(extent)
+        self.extents[extent].shared = False
         if not self.extents[extent].tickets:
             del self.extents[extent]
 
@@ -299,16 +298,15 @@ class Books(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_taken_exactly_as_long_as_something_refers_to_it(self) -> None:
-        """Not freed while a ticket is out (2, 6), freed when there is none and the source is gone."""
+        """Not freed while a ticket is out (2, 6) or a share holds it, freed when there is neither."""
         assert self.space.taken() == {extent.offset: extent.nbytes for extent in self.extents}
-        assert all(held.tickets or held.kept for held in self.extents.values())
+        assert all(held.tickets or held.shared for held in self.extents.values())
 
     @invariant()
     def extents_know_their_tickets(self) -> None:
-        assert {extent: (extent.tickets, extent.kept) for extent in self.extents} == {
-            extent: (len(held.tickets), held.kept) for extent, held in self.extents.items()
+        assert {extent: (extent.tickets, extent.shared) for extent in self.extents} == {
+            extent: (len(held.tickets), held.shared) for extent, held in self.extents.items()
         }
-        assert set(self.ledger.idle) == {extent for extent, held in self.extents.items() if not held.tickets}
 
     @invariant()
     def every_ticket_ends_once(self) -> None:
@@ -338,14 +336,14 @@ class Books(RuleBasedStateMachine):
             assert self.ledger.issued_before(before) == [out.live for out in self.live() if out.at < before]
 
     def teardown(self) -> None:
-        """When all readers are gone and no source is left, nothing is left (4)."""
+        """When all readers are gone and no share is left, nothing is left (4)."""
         self.changing = True
         for number in list(self.readers):
             self.ledger.leave(number)
         assert self.ledger.live == {}
-        for extent in list(self.ledger.idle):
-            self.ledger.drop(extent)
-        assert self.ledger.idle == {}
+        for extent, held in self.extents.items():
+            if held.shared:
+                self.ledger.let_go(extent)
         assert self.space.free() == {0: CAPACITY}
         assert not self.ledger.is_open()
         assert self.ends == Counter((ticket.live.slot, ticket.live.serial) for ticket in self.out)
@@ -475,34 +473,32 @@ def test_a_slot_that_is_used_again_is_another_ticket() -> None:
     assert list(story.ledger.live.values()) == [second] and story.ended == [first.slot]
 
 
-def test_two_tickets_on_one_extent_and_a_source_that_lives() -> None:
+def test_a_share_holds_an_extent_over_the_ends_of_its_tickets() -> None:
     story = Story()
     extent = story.extent()
-    story.ledger.keep(extent)
+    story.ledger.hold(extent)
     first, second = story.issue(extent), story.issue(extent)
     assert story.ledger.withdraw(first.slot, first.serial)
-    assert not story.ledger.idle
     assert story.ledger.withdraw(second.slot, second.serial)
-    assert list(story.ledger.idle) == [extent] and story.space.taken_bytes == PAGE
+    assert (extent.tickets, story.space.taken_bytes) == (0, PAGE)
     third = story.issue(extent)
-    assert not story.ledger.idle
-    story.ledger.drop(extent)
+    story.ledger.let_go(extent)
     assert story.space.taken_bytes == PAGE
     assert story.ledger.withdraw(third.slot, third.serial)
     assert story.space.taken_bytes == 0
 
 
-def test_a_kept_extent_without_a_slot_for_its_first_ticket_waits_to_be_dropped() -> None:
+def test_a_shared_extent_without_a_slot_for_its_first_ticket_waits_for_the_next() -> None:
     """Nothing is lost when tickets have run out between the copy and the ticket."""
     story = Story(slots=1)
     story.issue()
     extent = story.extent()
-    story.ledger.keep(extent)
+    story.ledger.hold(extent)
     assert story.ledger.issue(extent, 0.0) is None
     story.ledger.settle(extent)
-    assert list(story.ledger.idle) == [extent]
-    story.ledger.drop(extent)
-    assert story.space.taken_bytes == PAGE and not story.ledger.idle
+    assert story.space.taken_bytes == 2 * PAGE
+    story.ledger.let_go(extent)
+    assert story.space.taken_bytes == PAGE
 
 
 @pytest.mark.parametrize("lost", [1, 3])

@@ -52,7 +52,7 @@ def group() -> Iterator[Group]:
 
 def put(lane: Lane, tensor: torch.Tensor) -> bytes:
     """A ticket, and nothing else."""
-    ticket = lane.put(tensor, share=False)
+    ticket = lane.put(tensor)
     assert isinstance(ticket, bytes), ticket
     return ticket
 
@@ -60,7 +60,7 @@ def put(lane: Lane, tensor: torch.Tensor) -> bytes:
 def put_until_refused(lane: Lane, tensor: torch.Tensor) -> tuple[list[bytes], Refused]:
     """Tickets on copies of a tensor, as many as there can be, and why there are no more."""
     tickets: list[bytes] = []
-    while isinstance(ticket := lane.put(tensor, share=False), bytes):
+    while isinstance(ticket := lane.put(tensor), bytes):
         tickets.append(ticket)
     return tickets, ticket
 
@@ -220,7 +220,7 @@ def test_more_than_the_machine_has_is_address_room_only() -> None:
         refused = lane.put(torch.empty(1 << 39, dtype=torch.uint8, device="meta"))
         assert isinstance(refused, Refused) and refused.cause == "unsupported"
         there_is = host.memory().total
-        refused = lane.put(torch.zeros(1, dtype=torch.uint8).expand(there_is), share=False)
+        refused = lane.put(torch.zeros(1, dtype=torch.uint8).expand(there_is))
         assert isinstance(refused, Refused) and refused.cause == "full", refused
         assert f"no memory for {there_is} bytes" in refused.detail
         assert lane.stats().taken == 0 and committed(lane) <= BASE + 2 * producer._AHEAD
@@ -494,16 +494,16 @@ def test_as_many_tickets_as_there_are_slots() -> None:
     with Lane({"tp": 1}, capacity=8 * MIB) as lane, Reader("tp") as reader:
         reader.join(lane.address)
         tensor, other = torch.ones(10), torch.ones(20)
-        tickets = [lane.put(tensor) for _ in range(producer.SLOTS)]
+        share = lane.share(uses=producer.SLOTS + 3)
+        tickets = [lane.put(tensor, share=share) for _ in range(producer.SLOTS)]
         assert len({ticket for ticket in tickets if isinstance(ticket, bytes)}) == producer.SLOTS
         before = lane.stats()
-        for _ in range(2):
-            for more, share in ((tensor, True), (other, True), (other, False)):
-                refused = lane.put(more, share=share)
+        with lane.share(uses=2) as another:
+            for more, its_share in ((tensor, share), (other, None), (other, another)):
+                refused = lane.put(more, share=its_share)
                 assert isinstance(refused, Refused) and refused.cause == "full", refused
                 assert "65536 tickets are out" in refused.detail
-            other += 1
-        del other, more
+            assert lane.stats().extents == 2  # the copy is there for the use that is left
         stats = lane.stats()
         assert (stats.taken, stats.tickets, stats.extents) == (before.taken, producer.SLOTS, 1)
         for ticket in tickets:

@@ -74,9 +74,7 @@ def looks(producer: Peer[Producing], count: int) -> None:
 
 def put_many(producing: Producing, seed: int, nbytes: int, count: int) -> list[Sent]:
     """So many tickets on one copy of a tensor."""
-    sent = [producing.put(seed, nbytes, keep=True) for _ in range(count)]
-    producing.forget(seed)
-    return sent
+    return [producing.put(seed, nbytes, uses=count), *(producing.put(seed, nbytes) for _ in range(count - 1))]
 
 
 def take_many(reading: Reading, many: list[Sent]) -> None:

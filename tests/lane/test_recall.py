@@ -27,15 +27,15 @@ def test_who_holds_a_recalled_ticket_keeps_it() -> None:
     """(3, 6) Also when only one of the readers has taken it: the other may still."""
     with together(readers=2, idle=PERIOD) as pair:
         tensor = random((5000,))
-        ticket = pair.lane.put(tensor, share=False)
+        ticket = pair.lane.put(tensor)
         assert isinstance(ticket, bytes)
         held = pair.readers[0].take(ticket)
-        other = pair.lane.put(random((5000,), seed=1), share=False)
+        other = pair.lane.put(random((5000,), seed=1))
         assert isinstance(other, bytes)
         pair.lane.recall(ticket)
         pair.lane.recall(other)
         eventually(lambda: pair.lane.stats().tickets == 1, "the other ticket is back")
-        refused = pair.lane.put(random((5000,), seed=2), share=False)
+        refused = pair.lane.put(random((5000,), seed=2))
         assert isinstance(refused, bytes)
         assert same(held, tensor)
         for reader in pair.readers:

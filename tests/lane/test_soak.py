@@ -105,7 +105,7 @@ def _put_until(sender: Sender, putter: int, random: Random, until: float) -> Cou
             tensor = stamp(seed, nbytes)
         if random.random() < 0.2:  # in place: what was put of it before must stay as it was
             seed = sender.last_seed[putter] = sender.last_seed[putter] + 1
-            tensor.copy_(stamp(seed, len(tensor)))
+            tensor.numpy()[:] = stamp(seed, len(tensor)).numpy()
         counts += _deal(sender, random, tensor, seed)
         if random.random() < 0.5:
             sources.append((tensor, seed))
@@ -114,14 +114,20 @@ def _put_until(sender: Sender, putter: int, random: Random, until: float) -> Cou
 
 def _deal(sender: Sender, random: Random, tensor: torch.Tensor, seed: int) -> Counter[str]:
     counts = Counter[str]()
-    for _ in range(random.randint(1, SHARES)):
-        ticket = sender.lane.put(tensor, share=random.random() < 0.95)
+    puts = random.randint(1, SHARES)
+    share = sender.lane.share(uses=puts + random.randint(0, 1)) if random.random() < 0.9 else None
+    overwritten = False
+    for _ in range(puts):
+        ticket = sender.lane.put(tensor, share=share)
         if isinstance(ticket, Refused):
             assert ticket.cause == "full", ticket
             counts["full"] += 1
             time.sleep(0.001)
             continue
         counts["puts"] += 1
+        if share is not None and random.random() < 0.1:  # what is put of it with the share is what was put first
+            tensor.numpy().fill(SCRIBBLE)
+            overwritten = True
         if random.random() < 0.02:
             sender.lane.withdraw(ticket)
             counts["withdrawn"] += 1
@@ -132,6 +138,8 @@ def _deal(sender: Sender, random: Random, tensor: torch.Tensor, seed: int) -> Co
             for pipe, its_group in zip(sender.pipes, GROUPS, strict=True):
                 if its_group == group:
                     pipe.send(Sent(ticket, seed, len(tensor)))
+    if overwritten:
+        tensor.numpy()[:] = stamp(seed, len(tensor)).numpy()
     return counts
 
 

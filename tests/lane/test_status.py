@@ -56,7 +56,7 @@ def serves(lane: Lane) -> None:
     with Reader("tp") as reader:
         reader.join(lane.address)
         tensor = torch.arange(3000)
-        ticket = lane.put(tensor, share=False)
+        ticket = lane.put(tensor)
         assert isinstance(ticket, bytes), ticket
         assert torch.equal(reader.take(ticket), tensor)
         assert lane.stats().tickets == 0
@@ -94,7 +94,7 @@ def test_a_lane_tells_what_its_producer_knows_in_every_state(company: Company) -
 
     second = company.reader("tp", address)
     assert told().is_open
-    sent = producer.call(Producing.put, 1, MIB, keep=True)
+    sent = producer.call(Producing.put, 1, MIB, uses=3)
     again = producer.call(Producing.put, 1, MIB)
     stats = told()
     assert (stats.tickets, stats.extents, stats.puts, stats.shared) == (2, 1, 2, 1)
@@ -105,8 +105,10 @@ def test_a_lane_tells_what_its_producer_knows_in_every_state(company: Company) -
         for ticket in (sent, again):
             reader.call(Reading.discard, ticket)
     stats = ask(address)  # nobody else has drained the lane
-    assert (stats.tickets, stats.taken, stats.kept) == (0, MIB, MIB)
+    assert (stats.tickets, stats.taken, stats.extents) == (0, MIB, 1)  # a use is left
     producer.call(Producing.forget, 1)
+    stats = ask(address)
+    assert (stats.taken, stats.extents) == (0, 0)
     second.kill()
     wait_until(lambda: ask(address).readers == {"tp": 1}, "the reader's end")
     assert not told().is_open

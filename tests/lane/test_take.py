@@ -94,7 +94,8 @@ def test_what_a_reader_writes_is_seen_by_nobody_else(mode: Mode) -> None:
     with together(readers=2) as pair:
         tensor = random(SHAPE, torch.float32)
         before = tensor.clone()
-        first, second, third = (pair.put(tensor) for _ in range(3))
+        share = pair.lane.share(uses=3)
+        first, second, third = (pair.put(tensor, share=share) for _ in range(3))
         view, other = pair.readers[1].take(first), pair.readers[1].take(second, "cow")
         mine = pair.readers[0].take(first, mode)
         mine.fill_(7)
@@ -206,7 +207,7 @@ def test_a_ticket_is_out_as_long_as_any_alias_lives(
     assert pair.lane.stats().tickets == 1
     tensor.add_(1)
     for _ in range(20):  # whatever else happens in the lane
-        pair.reader.discard(pair.put(tensor, share=False))
+        pair.reader.discard(pair.put(tensor))
     assert pair.lane.stats().tickets == 1
     del held
     assert pair.lane.stats().tickets == 0  # at once: by reference counts, not by the collector
@@ -217,7 +218,7 @@ def test_a_ticket_is_out_as_long_as_any_alias_lives(
 def test_an_alias_reads_the_same_bytes_to_the_end(pair: Together, mode: Mode) -> None:
     """(2): the producer goes on filling the lane meanwhile."""
     tensor = random((2 * SEGMENT,))
-    taken = pair.reader.take(pair.put(tensor, share=False), mode)
+    taken = pair.reader.take(pair.put(tensor), mode)
     part = taken[SEGMENT:].view(-1, 16).T
     del taken
     for number in range(60):
@@ -246,7 +247,8 @@ def test_a_tensor_in_a_reference_cycle_goes_back_when_it_is_collected(pair: Toge
 
 def test_each_ticket_on_one_extent_goes_back_by_itself(pair: Together) -> None:
     tensor = random(SHAPE)
-    held = [pair.reader.take(pair.put(tensor)) for _ in range(5)]
+    share = pair.lane.share(uses=5)
+    held = [pair.reader.take(pair.put(tensor, share=share)) for _ in range(5)]
     for left in (4, 3, 2, 1, 0):
         del held[left // 2]
         assert pair.lane.stats().tickets == left
@@ -256,7 +258,7 @@ def test_each_ticket_on_one_extent_goes_back_by_itself(pair: Together) -> None:
 def test_a_ticket_is_out_until_every_reader_has_given_it_back() -> None:
     """(2)"""
     with together(readers=3) as pair:
-        ticket = pair.put(random(SHAPE), share=False)
+        ticket = pair.put(random(SHAPE))
         held = [reader.take(ticket) for reader in pair.readers[:2]]
         held.pop()
         assert pair.lane.stats().tickets == 1
@@ -399,7 +401,7 @@ def ended(reader: Reader, lane: Lane) -> bool:
 def test_tickets_on_their_way_can_be_taken_after_the_producer_has_ended(mode: Mode) -> None:
     with together(linger=3600.0) as pair:
         tensor = random(SHAPE)
-        first, second, third = (pair.put(tensor, share=False) for _ in range(3))
+        first, second, third = (pair.put(tensor) for _ in range(3))
         held = pair.reader.take(first)
         pair.lane.close()
         eventually(lambda: ended(pair.reader, pair.lane), "the reader hears of the end")
@@ -451,7 +453,7 @@ def test_a_reader_that_closes_keeps_what_it_holds_and_the_producer_leaves_it_alo
     """(2, 4)"""
     with together(readers=2) as pair:
         tensor = random((4 * SEGMENT,))
-        ticket, other = pair.put(tensor, share=False), pair.put(tensor, share=False)
+        ticket, other = pair.put(tensor), pair.put(tensor)
         view, cow = pair.reader.take(ticket), pair.reader.take(other, "cow")
         pair.readers[1].discard(ticket)
         pair.readers[1].discard(other)
@@ -740,7 +742,7 @@ def test_several_threads_put_and_take(pair: Together) -> None:
         for turn in range(120):
             size = (17, 3 * PAGE, SEGMENT + 9)[(which + turn) % 3]
             tensor = torch.full((size,), (which * 40 + turn) % 251, dtype=torch.uint8)
-            ticket = pair.lane.put(tensor, share=turn % 2 == 0)
+            ticket = pair.lane.put(tensor)
             if isinstance(ticket, Refused):
                 assert ticket.cause == "full"
                 continue
@@ -756,8 +758,8 @@ def test_several_threads_put_and_take(pair: Together) -> None:
 
 
 def test_tensors_may_be_let_go_by_any_thread(pair: Together) -> None:
-    tensor = random((100,))
-    queue = [[pair.reader.take(pair.put(tensor)) for _ in range(200)] for _ in range(4)]
+    tensor, share = random((100,)), pair.lane.share(uses=800)
+    queue = [[pair.reader.take(pair.put(tensor, share=share)) for _ in range(200)] for _ in range(4)]
     assert pair.lane.stats().tickets == 800
     in_threads([part.clear for part in queue])
     eventually(lambda: pair.lane.stats().tickets == 0, "all are heard of")  # more than the socket holds at once
@@ -765,8 +767,8 @@ def test_tensors_may_be_let_go_by_any_thread(pair: Together) -> None:
 
 def test_more_give_backs_at_once_than_the_socket_holds(pair: Together) -> None:
     """They wait in the reader, and go on by themselves when the producer reads."""
-    tensor = random((10,))
-    tickets = [pair.put(tensor) for _ in range(20_000)]
+    tensor, share = random((10,)), pair.lane.share(uses=20_000)
+    tickets = [pair.put(tensor, share=share) for _ in range(20_000)]
     for ticket in tickets:
         pair.reader.discard(ticket)
     eventually(lambda: pair.lane.stats().tickets == 0, "all are heard of")
@@ -801,7 +803,10 @@ COLLECTED_ANYWHERE = """
     def work(which):
         for turn in range(150):
             tensor = tensors[(turn + which) % 3]
-            tickets = [pair.put(tensor, share=turn % 3 > 0) for _ in range(4)]
+            share = lane.share(uses=3 + turn % 4)  # too few, as many, and more
+            tickets = [pair.put(tensor, share=share if turn % 3 else None) for _ in range(4)]
+            cycle(share)
+            del share
             cycle(reader.take(tickets[0]), reader.take(tickets[1], "cow")[:2])
             other.discard(tickets[0]), other.discard(tickets[1]), other.discard(tickets[2])
             cycle(Last(tickets[2]))
@@ -819,7 +824,6 @@ COLLECTED_ANYWHERE = """
     assert left == [THREADS * 300], left
     eventually(lambda: lane.stats().tickets == 0, "all tickets have ended")
     assert lane.stats().strays == 0
-    del tensors[:]
     assert lane.stats().taken == 0
     reader.close(), other.close(), lane.close()
     print("well")
@@ -868,7 +872,8 @@ def test_no_mapping_and_no_descriptor_is_left_by_many_takes(pair: Together) -> N
         return (process / "maps").read_text().count("mmlane"), len(list((process / "fd").iterdir()))
 
     before = count()
-    held = [pair.reader.take(pair.put(tensor), "cow") for _ in range(300)]
+    share = pair.lane.share(uses=300)
+    held = [pair.reader.take(pair.put(tensor, share=share), "cow") for _ in range(300)]
     assert count()[0] > before[0]
     held.clear()
     for mode in MODES * 100:

@@ -148,7 +148,7 @@ class Attack:
             random((70_000,)),
             random((0, 4)),
         ]
-        self.out = [(pair.put(tensor, share=False), tensor) for tensor in tensors]
+        self.out = [(pair.put(tensor), tensor) for tensor in tensors]
         ended = pair.put(random((9,)))
         pair.reader.discard(ended)
         withdrawn = pair.put(random((10,)))

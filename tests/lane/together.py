@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmlane.lane import Lane, LaneStats, Reader, Refused
+from mmlane.lane import Lane, LaneStats, Reader, Refused, Share
 from tests.lane import oracle
 from tests.lane.processes import DEADLINE, eventually
 
@@ -31,13 +31,13 @@ class Together:
         """The first one."""
         return self.readers[0]
 
-    def put(self, tensor: torch.Tensor, *, share: bool = True) -> bytes:
+    def put(self, tensor: torch.Tensor, *, share: Share | None = None) -> bytes:
         """A ticket; a refusal is a failure."""
         ticket = self.lane.put(tensor, share=share)
         assert isinstance(ticket, bytes), ticket
         return ticket
 
-    def refused(self, tensor: Any, *, share: bool = True) -> Refused:
+    def refused(self, tensor: Any, *, share: Share | None = None) -> Refused:
         """A refusal, which is counted and changes nothing else."""
         before = self.lane.stats()
         refused = self.lane.put(tensor, share=share)
@@ -52,9 +52,9 @@ class Together:
         return books(self.lane.stats())
 
     def nothing_is_out(self) -> bool:
-        """Whether all tickets have ended, and no extent is held but those that wait for their tensor."""
+        """Whether all tickets have ended, and no extent is held."""
         stats = self.lane.stats()
-        return stats.tickets == 0 and stats.taken == stats.kept
+        return (stats.tickets, stats.extents, stats.taken) == (0, 0, 0)
 
     def wait_until_nothing_is_out(self) -> None:
         """Give-backs may wait for a device."""
@@ -67,7 +67,6 @@ def books(stats: LaneStats) -> dict[str, Any]:
         "tickets": stats.tickets,
         "extents": stats.extents,
         "taken": stats.taken,
-        "kept": stats.kept,
         "readers": stats.readers,
         "puts": stats.puts,
         "shared": stats.shared,

@@ -33,7 +33,6 @@ def stats(**changes: object) -> LaneStats:
         "warm": 64 << 20,
         "pinned": 0,
         "taken": 0,
-        "kept": 0,
         "extents": 0,
         "tickets": 0,
         "expected": {"tp": 2},
@@ -105,7 +104,7 @@ def test_a_lane_is_listed_once_whoever_is_connected_and_by_its_pid(scope: ExitSt
 
 
 def test_an_open_lane() -> None:
-    memory = stats(taken=2 << 20, kept=1 << 20, extents=2)
+    memory = stats(taken=2 << 20, extents=2)
     lane = replace(memory, tickets=1, puts=5, shared=2, copied=3 << 30, copy_seconds=1.5)
     text = said(Found(ADDRESS, lane, "sglang serve"))
     assert text.splitlines()[0] == ADDRESS
@@ -113,7 +112,7 @@ def test_an_open_lane() -> None:
         "123  sglang serve",
         "open",
         "'tp' 2/2",
-        "2 MiB in use by 2 extents (1 MiB of it kept for reuse), 64 MiB committed, 8 GiB capacity",
+        "2 MiB in use by 2 extents, 64 MiB committed, 8 GiB capacity",
         "1 out, 0 orphans reclaimed",
         "5, 2 of them without a copy; 3 GiB copied in 1.5 s (2 GiB/s)",
         "none",

@@ -187,22 +187,25 @@ class Lane:
         ValueError for a share that is not for this tensor or lane.
         """
         self._check_process()
-        held = None if share is None or share.closed else self._held(share, tensor)
+        held = None if share is None or share.closed else self._held(share)
         problem = _unsupported(tensor)
         if problem:
-            with self._lock:
+            with self._lock, self._books:
+                self._spend(held)
                 return self._refuse("unsupported", problem)
         nbytes = tensor.numel() * tensor.itemsize
         extent: Extent | None = None
         try:
-            with self._lock, self._books:
-                placed = self._place(tensor, nbytes, held)
-                if not isinstance(placed, Extent):
-                    return placed
-                cold = self._ledger.space.cold(placed.offset, placed.nbytes)
-                mapping = self._mapping
-                self._users += 1
-                extent = placed
+            with self._lock:
+                _check_content(held, tensor)
+                with self._books:
+                    placed = self._place(tensor, nbytes, held)
+                    if not isinstance(placed, Extent):
+                        return placed
+                    cold = self._ledger.space.cold(placed.offset, placed.nbytes)
+                    mapping = self._mapping
+                    self._users += 1
+                    extent = placed
             points.reached("put.allocated")
             # Nobody else knows the extent yet, so memory is committed and filled without the lock.
             if cold:
@@ -350,13 +353,10 @@ class Lane:
         wanted = ", ".join(f"{have[group]} of {count} in {group!r}" for group, count in self.expected.items())
         return self._refuse("not_open", f"readers that have joined: {wanted}; the lane opens when all have")
 
-    def _held(self, share: Share, tensor: torch.Tensor) -> Held:
-        held, content = share.held, (tensor.dtype, tensor.shape)
-        if held.lane is not self:
-            raise ValueError(f"a share of {held.lane!r}, put into {self!r}")
-        if held.content not in (None, content):
-            raise ValueError(f"a share for a tensor of {held.content}, put with one of {content}")
-        return held
+    def _held(self, share: Share) -> Held:
+        if share.held.lane is not self:
+            raise ValueError(f"a share of {share.held.lane!r}, put into {self!r}")
+        return share.held
 
     def _place(self, tensor: torch.Tensor, nbytes: int, held: Held | None) -> bytes | Extent | Refused:
         """A ticket on the copy that a share holds already, or an extent to copy to, or neither."""
@@ -365,10 +365,11 @@ class Lane:
         self._undrained += 1
         if (self._undrained >= _DRAIN or len(self._ledger.live) >= SLOTS) and not self._closed:
             self._drain()
-        if held is not None:
-            held.uses -= 1
-            if held.extent is not None:
-                return self._place_again(tensor, nbytes, held, held.extent)
+        if held is not None and held.extent is not None:
+            issued = self._issue(tensor, nbytes, held.extent, shared=True) if self._is_open() else self._shut()
+            self._spend(held)
+            return issued
+        self._spend(held)
         if not self._is_open():
             return self._shut()
         if nbytes > space.capacity:
@@ -387,12 +388,6 @@ class Lane:
             )
         return self._ledger.allocate(offset, nbytes)
 
-    def _place_again(self, tensor: torch.Tensor, nbytes: int, held: Held, extent: Extent) -> bytes | Refused:
-        placed = self._issue(tensor, nbytes, extent, shared=True) if self._is_open() else self._shut()
-        if held.uses < 1:
-            self._end(held)
-        return placed
-
     def _publish(self, tensor: torch.Tensor, nbytes: int, extent: Extent, held: Held | None) -> bytes | Refused:
         if not self._is_open():  # any more
             self._ledger.settle(extent)
@@ -402,8 +397,15 @@ class Lane:
             self._ledger.hold(extent)
         return self._issue(tensor, nbytes, extent, shared=False)
 
+    def _spend(self, held: Held | None) -> None:
+        """One use of a share less, if there is a share."""
+        if held is not None:
+            held.uses -= 1
+            if held.uses < 1:
+                self._end(held)
+
     def _end(self, held: Held) -> None:
-        """Nothing more is put with a share."""
+        """The copy that a share holds is held no longer, and no other will be."""
         held.uses = 0
         extent, held.extent = held.extent, None
         if extent is not None:
@@ -704,6 +706,12 @@ class Lane:
         self._control.abandon()
         self._backing.close()
         self._mapping.unmap()
+
+
+def _check_content(held: Held | None, tensor: torch.Tensor) -> None:
+    content = (tensor.dtype, tensor.shape)
+    if held is not None and held.content not in (None, content):
+        raise ValueError(f"a share for a tensor of {held.content}, put with one of {content}")
 
 
 def _unsupported(tensor: torch.Tensor) -> str:

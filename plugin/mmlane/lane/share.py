@@ -30,14 +30,16 @@ class Share:
 
     The first `Lane.put(tensor, share=share)` copies, the others issue tickets on that copy: all of them carry the
     bytes that the tensor had at the first put. The copy is held until the uses are spent or the share is closed
-    or dropped, whatever becomes of the tickets. A refused put spends a use as well; a put beyond the uses, or with
-    a closed share, copies.
+    or dropped, whatever becomes of the tickets. A put that is refused, or raises what interrupted it, spends a use
+    as well; a put beyond the uses, or with a closed share, copies.
     """
+
+    closed = True  # until it is made
 
     def __init__(self, held: Held, end: Callable[[Held], None]) -> None:
         self.held = held
-        self.closed = False
         self._end = end
+        self.closed = False
 
     @property
     def is_spent(self) -> bool:
@@ -47,8 +49,8 @@ class Share:
     def close(self) -> None:
         """Hold the copy no longer: it is free with its last ticket. Can be called wherever Python runs."""
         if not self.closed:
+            self._end(self.held)  # only noted, the lane's next drain does it: twice, after an interrupt, is well
             self.closed = True
-            self._end(self.held)  # only noted: the lane's next drain does it
 
     def __enter__(self) -> Share:
         return self

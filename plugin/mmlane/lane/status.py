@@ -26,7 +26,7 @@ class LaneStats:
 
     pid: the producer, as whoever asks would call it; 0 if it is out of sight, in another PID namespace.
     capacity: address room. warm: memory committed. pinned: of this, for good, for readers to pin. taken: in
-    extents: of tickets, held by shares, and being filled. expected, readers: by group.
+    extents: tickets refer to them, a share holds them, or they are being filled. expected, readers: by group.
     puts: tickets issued. shared: puts that needed no copy. copied: copied into the lane by all other puts, in
     `copy_seconds`, added up over all threads; puts that were refused after their copy count, too.
     refused: puts refused, by cause. orphans: tickets that no reader ever saw, reclaimed. strays: messages from
