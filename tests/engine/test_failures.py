@@ -99,8 +99,8 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
         assert scenarios.tokens(three(server)) == wanted[1]
         scenarios.wait_for_baseline(server)
         ranks = server.find("sglang::scheduler")
+        server.breaks()
         with failing(server, f"{take} Injected scheduler_TP1"):
-            server.loses()
             answer = scenarios.in_background(lambda: one(server))
             scenarios.wait_for(lambda: not set(ranks) & {p.pid for p in server.processes()}, "the end", ENDS_S)
             server.stop()

@@ -105,6 +105,10 @@ class WatchedServer(EngineServer):
         """A test is about to take the features of that many requests away."""
         self._losing += features_of
 
+    def breaks(self) -> None:
+        """A test is about to have a process of the engine end itself."""
+        self._killed = True
+
     def kill(self, pid: int, sig: int = signal.SIGKILL) -> None:
         self._killed |= sig not in HARMLESS
         super().kill(pid, sig)
