@@ -43,7 +43,6 @@ def main() -> None:
         for pipe in pipes:
             pipe.send(None)
 
-        del pixels
         stats = lane.stats()
         print(f"{stats.puts} put, {stats.tickets} tickets out, {stats.taken} bytes taken, {stats.warm} committed")
 

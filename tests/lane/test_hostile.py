@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from mmlane.lane import JoinRefused, Lane, LaneError, Reader, StaleTicket, control, ticket, wire
+from mmlane.lane import JoinRefused, Lane, LaneError, Reader, Share, StaleTicket, control, ticket, wire
 from tests.lane.sandbox import (
     DEADLINE,
     NOBODY,
@@ -493,6 +493,7 @@ class Conversation(RuleBasedStateMachine):
         self.honest: set[int] = set()  # numbers of tickets not given back by the honest reader
         self.hostile: set[int] = set()  # and by the other
         self.held: dict[int, torch.Tensor] = {}
+        self.shares: list[tuple[Share, torch.Tensor]] = []
         self.strays = self.orphans = 0
 
     @initialize()
@@ -505,26 +506,36 @@ class Conversation(RuleBasedStateMachine):
         self.reader.join(self.lane.address)
         self.base = wire.read_welcome(self.lane._control._welcome)[2] * 8
 
-    @rule(elements=st.integers(0, 40_000))
-    def put(self, elements: int) -> None:
+    @rule(elements=st.integers(0, 40_000), uses=st.integers(0, 3))
+    def put(self, elements: int, uses: int) -> None:
         tensor = new_tensor(elements)
-        ticket = self.lane.put(tensor)
+        share = self.lane.share(uses) if uses else None
+        self.check_put(tensor, share)
+        if share is not None:
+            self.shares.append((share, tensor))
+
+    @rule(data=st.data())
+    def put_again(self, data: st.DataObject) -> None:
+        """Within the uses of a share, or beyond them."""
+        if self.shares:
+            share, tensor = data.draw(st.sampled_from(self.shares))
+            self.check_put(tensor, share)
+
+    def check_put(self, tensor: torch.Tensor, share: Share | None) -> None:
+        ticket = self.lane.put(tensor, share=share)
         if isinstance(ticket, bytes):
             self.honest.add(len(self.issued))
             self.hostile.add(len(self.issued))
             self.issued.append((ticket, tensor))
         else:
-            assert ticket.cause == "full" and self.honest | self.hostile, ticket
+            assert ticket.cause == "full" and (self.honest | self.hostile or self.shares), ticket
 
-    @rule(data=st.data())
-    def put_again(self, data: st.DataObject) -> None:
-        if self.issued:
-            _, tensor = self.issued[data.draw(st.integers(0, len(self.issued) - 1))]
-            ticket = self.lane.put(tensor)
-            if isinstance(ticket, bytes):
-                self.honest.add(len(self.issued))
-                self.hostile.add(len(self.issued))
-                self.issued.append((ticket, tensor))
+    @rule(data=st.data(), close=st.booleans())
+    def end_a_share(self, data: st.DataObject, close: bool) -> None:
+        if self.shares:
+            share, _ = self.shares.pop(data.draw(st.integers(0, len(self.shares) - 1)))
+            if close:
+                share.close()
 
     @rule(data=st.data())
     def take(self, data: st.DataObject) -> None:
@@ -614,6 +625,7 @@ class Conversation(RuleBasedStateMachine):
             self.other.close()
             self.held.clear()
             wait_until(lambda: self.lane.stats().readers == {"tp": 1}, "its end")
+            self.shares.clear()
             self.issued.clear()
             wait_until(lambda: self.lane.stats().tickets == 0, "what was given back")
             stats = self.lane.stats()
