@@ -174,7 +174,7 @@ def test_metrics(arena: WatchedServer) -> None:
             "mmlane_orphans_total": 0,
             'mmlane_fallbacks_total{cause="not_open"}': stats.refused["not_open"],
             f'mmlane_info{{mode="arena",version="{__version__}"}}': 1,
-            **{f'mmlane_lanes{{state="{state}"}}': state == "open" for state in STATES},
+            **{f'mmlane_lanes{{state="{state}"}}': float(state == "open") for state in STATES},
         }
 
     assert now()["mmlane_puts_total"] > 0
