@@ -107,8 +107,8 @@ def asked_and_left(server: WatchedServer, picture: bytes, **sampling: Any) -> It
 
 
 @contextmanager
-def told(server: WatchedServer, name: str) -> Iterator[None]:
-    """Have a probe do, meanwhile, what it does while there is a file of this name: `hold`, `uncollected`."""
+def flag(server: WatchedServer, name: str) -> Iterator[None]:
+    """While inside, a probe finds the file $NOTES/NAME and acts on it: `hold`, `uncollected`."""
     file = server.notes / name
     file.touch()
     try:

@@ -86,7 +86,7 @@ def test_eight_samples_share_one_copy(held: bool, arena: WatchedServer) -> None:
     before = scenarios.lane(arena)
     one = arena.generate([picture], scenarios.TEXT)
     between = scenarios.lane(arena)
-    with scenarios.told(arena, "hold") if held else nullcontext():
+    with scenarios.flag(arena, "hold") if held else nullcontext():
         eight = arena.generate([picture], scenarios.TEXT, n=8)
     after = scenarios.lane(arena)
     assert scenarios.tokens(eight) == scenarios.tokens(one) * 8
@@ -140,7 +140,7 @@ def test_hanging_up_on_several_samples(arena: WatchedServer) -> None:
     """At the first token, and while the warm-up is under way: nothing is left, and no collector is waited for."""
     scenarios.open_lanes(arena)
     scenarios.wait_for_baseline(arena)
-    with scenarios.told(arena, "uncollected"):
+    with scenarios.flag(arena, "uncollected"):
         for seed in range(30, 33):
             events = arena.stream([scenarios.image(seed)], scenarios.TEXT, n=3, max_new_tokens=50)
             next(events)
