@@ -80,27 +80,31 @@ class Server:
 
 
 def end(process: subprocess.Popen[bytes], family: Family, orderly_s: float) -> None:
-    """Return when every process of the family has ended."""
+    """Return when every process of the family has ended; those that take longer than `orderly_s` are killed."""
+    deadline = time.monotonic() + orderly_s
     family.members()  # one that leaves the session is remembered
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(orderly_s)
-    while members := [member.pid for member in family.members()]:
-        for pid in members:
-            kill(pid)
+    for member in family.members():  # the others follow it, multiprocessing's tracker of semaphores last
+        wait(member.pid, max(deadline - time.monotonic(), 0.0))
+    while members := family.members():
+        for member in members:
+            wait(member.pid, None, signal.SIGKILL)
     process.wait()
 
 
-def kill(pid: int) -> None:
-    """Kill a process, and wait until it has ended."""
+def wait(pid: int, timeout_s: float | None, sig: signal.Signals | None = None) -> None:
+    """Send a process a signal, if one is given, and wait until it has ended, or for so long."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:  # ended in between
         return
     try:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-        select.select([handle], [], [])  # readable when it has ended
+        if sig is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, sig)
+        select.select([handle], [], [], timeout_s)  # readable when it has ended
     finally:
         os.close(handle)
 
