@@ -1,4 +1,4 @@
-"""mmlane's lane; `mode` is how readers take: `view`, `cow` or `clone`. `n` puts of a tensor have a share: one copy.
+"""mmlane's lane; `mode` is how readers take: `view`, `cow` or `clone`. The `n` puts of a tensor are one share.
 
 One setting is not the default: memory is kept over longer pauses than a minute, since it is the other peers' turns
 that make them.
