@@ -408,6 +408,10 @@ def test_a_share_that_ends_before_its_uses_are_spent(
     assert held(pair.lane.stats()) == (0, 0, 0)
 
 
+def test_a_share_whose_making_was_interrupted_ends_without_a_word() -> None:
+    Share.__new__(Share).close()
+
+
 def test_a_put_with_a_closed_share_copies(pair: Together) -> None:
     tensor, share = random((PAGE,)), pair.lane.share(uses=5)
     first = pair.put(tensor, share=share)
