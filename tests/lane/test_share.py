@@ -11,12 +11,13 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy
@@ -407,6 +408,10 @@ def test_a_share_that_ends_before_its_uses_are_spent(
     assert held(pair.lane.stats()) == (0, 0, 0)
 
 
+def test_a_share_whose_making_was_interrupted_ends_without_a_word() -> None:
+    Share.__new__(Share).close()
+
+
 def test_a_put_with_a_closed_share_copies(pair: Together) -> None:
     tensor, share = random((PAGE,)), pair.lane.share(uses=5)
     first = pair.put(tensor, share=share)
@@ -482,6 +487,38 @@ def test_tensors_of_other_sizes_at_the_same_time_are_copied_or_an_error(
     with pytest.raises(ValueError, match="a share for"):
         pair.lane.put(small, share=share)
     assert same(pair.reader.take(inner[1]), big) and same(pair.reader.take(outer), small)
+
+
+def stands_in(thread: threading.Thread, code: CodeType) -> bool:
+    """Whether a thread is in a function itself, at one place for a while."""
+    seen = set()
+    for _ in range(50):
+        frame = sys._current_frames().get(thread.ident or 0)
+        seen.add(None if frame is None or frame.f_code is not code else frame.f_lasti)
+        time.sleep(0.001)
+    return None not in seen and len(seen) == 1
+
+
+def test_what_a_share_is_for_is_looked_at_with_the_lock_held(pair: Together) -> None:
+    """A put that waits for the lock learns of what is put meanwhile: no ticket for more bytes than there are."""
+    share, lane = pair.lane.share(uses=5), pair.lane
+    errors: list[str] = []
+
+    def work() -> None:
+        with pytest.raises(ValueError) as error:
+            lane.put(random((5 * PAGE,)), share=share)
+        errors.append(str(error.value))
+
+    thread = threading.Thread(target=work)
+    with lane._lock:
+        thread.start()
+        eventually(lambda: stands_in(thread, Lane.put.__code__), "it waits for the lock")
+        extent = lane._ledger.allocate(0, 10)
+        ticket = lane._publish(random((10,)), 10, extent, share.held)
+    thread.join(DEADLINE)
+    assert len(errors) == 1 and isinstance(ticket, bytes)
+    lane.withdraw(ticket)
+    share.close()
 
 
 # --- shares and refusals ------------------------------------------------------------------------------------
