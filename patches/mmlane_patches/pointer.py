@@ -6,7 +6,7 @@ itself where it cannot travel by pointer, which the engine then pickles inline.
 
 Life of a segment: created by the producer, opened by every reader, unlinked by the first reader that takes
 the feature (readers agree beforehand that all have opened it). Whoever holds a pointer that is dropped without
-having been taken or handed on unlinks it, so that no error path leaks.
+having been taken or handed on unlinks it, so that no error path leaks; so does a regular exit of its process.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ import mmap
 import os
 import secrets
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache
-from multiprocessing import resource_tracker
-from multiprocessing.shared_memory import SharedMemory
+from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
+from mmlane import host
 from mmlane_patches.guard import failed
 
 logger = logging.getLogger("mmlane")
@@ -70,7 +73,7 @@ class SegmentPointer:
         self.dtype = tensor.dtype
         if data.numel():
             self.shm_name = _store(data)
-            self._answerable = os.getpid()
+            self._answer_for_it()
             if (made := made_here.get()) is not None:
                 made.append(self)
 
@@ -85,6 +88,10 @@ class SegmentPointer:
         # The process that has to unlink the segment when this object is dropped; 0 when nobody has to.
         # A process forked meanwhile holds a copy of this object, and must leave the segment alone.
         self._answerable = 0
+
+    def _answer_for_it(self) -> None:
+        self._answerable = os.getpid()
+        _answered_for[id(self)] = self
 
     # --- travelling ---
 
@@ -115,7 +122,7 @@ class SegmentPointer:
             if self._nbytes():
                 _tell_tracker()
                 self._shm_handle = SharedMemory(name=self.shm_name)
-                self._answerable = os.getpid()
+                self._answer_for_it()
         except Exception as error:  # noqa: BLE001 - kept for materialize(), which reports it
             self._materialization_error = f"{type(error).__name__}: {error}"
 
@@ -193,16 +200,24 @@ class SegmentPointer:
         except (OSError, ValueError, RuntimeError) as error:
             logger.warning("mmlane: could not remove %s from %s: %s", self.shm_name, SHM, error)
 
-    def __del__(self) -> None:
-        # The garbage collector may run this while this very thread holds the resource tracker's lock: no unlink()
-        # of the segment, which takes it. The tracker hears of it later.
-        if getattr(self, "_answerable", 0) == os.getpid():
-            file = SHM / self.shm_name
-            if file.exists():  # else a peer was first, and has told the tracker
-                file.unlink(missing_ok=True)
-                _removed.append(self.shm_name)
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if ending():
+            return  # `_leave_nothing` has been here, and the kernel closes the rest
+        self._remove_if_answerable()
         if (handle := getattr(self, "_shm_handle", None)) is not None:
             handle.close()
+
+    def _remove_if_answerable(self) -> None:
+        """Remove the segment's name if that is up to this process. For finalizers: takes no lock.
+
+        The garbage collector may run one while this very thread holds the resource tracker's lock: no unlink() of
+        the segment, which takes it. The tracker hears of it later.
+        """
+        if getattr(self, "_answerable", 0) == os.getpid():
+            self._answerable = 0
+            with suppress(FileNotFoundError):  # a peer was first, and has told the tracker
+                (SHM / self.shm_name).unlink()
+                _removed.append(self.shm_name)
 
 
 class _PointerOrTensor(type):
@@ -262,14 +277,32 @@ def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-_removed: list[str] = []
+class SharedMemory(shared_memory.SharedMemory):
+    """Python's own, without its finalizer's word at the end of the interpreter, when its module is gone."""
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():
+            super().__del__()
 
 
-@atexit.register
+_removed: list[str] = []  # names that the resource tracker still has to hear of
+os.register_at_fork(after_in_child=_removed.clear)  # from the parent
+_answered_for: WeakValueDictionary[int, SegmentPointer] = WeakValueDictionary()  # once; by id
+
+
 def _tell_tracker() -> None:
     """Have Python's resource tracker forget the segments that were removed behind its back."""
     while _removed:
         resource_tracker.unregister(f"/{_removed.pop()}", "shared_memory")
+
+
+@atexit.register
+def _leave_nothing() -> None:
+    """Remove the segments that this process is answerable for: finalizers come too late to do so."""
+    for reference in _answered_for.valuerefs():
+        if (pointer := reference()) is not None:
+            pointer._remove_if_answerable()
+    _tell_tracker()
 
 
 def _store(data: torch.Tensor) -> str:
@@ -311,7 +344,7 @@ def segment_name() -> str:
     """A fresh name that tells for certain whose it is: mmlane_PID_STARTTIME_PIDNAMESPACE_RANDOM.
 
     STARTTIME is field 22 of /proc/PID/stat (clock ticks since boot), PIDNAMESPACE the inode of /proc/PID/ns/pid;
-    both are 0 where there is no /proc.
+    both are 0 where /proc does not tell.
     """
     pid = os.getpid()
     return f"{PREFIX}{pid}_{_identity(pid)}_{secrets.token_hex(8)}"
@@ -319,9 +352,5 @@ def segment_name() -> str:
 
 @lru_cache(maxsize=1)
 def _identity(pid: int) -> str:
-    try:
-        # The command name, field 2, is in parentheses and may hold anything.
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return f"{fields[19]}_{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return "0_0"
+    process, namespace = host.process(pid), host.pid_namespace()
+    return "0_0" if process is None or namespace is None else f"{process.started}_{namespace}"

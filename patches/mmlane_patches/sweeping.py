@@ -37,7 +37,7 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
-from mmlane import settings
+from mmlane import host, settings
 from mmlane.entry import say
 from mmlane.host import SHM
 
@@ -195,7 +195,7 @@ class Judge:
     """Who lives, and whether that is everybody."""
 
     def __init__(self, private: bool) -> None:
-        self.namespace = (PROC / "self/ns/pid").stat().st_ino
+        self.namespace = host.pid_namespace()
         self.hidden = _hidden()
         self.everywhere = private or self.namespace == FIRST_PID_NAMESPACE
         self.living = [] if self.hidden else sorted(_living(), key=lambda process: process.born)
@@ -235,47 +235,45 @@ def _hidden() -> str:
     """Why processes of our own pid namespace may be out of sight, or files not be as they look; "" when not."""
     kind, _ = _mounted(SHM)
     if kind != "tmpfs":
-        return f"{SHM} is not a tmpfs"
+        return f"{SHM} is not a tmpfs" if kind else f"/proc/self/mountinfo does not tell what {SHM} is"
     _, options = _mounted(PROC)
     if re.search(r"\bhidepid=(?!0|off)", options):
         return "/proc hides processes (hidepid)"
     # One number for each namespace from that of /proc down to ours.
-    if len(_field("NSpid", (PROC / "self/status").read_bytes())) != 1:
+    if len(_field("NSpid", PROC / "self/status")) != 1:
         return "/proc is that of another pid namespace"
     return ""
 
 
 def _mounted(path: Path) -> tuple[str, str]:
-    """Kind and options of the file system at a path, which is mounted there or above."""
+    """Kind and options of the file system at a path, which is mounted there or above; "" when that is not told."""
     device = path.stat().st_dev
-    for line in (PROC / "self/mountinfo").read_text(errors="replace").splitlines():
-        fields = line.split()
-        if fields[2] == f"{os.major(device)}:{os.minor(device)}":
-            kind, _, options = fields[fields.index("-") + 1 :][:3]
-            return kind, options
-    return "", ""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mount = next((mount for mount in host.mounts() if mount.device == number), None)
+    return (mount.kind, mount.options) if mount else ("", "")
 
 
 def _living() -> Iterator[Process]:
-    """Every process of this user in sight."""
+    """Every process of this user in sight; also one that does not tell what it is, which may be as old as any."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     ticks = os.sysconf("SC_CLK_TCK")
     for entry in os.scandir(PROC):
         if not entry.name.isdecimal():
             continue
-        try:
-            line = Path(entry.path, "stat").read_text(errors="replace")
-            users = _field("Uid", Path(entry.path, "status").read_bytes())
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        # The name, in parentheses, may itself hold spaces and parentheses.
-        front, _, rest = line.rpartition(")")
-        fields = rest.split()
-        if fields[0] not in "ZX" and os.geteuid() in users:
-            started = int(fields[19])
-            yield Process(int(entry.name), front.partition("(")[2], started, booted + started / ticks)
+        pid = int(entry.name)
+        process = host.process(pid)
+        users = _field("Uid", Path(entry.path, "status"))
+        if process is None or not users:
+            if Path(entry.path).exists():  # else it has ended meanwhile
+                yield Process(pid, "?", 0, 0.0)
+        elif process.state not in "ZX" and os.geteuid() in users:
+            yield Process(pid, process.name, process.started, booted + process.started / ticks)
 
 
-def _field(name: str, status: bytes) -> list[int]:
-    found = re.search(rb"^%s:(.*)$" % name.encode(), status, re.MULTILINE)
-    return [int(word) for word in found.group(1).split()] if found else []
+def _field(name: str, file: Path) -> list[int]:
+    """The numbers in a line of a /proc/PID/status; empty when they cannot be had."""
+    try:
+        found = re.search(rb"^%s:(.*)$" % name.encode(), file.read_bytes(), re.MULTILINE)
+        return [int(word) for word in found[1].split()] if found else []
+    except (OSError, ValueError):
+        return []

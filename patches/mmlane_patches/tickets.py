@@ -7,6 +7,8 @@ or, where there is no room for a segment either, the tensor itself with such an 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,7 +135,9 @@ class LanePointer:
         elif state == "due" and lanes.rank is not None:
             lanes.rank.discard(self.ticket)
 
-    def __del__(self) -> None:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if ending():
+            return  # the lane goes with the process; a segment of ours has gone already
         if self.ticket is not None:
             if self._state != "pickled":  # then it is the receiver's
                 self.close_and_unlink()

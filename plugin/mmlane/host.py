@@ -1,6 +1,7 @@
 """Facts about the machine, each looked up or tried on the spot: /dev/shm, memory limit, kernel features.
 
-Called by `mmlane doctor`. Linux only; standard library only.
+What /proc and the control groups say is read here and nowhere else. Reading it never raises, whatever is in the
+files: what is not of the kernel's form, or cannot be read, counts as absent. Linux only; standard library only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 SHM = Path("/dev/shm")
@@ -92,12 +93,13 @@ def maker(name: str) -> tuple[int | None, bool | None]:
 
     Ours are `mmlane_PID_STARTTIME_PIDNAMESPACE_RANDOM`, the engine's `sgl_shm_KIND_PID_RANDOM`.
     """
-    ours = re.fullmatch(r"mmlane_(\d+)_(\d+)_(\d+)_[0-9a-f]+", name)
+    ours = re.fullmatch(r"mmlane_([1-9]\d*)_(\d+)_(\d+)_[0-9a-f]+", name)
     if ours is not None:
         pid, started, namespace = (int(number) for number in ours.groups())
-        if namespace != _pid_namespace():
+        if namespace != pid_namespace():
             return pid, None
-        return pid, is_alive(pid) and _started(pid) in (started, None)
+        holder = process(pid)
+        return pid, is_alive(pid) and (holder is None or holder.started == started)
     engines = re.fullmatch(r"sgl_shm_\w+_([1-9]\d*)_[0-9a-f]+", name)
     if engines is not None:
         pid = int(engines.group(1))
@@ -116,17 +118,86 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def _pid_namespace() -> int:
-    return Path("/proc/self/ns/pid").stat().st_ino
+# --- processes and mounts ----------------------------------------------------------------------------------
 
 
-def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None when it is gone or hidden."""
+def pid_namespace() -> int | None:
+    """The number of this process's pid namespace; None when it cannot be had."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         return None
-    return int(text.rpartition(")")[2].split()[19])
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as its /proc/PID/stat tells: its command's name, its state, and its start in ticks since boot."""
+
+    name: str
+    state: str
+    started: int
+
+
+def process(pid: int, proc: Path = Path("/proc")) -> Process | None:
+    """A process by its number; None when it is gone or hidden."""
+    # The name, in parentheses, may itself hold spaces and parentheses.
+    front, _, rest = _text(proc / str(pid) / "stat").rpartition(")")
+    fields = rest.split()
+    started = _integer(fields[19]) if len(fields) > 19 else None
+    return None if started is None else Process(front.partition("(")[2], fields[0], started)
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A line of /proc/PID/mountinfo: what is mounted (`device` is MAJOR:MINOR, `root` a path inside of it), where.
+
+    `options` are those of the file system. Every text may be empty.
+    """
+
+    device: str
+    root: str
+    point: str
+    kind: str
+    options: str
+
+
+def mounts(file: Path = Path("/proc/self/mountinfo")) -> tuple[Mount, ...]:
+    """What is mounted in sight of a process, in the file's order."""
+    found = (_mount(line) for line in _text(file).split("\n"))
+    return tuple(mount for mount in found if mount is not None)
+
+
+def _mount(line: str) -> Mount | None:
+    """None for a line that is not of the kernel's form.
+
+    A space stands between two fields, so one that is empty leaves two of them. Spaces inside are written \\040.
+    """
+    fields = [_unescaped(field) for field in line.split(" ")]
+    try:
+        end = fields.index("-", 6)  # before it, there may be any number of optional fields
+        kind, _, options = fields[end + 1 : end + 4]
+    except ValueError:
+        return None
+    return Mount(fields[2], fields[3], fields[4], kind, options)
+
+
+def _unescaped(field: str) -> str:
+    return re.sub(r"\\([0-3][0-7]{2})", lambda found: chr(int(found[1], 8)), field)
+
+
+def _text(file: Path) -> str:
+    """What is in a file, of any bytes, as Python writes file names; "" when it cannot be read."""
+    try:
+        return os.fsdecode(file.read_bytes())
+    except (OSError, ValueError):  # ValueError: no file has such a name
+        return ""
+
+
+def _integer(text: str) -> int | None:
+    try:
+        return int(text) if text.isdecimal() else None
+    except ValueError:  # thousands of digits
+        return None
 
 
 # --- memory ------------------------------------------------------------------------------------------------
@@ -157,10 +228,14 @@ class Memory:
 
 
 def memory(proc: Path = Path("/proc/self"), meminfo: Path = Path("/proc/meminfo")) -> Memory:
-    """Memory of the machine and the cgroup limit that holds for this process, of version 1 or 2."""
+    """Memory of the machine and the cgroup limit that holds for this process, of version 1 or 2.
+
+    Where the machine does not say what is available, all of its memory is; a limit that cannot be had is none, and
+    a use that cannot be had is nothing.
+    """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found: list[tuple[int, int | None]] = []
-    available = _fields(meminfo).get("MemAvailable:", total // 1024) * 1024
+    available = min(_fields(meminfo).get("MemAvailable:", total // 1024) * 1024, total)
     for directory, limit_file, use_file in _memory_groups(proc):
         limit = _number(directory / limit_file)
         if limit is not None and limit < total:  # version 1 writes "no limit" as a very large number
@@ -175,47 +250,45 @@ def memory(proc: Path = Path("/proc/self"), meminfo: Path = Path("/proc/meminfo"
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """The numbers in a file of lines `NAME NUMBER [UNIT]`; empty when it cannot be read."""
-    try:
-        lines = [line.split() for line in file.read_text().splitlines()]
-    except OSError:
-        return {}
-    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
+    """The numbers in a file of lines `NAME NUMBER [UNIT]`."""
+    lines = [line.split() for line in _text(file).split("\n")]
+    found = {line[0]: _integer(line[1]) for line in lines if len(line) > 1}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def _memory_groups(proc: Path) -> Iterator[tuple[Path, str, str]]:
     """The directories of the cgroup with the memory controller, from this process's up to the topmost in sight."""
-    try:
-        # Any bytes can be in a path.
-        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text(errors="replace").splitlines()]
-        mounts = [line.split() for line in (proc / "mountinfo").read_text(errors="replace").splitlines()]
-    except OSError:
-        return
-    for fields in mounts:
-        root, mount_point, (kind, _, options) = fields[3], fields[4], fields[fields.index("-") + 1 :][:3]
-        if kind == "cgroup2":
+    lines = [line.split(":", 2) for line in _text(proc / "cgroup").split("\n")]
+    groups = [line for line in lines if len(line) == 3]
+    for mount in mounts(proc / "mountinfo"):
+        if mount.kind == "cgroup2":
             names, mine = ("memory.max", "memory.current"), [path for number, _, path in groups if number == "0"]
-        elif kind == "cgroup" and "memory" in options.split(","):
+        elif mount.kind == "cgroup" and "memory" in mount.options.split(","):
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
             mine = [path for _, controllers, path in groups if "memory" in controllers.split(",")]
         else:
             continue
-        top = Path(mount_point)
+        top = Path(mount.point)
         for path in mine:
-            inside = os.path.relpath(path, root)
-            directory = top if inside.startswith("..") else top / inside
+            directory = top / _inside(path, mount.root)
             for group in (directory, *directory.parents):
                 yield group, *names
                 if group == top:
                     break
 
 
-def _number(file: Path) -> int | None:
+def _inside(path: str, root: str) -> PurePosixPath:
+    """A group's path from what is mounted on; that itself where the group is not in there."""
+    here = PurePosixPath()
     try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
+        inside = PurePosixPath(path).relative_to(root)
+    except ValueError:
+        return here
+    return here if ".." in inside.parts else inside
+
+
+def _number(file: Path) -> int | None:
+    return _integer(_text(file).strip())
 
 
 def room_problem(nbytes: int) -> str:

@@ -311,7 +311,7 @@ _CLONE_NEWNS, _CLONE_NEWUSER = 0x20000, 0x10000000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 
 
-def mount_over(place: str, options: str) -> None:
+def mount_over(place: str, options: str, source: str = "mmlane-test") -> None:
     """Put an empty tmpfs over a directory, for this process only; it must have no other thread yet."""
     uid, gid = os.geteuid(), os.getegid()
     if _libc.unshare(_CLONE_NEWNS) == -1:
@@ -320,7 +320,7 @@ def mount_over(place: str, options: str) -> None:
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
     checked(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
-    checked(_libc.mount(b"mmlane-test", place.encode(), b"tmpfs", 0, options.encode()))
+    checked(_libc.mount(source.encode(), place.encode(), b"tmpfs", 0, options.encode()))
 
 
 @cache

@@ -9,12 +9,14 @@ import resource
 import socket
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 import torch
 
 from mmlane import host
 from mmlane.lane import JoinRefused, Lane, LaneUnavailable, Reader, Refused, points, producer
+from mmlane_patches import sweeping
 from tests.lane.sandbox import (
     DEADLINE,
     Child,
@@ -415,3 +417,26 @@ def test_a_control_thread_that_fails_says_so(point: str) -> None:
         assert closed
         assert held.sum() == 10
         wait_until(lambda: reader.lanes() == (), "the end of the lane")
+
+
+# --- what /proc says ----------------------------------------------------------------------------------------
+
+
+def travel_beside_a_mount_without_a_source() -> tuple[bool, int | None, tuple[str, str], list[sweeping.Segment]]:
+    mount_over("/dev/shm", "size=64m", source="")
+    with Lane({"tp": 1}) as lane, Reader("tp") as reader:
+        reader.join(lane.address)
+        travel(lane, [reader])
+    mounted = " - tmpfs  rw" in Path("/proc/self/mountinfo").read_text()
+    return mounted, host.memory().limit, sweeping._mounted(host.SHM), sweeping._sweep(private=True)[0]
+
+
+def test_a_mount_without_a_source_is_a_mount() -> None:
+    """Today's kernels write an empty field for it."""
+    require_mounts()
+    mounted, limit, (kind, options), reclaimed = run(travel_beside_a_mount_without_a_source)
+    if not mounted:
+        pytest.skip("this kernel has a word for a mount without a source")
+    assert limit == host.memory().limit
+    assert kind == "tmpfs" and "size=65536k" in options
+    assert reclaimed == []

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from mmlane import host
 
@@ -77,6 +79,11 @@ def test_our_names_tell_the_maker_for_certain(dead_pid: int) -> None:
     assert host.maker(our_name(here, namespace=1)) == (here, None)  # a container's: cannot be known from here
 
 
+def test_where_our_own_pid_namespace_is_hidden_no_maker_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "pid_namespace", lambda: None)
+    assert host.maker(our_name(os.getpid())) == (os.getpid(), None)
+
+
 def test_the_names_are_those_that_our_pointer_gives() -> None:
     pytest.importorskip("torch")
     from mmlane_patches.pointer import segment_name
@@ -94,6 +101,7 @@ def test_the_names_are_those_that_our_pointer_gives() -> None:
         ("sgl_shm_mm", None),
         ("psm_12345678", None),
         ("mmlane_something", None),
+        ("mmlane_0_1_2_0a", None),
     ],
 )
 def test_pids_in_names(name: str, pid: int | None) -> None:
@@ -274,3 +282,124 @@ def test_a_mount_whose_name_is_no_text(tmp_path: Path, meminfo: Path) -> None:
     with (here / "mountinfo").open("ab") as file:
         file.write(b"31 20 0:27 / /mnt/\xff\xfe rw - ext4 /dev/vdb rw\n")
     assert host.memory(here, meminfo).available == GIB
+
+
+# --- whatever is in the files -------------------------------------------------------------------------------
+
+FIELDS = [
+    "",
+    "-",
+    "30",
+    "0:26",
+    "/",
+    "/..",
+    "//",
+    "rw",
+    "cgroup",
+    "cgroup2",
+    "memory",
+    "rw,memory",
+    "max",
+    "kB",
+    "0",
+]
+WORDS = st.one_of(
+    st.sampled_from([*FIELDS, "\\040", "a\\134b", "\\777", "\0", "²", "٣", "\ud800", "9" * 5000, "MemAvailable:"]),
+    st.text(max_size=4),
+)
+LINES = st.lists(st.lists(WORDS, max_size=12).map(" ".join), max_size=4).map("\n".join)
+FILES = st.one_of(st.binary(max_size=80), LINES.map(lambda text: text.encode(errors="surrogatepass")))
+
+
+@pytest.fixture(scope="module")
+def anything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("anything")
+
+
+@given(mountinfo=FILES, cgroup=FILES, meminfo=FILES)
+@example(b"30 20 0:26 / / rw - tmpfs  rw\n", b"", b"MemAvailable: " + b"9" * 5000)
+@example(b"30 20 0:26 /\n30 20 0:26 /a /b\\000c rw - cgroup2 x rw", b"0::\n0::/a/d", b"MemAvailable: \xc2\xb2")
+@example(b"30 20 0:26  /sys rw - cgroup2 x rw", b"0::/\n1:memory\n:\n", b"\xff")
+def test_memory_is_told_whatever_is_in_proc(
+    anything: Path, mountinfo: bytes, cgroup: bytes, meminfo: bytes
+) -> None:
+    for name, content in (("mountinfo", mountinfo), ("cgroup", cgroup), ("meminfo", meminfo)):
+        (anything / name).write_bytes(content)
+    found = host.memory(anything, anything / "meminfo")
+    assert 0 <= found.available <= found.total
+    assert all(isinstance(mount, host.Mount) for mount in host.mounts(anything / "mountinfo"))
+
+
+@given(limit=FILES, used=FILES, stat=FILES)
+@example(b"9" * 5000, b"\xc2\xb2", b"inactive_file " + b"9" * 5000)
+@example(b"1", b"\xff", b"active_file \xff")
+@example(b"4096", b"", b"inactive_file 99999999999999999999")
+def test_memory_is_told_whatever_a_control_group_says(
+    anything: Path, limit: bytes, used: bytes, stat: bytes
+) -> None:
+    for name, content in (("memory.max", limit), ("memory.current", used), ("memory.stat", stat)):
+        (anything / name).write_bytes(content)
+    (anything / "cgroup").write_bytes(b"0::/\n")
+    (anything / "mountinfo").write_bytes(b"30 20 0:26 / %b rw - cgroup2  rw" % os.fsencode(anything))
+    found = host.memory(anything)
+    assert 0 <= found.available <= found.total
+
+
+@given(FILES)
+@example(b"")
+@example(b"7 (a) b) S 1 2")
+@example(b"7 (a) S " + b"9" * 5000 + b" x" * 40)
+@example(b"7 (a) S" + b" \xc2\xb2" * 40)
+def test_a_process_is_told_or_not_whatever_is_in_its_file(anything: Path, content: bytes) -> None:
+    (anything / "7").mkdir(exist_ok=True)
+    (anything / "7" / "stat").write_bytes(content)
+    assert isinstance(host.process(7, anything), (host.Process, type(None)))
+
+
+def test_a_process_with_any_name(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    fields = " ".join(str(number) for number in range(4, 53))
+    (tmp_path / "7" / "stat").write_text(f"7 (a) R (b) S {fields}\n")
+    assert host.process(7, tmp_path) == host.Process("a) R (b", "S", 22)
+    assert host.process(8, tmp_path) is None
+
+
+def test_mounts_as_the_kernel_writes_them(tmp_path: Path) -> None:
+    file = tmp_path / "mountinfo"
+    file.write_bytes(
+        b"30 20 0:26 / /a\\040b rw,nosuid - tmpfs  rw,size=1k\n"  # without a source
+        b"31 20 0:27 /in /c\\134040 rw shared:1 master:2 - ext4 /dev/a\\011b rw\n"
+        b"32 20 0:28 / - rw - proc proc rw\n"  # mounted on a directory of this name
+        b"33 20 0:29 / /\xff\x85\x0c rw - tmpfs x rw\n"  # what Python takes for the end of a line is none
+        b"34 20 0:30 / /short rw - tmpfs\n"
+        b"nonsense\n"
+        b"\n"
+    )
+    assert host.mounts(file) == (
+        host.Mount("0:26", "/", "/a b", "tmpfs", "rw,size=1k"),
+        host.Mount("0:27", "/in", "/c\\040", "ext4", "rw"),
+        host.Mount("0:28", "/", "-", "proc", "rw"),
+        host.Mount("0:29", "/", os.fsdecode(b"/\xff\x85\x0c"), "tmpfs", "rw"),
+    )
+    assert host.mounts(tmp_path / "missing") == ()
+
+
+@pytest.mark.parametrize(
+    ("group", "root", "inside"),
+    [
+        ("/", "/", ""),
+        ("/pod/a", "/pod", "a"),
+        ("/pod/a", "/", "pod/a"),
+        ("/../../other", "/", ""),  # outside of this cgroup namespace
+        ("/pod", "/pod/a", ""),
+        ("/pods", "/pod", ""),
+        ("", "/", ""),
+        ("/a", "", ""),
+    ],
+)
+def test_the_way_to_a_group_in_what_is_mounted(tmp_path: Path, group: str, root: str, inside: str) -> None:
+    here = tmp_path / "top" / inside
+    here.mkdir(parents=True)
+    (here / "memory.max").write_text("4096\n")
+    mount = f"30 20 0:26 {root} {tmp_path / 'top'} rw - cgroup2 x rw\n"
+    assert host.memory(proc(tmp_path, f"0::{group}\n", mount)).limit == 4096

@@ -293,6 +293,36 @@ def test_what_somebody_has_open_or_mapped_stays(container: Container, family: st
     assert sweep(container) == SWEPT
 
 
+@pytest.mark.parametrize(
+    "hidden", ["s.host.process = lambda pid: None", "s._field = lambda name, file: [1][name == 'Uid':]"]
+)
+def test_a_process_that_does_not_tell_what_it_is_may_be_as_old_as_any(container: Container, hidden: str) -> None:
+    own = name_of(container, 1, 12345)
+    leave(container, own, PSM)
+    assert re.search(
+        rf"left 1 segment \(1.0 MiB\) in /dev/shm, {PSM} among them: process \d+ \(\?\) is older",
+        sweep(container, before=hidden),
+    )
+    assert there(container) == {own, PSM}
+
+
+@pytest.mark.parametrize(
+    ("status", "numbers"),
+    [
+        (b"Name:\tx\nUid:\t1\t22\n", [1, 22]),
+        (b"Uid:\tme\n", []),
+        (b"Uid: " + b"9" * 5000, []),
+        (b"Uid:\xff", []),
+        (b"", []),
+        (None, []),
+    ],
+)
+def test_the_numbers_in_a_status(tmp_path: Path, status: bytes | None, numbers: list[int]) -> None:
+    if status is not None:
+        (tmp_path / "status").write_bytes(status)
+    assert sweeping._field("Uid", tmp_path / "status") == numbers
+
+
 # --- what cannot be seen ---
 
 
@@ -327,6 +357,13 @@ def test_everything_stays_where_not_everything_is_seen(
     assert f": {why}; {sweeping.BY_HAND}\n" in told
     assert {own, PSM, SGL} <= there(container)
     assert "reclaimed" not in told
+
+
+def test_everything_stays_where_nothing_is_known_of_mounts(container: Container) -> None:
+    leave(container, PSM)
+    told = sweep(container, before="s.host.mounts = lambda: ()")
+    assert f"/proc/self/mountinfo does not tell what /dev/shm is; {sweeping.BY_HAND}\n" in told
+    assert there(container) == {PSM}
 
 
 def test_a_kernel_without_leases(container: Container) -> None:

@@ -12,7 +12,8 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -58,16 +59,19 @@ def round_up(nbytes: int, unit: int = PAGE) -> int:
 class Mapping:
     """A file's bytes in this process's address space, unmapped when the object dies.
 
+    At the end of the interpreter it stays: tensors may still look at it, and the kernel unmaps it.
+
     writable: the producer's way, changes are everybody's. private: an edit is seen by nobody else and costs a
     page. Neither: an edit ends the process with SIGSEGV.
 
     Raises OSError when the kernel does not map it (ENOMEM: address space, or too many mappings).
     """
 
+    address = 0
+
     def __init__(
         self, fd: int, nbytes: int, *, offset: int = 0, writable: bool = False, private: bool = False
     ) -> None:
-        self.address = 0
         self.nbytes = nbytes
         self.private = private
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable or private else 0)
@@ -101,18 +105,25 @@ class Mapping:
         if address:
             _libc.munmap(address, self.nbytes)
 
-    def __del__(self) -> None:
-        self.unmap()
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():
+            self.unmap()
 
 
 class Descriptor:
-    """A file descriptor, closed when the object dies: whoever may still use the number holds the object."""
+    """A file descriptor, closed when the object dies: whoever may still use the number holds the object.
+
+    What is open at the end of the interpreter, the kernel closes.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def __del__(self) -> None:
-        os.close(self.fd)
+    def __del__(
+        self, ending: Callable[[], bool] = sys.is_finalizing, close: Callable[[int], None] = os.close
+    ) -> None:
+        if not ending():
+            close(self.fd)
 
 
 def tensor_at(owner: ctypes.Array[ctypes.c_ubyte], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:

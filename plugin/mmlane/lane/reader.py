@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import threading
 import time
 import weakref
@@ -55,9 +56,15 @@ class _Loan(weakref.ref[object]):
 _loans: dict[int, _Loan] = {}  # by id; held here, since a reader may forget a lane of which tensors are alive
 
 
-def _let_go(loan: weakref.ref[object]) -> None:
-    """The last alias of a tensor is gone."""
-    loan = _loans.pop(id(loan))
+def _let_go(
+    loan: weakref.ref[object],
+    ending: Callable[[], bool] = sys.is_finalizing,
+    loans: dict[int, _Loan] = _loans,
+) -> None:
+    """The last alias of a tensor is gone. At the end of the interpreter, that of the connection tells it all."""
+    if ending():
+        return
+    loan = loans.pop(id(loan))
     if loan.link.device is None:
         loan.end()
     else:
