@@ -19,8 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmlane.lane import Lane, LaneError, LaneUnavailable, Mode, Reader, Refused, Share, UnknownLane, memory
+from mmlane.lane import (
+    Lane,
+    LaneError,
+    LaneUnavailable,
+    Mode,
+    Reader,
+    Refused,
+    Share,
+    StaleHere,
+    UnknownLane,
+    memory,
+)
 from mmlane.lane.cuda import watch_streams
+from mmlane.lane.ticket import read
 from mmlane.settings import PINNED
 from mmlane_patches.guard import failed, guarded
 
@@ -51,15 +63,17 @@ class Samples:
 
     def __init__(self, requests: int) -> None:
         self._requests = requests
-        self._shares: dict[int, tuple[torch.Tensor, Share]] = {}  # by the tensor's id, which it keeps from others
+        # By the tensor's id, which it keeps from others, and what of it could be changed without copying.
+        self._shares: dict[Any, tuple[torch.Tensor, Share]] = {}
 
     def put(self, lane: Lane, tensor: torch.Tensor) -> bytes | Refused:
         """A ticket on the one copy of a tensor."""
-        _, share = self._shares.get(id(tensor)) or (tensor, lane.share(self._requests))
-        self._shares[id(tensor)] = tensor, share
+        same = id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        _, share = self._shares.get(same) or (tensor, lane.share(self._requests))
+        self._shares[same] = tensor, share
         ticket = lane.put(tensor, share=share)
         if share.is_spent:
-            del self._shares[id(tensor)]
+            del self._shares[same]
         return ticket
 
     def close(self) -> None:
@@ -242,6 +256,7 @@ class Rank:
         self._reader: Reader | None = None
         self._making = threading.Lock()
         self._heard: dict[str, float] = {}  # address -> when joining may be tried again
+        self._joined: set[str] = set()
 
     def notice(self, address: str) -> None:
         """Join a lane, in the background; at once done for one that was heard of before. Never raises."""
@@ -259,6 +274,7 @@ class Rank:
                 if self._reader is None:
                     self._reader = Reader(self.group, device=self._device)
             self._reader.join(address)
+            self._joined.add(address)
         except Exception as error:  # noqa: BLE001 - whatever it is, this rank is served by segments
             self._not_joined(address, error)
 
@@ -272,10 +288,19 @@ class Rank:
         self._heard[address] = time.monotonic() + RETRY_S
 
     def take(self, ticket: bytes) -> torch.Tensor:
-        """The feature of a ticket, on the CPU; writable unless it is to go to a GPU. Raises `TicketError`."""
-        if self._reader is None:
-            raise UnknownLane("this rank has joined no lane")
-        return self._reader.take(ticket, self._mode)
+        """The feature of a ticket, on the CPU; writable unless it is to go to a GPU. Raises `TicketError`.
+
+        `StaleHere` is what only this rank may have: it has heard of the lane, as all have, and not joined it.
+        """
+        try:
+            if self._reader is None:
+                raise UnknownLane("this rank has joined no lane")
+            return self._reader.take(ticket, self._mode)
+        except UnknownLane as error:
+            address = read(ticket).address
+            if address in self._heard and address not in self._joined:
+                raise StaleHere(f"a ticket came before this rank had joined lane {address}") from error
+            raise
 
     def discard(self, ticket: bytes) -> None:
         """Give a ticket back untaken. Can be called from finalizers."""

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, MutableMapping
 from typing import Any, Final, Literal, get_args
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from mmlane import __version__, settings
 from mmlane.lane import Lane
@@ -31,23 +31,49 @@ PERIOD_S = 1.0
 State = Literal["off", "unused", "opening", "open", "failed"]
 STATES: tuple[State, ...] = get_args(State)
 
+# Of our own, so that an import that fails halfway leaves nothing in the way of the next. The engine reads files.
+REGISTRY = CollectorRegistry()
 MODE: Final = "livesum"  # of several tokenizer workers, those that live
 INFO = Gauge(
-    "mmlane_info", "Version and mode of mmlane, always 1", ["version", "mode"], multiprocess_mode="livemax"
+    "mmlane_info",
+    "Version and mode of mmlane, always 1",
+    ["version", "mode"],
+    multiprocess_mode="livemax",
+    registry=REGISTRY,
 )
-LANES = Gauge("mmlane_lanes", "Tokenizer processes, by the state of their lane", ["state"], multiprocess_mode=MODE)
-BYTES = Gauge("mmlane_lane_bytes", "Bytes: capacity, committed, pinned, used", ["kind"], multiprocess_mode=MODE)
-READERS = Gauge("mmlane_lane_readers", "Ranks: joined, expected", ["kind"], multiprocess_mode=MODE)
-EXTENTS = Gauge("mmlane_lane_extents", "Tensors in the lane", multiprocess_mode=MODE)
-TICKETS = Gauge("mmlane_lane_tickets", "Tickets that have not come back yet", multiprocess_mode=MODE)
-FAILURES = Counter("mmlane_failures", "Failures of mmlane itself, by where", ["where"])
-FALLBACKS = Counter("mmlane_fallbacks", "Features that went another way, by cause", ["cause"])
+LANES = Gauge(
+    "mmlane_lanes",
+    "Tokenizer processes, by the state of their lane",
+    ["state"],
+    multiprocess_mode=MODE,
+    registry=REGISTRY,
+)
+BYTES = Gauge(
+    "mmlane_lane_bytes",
+    "Bytes: capacity, committed, pinned, used",
+    ["kind"],
+    multiprocess_mode=MODE,
+    registry=REGISTRY,
+)
+READERS = Gauge(
+    "mmlane_lane_readers", "Ranks: joined, expected", ["kind"], multiprocess_mode=MODE, registry=REGISTRY
+)
+EXTENTS = Gauge("mmlane_lane_extents", "Tensors in the lane", multiprocess_mode=MODE, registry=REGISTRY)
+TICKETS = Gauge(
+    "mmlane_lane_tickets", "Tickets that have not come back yet", multiprocess_mode=MODE, registry=REGISTRY
+)
+FAILURES = Counter("mmlane_failures", "Failures of mmlane itself, by where", ["where"], registry=REGISTRY)
+FALLBACKS = Counter("mmlane_fallbacks", "Features that went another way, by cause", ["cause"], registry=REGISTRY)
 TOTALS = {
-    "puts": Counter("mmlane_puts", "Tickets issued"),
-    "shared": Counter("mmlane_shared_puts", "Tickets issued for bytes that were in the lane already"),
-    "copied": Counter("mmlane_copied_bytes", "Bytes copied into the lane"),
-    "copy_seconds": Counter("mmlane_copy_seconds", "Seconds spent copying into the lane"),
-    "orphans": Counter("mmlane_orphans", "Tickets reclaimed because at least one rank never saw them"),
+    "puts": Counter("mmlane_puts", "Tickets issued", registry=REGISTRY),
+    "shared": Counter(
+        "mmlane_shared_puts", "Tickets issued for bytes that were in the lane already", registry=REGISTRY
+    ),
+    "copied": Counter("mmlane_copied_bytes", "Bytes copied into the lane", registry=REGISTRY),
+    "copy_seconds": Counter("mmlane_copy_seconds", "Seconds spent copying into the lane", registry=REGISTRY),
+    "orphans": Counter(
+        "mmlane_orphans", "Tickets reclaimed because at least one rank never saw them", registry=REGISTRY
+    ),
 }
 
 guard.count_with(lambda where, count: FAILURES.labels(where).inc(count))

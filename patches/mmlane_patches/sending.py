@@ -34,15 +34,17 @@ def with_samples(handle: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(handle)
     def handle_batch_request(self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         responses = handle(self, obj, *args, **kwargs)
-        samples = getattr(obj, "parallel_sample_num", 1)
-        return responses if samples == 1 else _sharing(responses, samples)
+        with guarded("share", "each sample of this request has a copy of its own"):
+            samples = getattr(obj, "parallel_sample_num", 1)
+            if samples != 1:
+                return _sharing(responses, lanes.Samples(samples + 1))  # the first request warms the prefix
+        return responses
 
     return handle_batch_request
 
 
-async def _sharing(responses: AsyncGenerator[Any, None], samples: int) -> AsyncGenerator[Any, None]:
+async def _sharing(responses: AsyncGenerator[Any, None], together: lanes.Samples) -> AsyncGenerator[Any, None]:
     """The responses of a request with n > 1; all that it sends is sent while one of them is waited for."""
-    together = lanes.Samples(samples + 1)  # the first request warms the prefix
     try:
         async with aclosing(responses):
             while True:

@@ -40,6 +40,7 @@ from typing import Any
 from mmlane import host, settings
 from mmlane.entry import say
 from mmlane.host import SHM
+from mmlane_patches.guard import guarded
 
 NAMES = re.compile(r"psm_[0-9a-f]{8}|sgl_shm_[a-z]+_\d+_[0-9a-f]{8}|mmlane_(\d+)_(\d+)_(\d+)_[0-9a-f]{16}")
 PROC = Path("/proc")
@@ -67,15 +68,15 @@ def before_launch(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def sweep() -> None:
-    """Reclaim what is provably dead, and say so. Never raises for what it finds."""
-    chosen = settings.read(os.environ).sweep
+    """Reclaim what is provably dead, and say so. Never raises: whatever happens, the engine is to start."""
+    with guarded("sweep", f"leftovers in {SHM} stay; MMLANE_SWEEP=0 silences this"):
+        _sweep_and_say(settings.read(os.environ).sweep)
+
+
+def _sweep_and_say(chosen: settings.Sweep) -> None:
     if chosen == "0":
         return
-    try:
-        reclaimed, left = _sweep(private=chosen == "private")
-    except Exception as error:  # noqa: BLE001 - whatever it is, the engine is to start
-        say(f"did not look for leftovers in {SHM}: {type(error).__name__}: {error}; MMLANE_SWEEP=0 silences this")
-        return
+    reclaimed, left = _sweep(private=chosen == "private")
     if reclaimed:
         say(f"reclaimed {_amount(reclaimed)} that a crashed engine left in {SHM}; MMLANE_SWEEP=0 leaves them")
     for why, segments in left.items():

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from mmlane.lane import TicketError, UnknownLane
+from mmlane.lane import StaleHere, TicketError, UnknownLane
 from mmlane_patches import lanes
 from mmlane_patches.features import replace_values, single_requests, values
-from mmlane_patches.guard import failed
+from mmlane_patches.guard import failed, guarded
 from mmlane_patches.pointer import made_here, warn_once
 
 
@@ -149,8 +149,9 @@ class _Choosing(type):
     """Makes a call of the class choose how a tensor travels: inline, by ticket, or as it did before."""
 
     def __call__(cls, tensor: torch.Tensor, precomputed_hash: int | None = None) -> Any:
-        if tensor.numel() * tensor.itemsize <= lanes.INLINE:
-            return by_itself(tensor)
+        with guarded("inline", "a small feature may be sent with the rest of its storage, which is slower"):
+            if tensor.numel() * tensor.itemsize <= lanes.INLINE:
+                return by_itself(tensor)
         producer = lanes.producer.get()
         if producer is None:
             return super().__call__(tensor, precomputed_hash)
@@ -172,10 +173,12 @@ class _Choosing(type):
             warn_once(f"errno {error.errno}", error)
             pointer = tensor
         if hint:
-            if not isinstance(pointer, cls):
-                pointer = cls.__new__(cls)  # type: ignore[call-overload]
-                pointer._hold(tensor, precomputed_hash)
-            pointer.hint = hint
+            with guarded("hint", "ranks hear of the lane with another feature"):
+                if not isinstance(pointer, cls):
+                    holder: Any = cls.__new__(cls)  # type: ignore[call-overload]
+                    holder._hold(tensor, precomputed_hash)
+                    pointer = holder
+                pointer.hint = hint
         return pointer
 
 
@@ -200,7 +203,8 @@ def by_itself(tensor: torch.Tensor) -> torch.Tensor:
 def take(requests: list[Any]) -> list[tuple[Any, str]]:
     """Put tensors in the place of the tickets in `requests`; which of them have lost a feature, and why.
 
-    Every rank comes to the same end by itself: a ticket is only issued when all of them have the lane.
+    Every rank comes to the same end by itself: a ticket is only issued when all of them have the lane. Raises what
+    may be so on this rank alone, `StaleHere` among it.
     """
 
     def taken(value: Any) -> Any:
@@ -210,6 +214,8 @@ def take(requests: list[Any]) -> list[tuple[Any, str]]:
     for request in single_requests(requests):
         try:
             replace_values(request, taken)
+        except StaleHere:
+            raise
         except TicketError as error:
             lost.append(
                 (request, f"multimodal features are lost: {error}. Only this request fails; send it again")

@@ -33,7 +33,8 @@ class Session:
         specs, problems = compat.contributed()
         ids = [spec.id for spec in specs]
         unknown = sorted(chosen.disable.difference(ids))
-        if unknown and not problems:  # else it may well be a patch of a package that could not be loaded
+        # It may well be a patch of a package that could not be loaded; or, in a child, of our parent's version.
+        if unknown and not problems and not engine.is_child():
             raise settings.SettingsError(
                 f"MMLANE_DISABLE={','.join(unknown)}: no such patch; there are: {', '.join(ids)}"
             )

@@ -10,7 +10,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from prometheus_client import REGISTRY  # noqa: E402
 
 from mmlane import __version__  # noqa: E402
 from mmlane.lane import Lane, Reader, Refused  # noqa: E402
@@ -22,7 +21,7 @@ MIB = 1 << 20
 
 
 def value(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(f"mmlane_{name}", labels) or 0.0
+    return metrics.REGISTRY.get_sample_value(f"mmlane_{name}", labels) or 0.0
 
 
 def numbers() -> dict[str, float]:

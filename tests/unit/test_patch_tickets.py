@@ -16,6 +16,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from math import inf
 from multiprocessing import shared_memory
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,7 +28,8 @@ torch = pytest.importorskip("torch")
 import msgpack  # type: ignore[import-untyped]  # noqa: E402
 
 from devkit.wheels import wheel_source  # noqa: E402
-from mmlane.lane import Lane, MalformedTicket, StaleTicket, TicketError, UnknownLane  # noqa: E402
+from mmlane.lane import Lane, MalformedTicket, StaleHere, StaleTicket, TicketError, UnknownLane  # noqa: E402
+from mmlane.lane.ticket import read  # noqa: E402
 from mmlane_patches import lanes, pointer, receiving, tickets  # noqa: E402
 from mmlane_patches.agreement import LostFeatures  # noqa: E402
 from mmlane_patches.sending import unlink_if_unsent  # noqa: E402
@@ -567,6 +569,34 @@ def test_a_rank_without_a_lane_has_no_ticket(ends: Ends, wrap: Any, monkeypatch:
             received.materialize()
         pickle.loads(message).close_and_unlink()
     assert pickle.loads(message).materialize().sum() == random().sum()
+
+
+def forgone(ends: Ends, ticket: bytes) -> None:
+    """It was asked after, when this rank had not seen it."""
+    assert ends.rank._reader is not None
+    content = read(ticket)
+    ends.rank._reader._links[content.address].forgo(content.slot, content.serial)
+
+
+def not_joined(ends: Ends, ticket: bytes) -> None:
+    """The lane was opened by somebody else in this rank's place."""
+    lanes.rank = lanes.Rank("dp0")
+    lanes.rank._heard[read(ticket).address] = inf
+
+
+@pytest.mark.parametrize("happens", [forgone, not_joined])
+def test_what_only_this_rank_may_have_lost_is_no_lost_request(
+    ends: Ends, wrap: Any, happens: Callable[[Ends, bytes], None]
+) -> None:
+    """Its peers may take it, and would wait for this rank: it ends."""
+    sent = wrap(random())
+    received = request(through_pickle(sent))
+    happens(ends, sent.ticket)
+    with pytest.raises(StaleHere):
+        tickets.take([received])
+    lanes.rank = ends.rank
+    received.mm_inputs = None
+    pickle.loads(pickle.dumps(sent)).close_and_unlink()
 
 
 @pytest.fixture

@@ -34,6 +34,10 @@ class StaleTicket(TicketError):
     """A ticket that was taken before, given back, withdrawn or revoked; or one that its lane never issued."""
 
 
+class StaleHere(StaleTicket):
+    """A ticket that other readers may still take: this one joined too late, is leaving, or has forgone it."""
+
+
 class UnknownLane(TicketError):
     """A ticket of a lane that this reader has not joined, or that is gone."""
 

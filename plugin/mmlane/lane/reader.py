@@ -23,7 +23,7 @@ import torch
 from mmlane.lane import memory, points, wire
 from mmlane.lane.control import has_ended, peer_uid
 from mmlane.lane.cuda import Device, Pinned
-from mmlane.lane.errors import JoinRefused, LaneError, LaneUnavailable, StaleTicket, UnknownLane, needed
+from mmlane.lane.errors import JoinRefused, LaneError, LaneUnavailable, StaleHere, StaleTicket, UnknownLane, needed
 from mmlane.lane.fork import close_in_child
 from mmlane.lane.ticket import Content, digest, read
 
@@ -107,6 +107,7 @@ class _Link:
         self._wants_room = wants_room
         self._idle = idle
         self._seen: dict[int, int] = {}  # slot -> serial of the last ticket that was taken or forgone here
+        self._forgone: dict[int, int] = {}  # slot -> serial of the last of these that was forgone
         self._held: dict[int, int] = {}  # slot -> serial of tickets not yet given back
         self._claiming = threading.RLock()  # a finalizer that discards may run wherever Python likes
         self._outbox: deque[tuple[int, int, int]] = deque()
@@ -122,22 +123,27 @@ class _Link:
         """Make a ticket this reader's own, once. Raises StaleTicket."""
         # A ticket can be here before the thread that joins has read that this reader is in.
         if (self.floor is None and not self.admitted.wait(_PATIENCE)) or content.serial <= (self.floor or 0):
-            raise StaleTicket(
+            raise StaleHere(
                 f"ticket {content.serial} of lane {content.address} is older than this reader's joining"
             )
         wanted = digest(ticket)
         slot, end = content.slot, self.base + content.offset + content.nbytes
         with self._claiming:
+            forgone = self._forgone.get(slot) == content.serial
             if (
-                self.leaving
-                or slot >= len(self._directory)
+                slot >= len(self._directory)
                 or end > self.mapping.nbytes
                 or self._directory[slot] != wanted
-                or self._seen.get(slot) == content.serial
+                or (self._seen.get(slot) == content.serial and not forgone)
             ):
                 raise StaleTicket(
                     f"ticket {content.serial} of lane {content.address} is not out: it was taken or given back"
                     " before, withdrawn, revoked, or changed on its way"
+                )
+            if self.leaving or forgone:
+                raise StaleHere(
+                    f"ticket {content.serial} of lane {content.address} is out, but not for this reader, which is"
+                    " leaving, or has answered that it had not seen this ticket"
                 )
             self._seen[slot] = self._held[slot] = content.serial
 
@@ -154,7 +160,7 @@ class _Link:
         with self._claiming:
             if self._seen.get(slot, 0) >= serial:
                 return  # it is held, or was given back, or was withdrawn and the slot used again
-            self._seen[slot] = serial
+            self._seen[slot] = self._forgone[slot] = serial
         self.say(wire.FORGONE, slot, serial)
 
     def give_back(self, slot: int, serial: int) -> None:
