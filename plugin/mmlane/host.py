@@ -172,7 +172,9 @@ def _mount(line: str) -> Mount | None:
 
     A space stands between two fields, so one that is empty leaves two of them. Spaces inside are written \\040.
     """
-    fields = [_unescaped(field) for field in line.split(" ")]
+    fields = line.split(" ")
+    if "\\" in line:
+        fields = [_unescaped(field) for field in fields]
     try:
         end = fields.index("-", 6)  # before it, there may be any number of optional fields
         kind, _, options = fields[end + 1 : end + 4]

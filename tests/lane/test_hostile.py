@@ -518,7 +518,7 @@ class Conversation(RuleBasedStateMachine):
     def put_again(self, data: st.DataObject) -> None:
         """Within the uses of a share, or beyond them."""
         if self.shares:
-            share, tensor = data.draw(st.sampled_from(self.shares))
+            share, tensor = self.shares[data.draw(st.integers(0, len(self.shares) - 1))]
             self.check_put(tensor, share)
 
     def check_put(self, tensor: torch.Tensor, share: Share | None) -> None:

@@ -1146,5 +1146,5 @@ class Shares(RuleBasedStateMachine):
         self.scope.__exit__(None, None, None)
 
 
-Shares.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+Shares.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestShares = Shares.TestCase

@@ -144,7 +144,7 @@ def test_what_is_out_of_the_ordinary_has_its_words(changes: dict[str, object], w
 
 
 def test_a_long_command_is_cut_and_one_out_of_sight_is_said_so() -> None:
-    assert f"123  {'x' * 59}…" in said(Found(ADDRESS, stats(), "x" * 500))
+    assert f"123  {'x' * 59}…\n" in said(Found(ADDRESS, stats(), "x" * 500))
     assert "123  out of sight, in another PID namespace" in said(Found(ADDRESS, stats(pid=0)))
 
 
