@@ -135,6 +135,7 @@ def test_hanging_up_in_mid_flight(arena: CountingServer) -> None:
 def test_metrics(arena: CountingServer) -> None:
     """In the engine's own /metrics, where numbers are written once a second."""
     scenarios.open_lanes(arena)
+    assert scenarios.ANSWERED["one image"](arena).status == 200  # the first that surely goes by lane
 
     def now() -> dict[str, float]:
         stats = scenarios.lane(arena)
