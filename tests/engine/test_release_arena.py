@@ -155,6 +155,7 @@ def test_hanging_up_on_several_samples(arena: WatchedServer) -> None:
 def test_metrics(arena: WatchedServer) -> None:
     """In the engine's own /metrics, where numbers are written once a second."""
     scenarios.open_lanes(arena)
+    assert scenarios.ANSWERED["one image"](arena).status == 200  # the first that surely goes by lane
 
     def now() -> dict[str, float]:
         stats = scenarios.lane(arena)
