@@ -6,14 +6,14 @@ nobody expects; with a TITLE, only processes of that title fail. The functions a
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from when_imported import when_imported
 
 # Of each place at which the engine calls mmlane, a function of ours that is called there.
 SEAMS = {
@@ -29,34 +29,13 @@ SEAMS = {
 }
 
 
-class _Imports:
-    """Meta path finder: finds nothing itself, and comes in when one of the modules has been run."""
-
-    def __init__(self) -> None:
-        self._searching: set[str] = set()
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
-        if name not in SEAMS or name in self._searching:
-            return None
-        self._searching.add(name)  # because this asks the meta path too
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._searching.discard(name)
-        assert spec is not None and spec.loader is not None
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            for seam in SEAMS[name]:
-                owner: Any = module
-                *outer, attribute = seam.split(".")
-                for part in outer:
-                    owner = getattr(owner, part)
-                setattr(owner, attribute, failing(f"{name}:{seam}", getattr(owner, attribute)))
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+def surround(module: ModuleType) -> None:
+    for seam in SEAMS[module.__name__]:
+        owner: Any = module
+        *outer, attribute = seam.split(".")
+        for part in outer:
+            owner = getattr(owner, part)
+        setattr(owner, attribute, failing(f"{module.__name__}:{seam}", getattr(owner, attribute)))
 
 
 def failing(seam: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,4 +63,5 @@ def kind(name: str) -> Any:
     return getattr(lane, name) if name in lane.__all__ else type(name, (Exception,), {})
 
 
-sys.meta_path.insert(0, _Imports())
+for name in SEAMS:
+    when_imported(name, surround)
