@@ -67,7 +67,11 @@ def said(server: WatchedServer, line: str, seam: str, error: str = "Injected") -
 @RELEASES
 def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
     with failing_server(release, plugin_wheel) as server:
-        scenarios.open_lanes(server)
+        join = "mmlane.lane.reader:Reader.join"
+        with failing(server, f"{join} Injected scheduler_TP1"):
+            assert one(server).status == 200  # by segment
+            scenarios.wait_for(lambda: said(server, "join failed", join) == 1, "the line of the rank")
+        scenarios.open_lanes(server)  # it tries again
         wanted = [scenarios.tokens(one(server)), scenarios.tokens(three(server))]
         seams = dict(SENDING)
         for seam, (line, newest) in OLDER.items():
@@ -88,6 +92,11 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
             assert scenarios.tokens(one(server)) == wanted[0]
         with failing(server, "mmlane_patches.fan_out_images:_keep_together Injected"):
             assert scenarios.two_images_n2(server).status == 400  # as without mmlane
+        write = "mmlane_patches.metrics:_write"
+        with failing(server, f"{write} Injected"):
+            scenarios.wait_for(lambda: said(server, "metrics failed", write) == 1, "the line of the metrics")
+        counted = [f'mmlane_failures_total{{where="{where}"}}' for where in ("join", "put", "share", "metrics")]
+        scenarios.wait_for(lambda: scenarios.metrics(server).keys() >= set(counted), "the counts")
         scenarios.wait_for_baseline(server)
         assert scenarios.tokens(one(server)) == wanted[0]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -177,3 +179,25 @@ def test_nothing_is_counted_twice_when_a_write_fails_in_the_middle(
         metrics.write()
         assert numbers()["not_open"] == before + 1
     metrics.write()
+
+
+def test_an_import_that_failed_halfway_can_be_repeated() -> None:
+    """A full disk is an error of the very making of a number, in prometheus_client's multiprocess mode."""
+    program = """
+import prometheus_client
+made = prometheus_client.Gauge
+def full(name, *args, **kwargs):
+    if name == "mmlane_lane_tickets":
+        raise OSError(28, "No space left on device")
+    return made(name, *args, **kwargs)
+prometheus_client.Gauge = full
+try:
+    import mmlane_patches.metrics
+except OSError as error:
+    print(error)
+prometheus_client.Gauge = made
+import mmlane_patches.metrics
+print("imported")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[Errno 28] No space left on device", "imported"]

@@ -30,7 +30,7 @@ import msgpack  # type: ignore[import-untyped]  # noqa: E402
 from devkit.wheels import wheel_source  # noqa: E402
 from mmlane.lane import Lane, MalformedTicket, StaleHere, StaleTicket, TicketError, UnknownLane  # noqa: E402
 from mmlane.lane.ticket import read  # noqa: E402
-from mmlane_patches import lanes, pointer, receiving, tickets  # noqa: E402
+from mmlane_patches import guard, lanes, pointer, receiving, tickets  # noqa: E402
 from mmlane_patches.agreement import LostFeatures  # noqa: E402
 from mmlane_patches.sending import unlink_if_unsent  # noqa: E402
 from tests.lane.sandbox import DEADLINE, run, wait_until  # noqa: E402
@@ -257,6 +257,18 @@ def test_a_small_tensor_travels_in_its_request(shut: Ends, wrap: Any) -> None:
 def test_a_small_tensor_without_storage_stays_itself(shut: Ends, wrap: Any) -> None:
     sparse = torch.eye(3).to_sparse()
     assert wrap(sparse) is sparse
+
+
+def test_what_cannot_be_looked_at_goes_as_it_would(
+    shut: Ends, wrap: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(tensor: Any) -> Any:
+        raise ZeroDivisionError("mine")
+
+    monkeypatch.setattr(guard, "_said", set())
+    monkeypatch.setattr(tickets, "by_itself", fails)
+    assert torch.equal(through_pickle(wrap(torch.ones(9))).materialize(), torch.ones(9))
+    assert "mmlane: inline failed: ZeroDivisionError: mine; " in caplog.text
 
 
 def test_without_a_producer_all_is_as_before(wrap: Any) -> None:

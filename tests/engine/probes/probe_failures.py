@@ -22,6 +22,7 @@ SEAMS = {
     "mmlane_patches.fan_out": ("own_items",),
     "mmlane_patches.fan_out_images": ("_keep_together",),
     "mmlane_patches.lanes": ("become_producer", "become_rank", "Samples.put", "Samples.close"),
+    "mmlane_patches.metrics": ("_write",),
     "mmlane_patches.pointer": ("_store",),
     "mmlane_patches.sweeping": ("_sweep",),
     "mmlane_patches.tickets": ("LanePointer._carry",),
