@@ -30,6 +30,7 @@ from mmlane.lane import (
     Mode,
     Reader,
     Refused,
+    StaleHere,
     StaleTicket,
     UnknownLane,
     points,
@@ -563,7 +564,7 @@ def test_a_reader_that_closes_before_a_take_has_begun_is_closed_for_it() -> None
             pair.reader.close()
             eventually(lambda: pair.reader._by_number == {}, "the reader leaves")
             held.go_on()
-        assert held.got == [] and held.refused == [StaleTicket]
+        assert held.got == [] and held.refused == [StaleHere]
 
 
 def test_a_reader_that_closes_in_the_middle_of_a_take_waits_for_it() -> None:

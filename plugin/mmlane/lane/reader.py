@@ -120,22 +120,16 @@ class _Link:
             return not self._held
 
     def claim(self, ticket: bytes, content: Content) -> None:
-        """Make a ticket this reader's own, once. Raises StaleTicket."""
-        # A ticket can be here before the thread that joins has read that this reader is in.
-        if (self.floor is None and not self.admitted.wait(_PATIENCE)) or content.serial <= (self.floor or 0):
-            raise StaleHere(
-                f"ticket {content.serial} of lane {content.address} is older than this reader's joining"
-            )
+        """Make a ticket this reader's own, once. Raises StaleTicket; StaleHere only if it is out."""
         wanted = digest(ticket)
         slot, end = content.slot, self.base + content.offset + content.nbytes
+        # A ticket can be here before the thread that joins has read that this reader is in.
+        if (self.floor is None and not self.admitted.wait(_PATIENCE)) or content.serial <= (self.floor or 0):
+            stale = StaleHere if self._is_out(slot, end, wanted) else StaleTicket
+            raise stale(f"ticket {content.serial} of lane {content.address} is older than this reader's joining")
         with self._claiming:
             forgone = self._forgone.get(slot) == content.serial
-            if (
-                slot >= len(self._directory)
-                or end > self.mapping.nbytes
-                or self._directory[slot] != wanted
-                or (self._seen.get(slot) == content.serial and not forgone)
-            ):
+            if not self._is_out(slot, end, wanted) or (self._seen.get(slot) == content.serial and not forgone):
                 raise StaleTicket(
                     f"ticket {content.serial} of lane {content.address} is not out: it was taken or given back"
                     " before, withdrawn, revoked, or changed on its way"
@@ -146,6 +140,9 @@ class _Link:
                     " leaving, or has answered that it had not seen this ticket"
                 )
             self._seen[slot] = self._held[slot] = content.serial
+
+    def _is_out(self, slot: int, end: int, wanted: int) -> bool:
+        return slot < len(self._directory) and end <= self.mapping.nbytes and self._directory[slot] == wanted
 
     def lend(self, owner: object, mapping: memory.Mapping, content: Content) -> None:
         """Give a ticket back when `owner` dies, and keep the mapping that it points into until then."""
