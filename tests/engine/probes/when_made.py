@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -21,6 +22,31 @@ def when_made(place: tuple[str, str], change: Change) -> None:
     if place not in _changes:
         when_imported(module, lambda loaded: _at_the_first(getattr(loaded, name), _changes[place]))
     _changes.setdefault(place, []).append(change)
+
+
+def before_each_send(act: Callable[[Any], None]) -> None:
+    """Call `act` with the tokenizer's manager before it sends a request."""
+
+    def watch(manager: Any) -> None:
+        send = manager._send_one_request
+        if inspect.iscoroutinefunction(send):  # from 0.5.20 on
+
+            @wraps(send)
+            async def send_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+                act(self)
+                return await send(self, *args, **kwargs)
+
+            manager._send_one_request = send_async
+        else:
+
+            @wraps(send)
+            def send_one_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+                act(self)
+                return send(self, *args, **kwargs)
+
+            manager._send_one_request = send_one_request
+
+    when_made(TOKENIZER, watch)
 
 
 def _at_the_first(owner: Any, changes: list[Change]) -> None:
