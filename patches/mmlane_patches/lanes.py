@@ -399,8 +399,8 @@ def become_rank(server_args: Any, dp_rank: int | None, *, first: bool, pinned: i
         device = torch.device("cuda", torch.cuda.current_device())
         watch_streams()  # before the scheduler sets its own
     rank = Rank(group_of(server_args, dp_rank), device, writable=pinned == 0)
-    if server_args.enable_metrics:
-        with guarded("metrics", "failures of this rank are not counted in /metrics"):
+    with guarded("metrics", "failures of this rank are not counted in /metrics"):
+        if server_args.enable_metrics:
             from mmlane_patches import metrics  # noqa: F401 - it counts them
     if first and not dp_rank and os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false"):
         logger.warning(
