@@ -21,5 +21,6 @@ SCENARIOS = (plain, killed_in_a_burst, small_memory, session, embeddings, stages
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_a_transcript(version: str, scenario: Scenario, transcripts: Transcripts) -> None:
-    if scenario.on(Version(version)):
-        transcripts.of(version, scenario)
+    if not scenario.on(Version(version)):
+        pytest.skip("no scenario for this release")
+    transcripts.of(version, scenario)
