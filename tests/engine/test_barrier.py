@@ -4,15 +4,13 @@ barrier; see receive_ranks.py.
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.version import Version
 
-from devkit.environment import engine_environment
+from tests.engine import forks
 from tests.engine.conftest import ISOLATED
 
 pytestmark = pytest.mark.engine
@@ -24,13 +22,14 @@ ALL_OK = dict.fromkeys("0123", "ok")
 
 def receive(version: str, plugin: Path | None, *scenarios: str) -> dict[str, dict[str, Any]]:
     """What each of four ranks got in each scenario: "ok", or the error. With a lane, for each case."""
-    python = engine_environment(version, plugin=plugin).python
-    result = subprocess.run(
-        [str(python), str(SCRIPT), *scenarios], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
-    return found
+    found, _ = forks.answered(forks.start(version, plugin, SCRIPT, *scenarios))
+    heard: dict[str, dict[str, Any]] = found
+    return heard
+
+
+def unpatched_dp_attention(version: str) -> dict[str, dict[str, Any]]:
+    """What the ranks of a release without the plugin get while one of them is held."""
+    return receive(version, None, "attn")
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +43,7 @@ def test_unpatched_dp_attention(version: str) -> None:
     """Below 0.5.15 the engine has no barrier on the attention groups: a slow rank finds the segment gone."""
     if not Version("0.5.10") <= Version(version) < Version("0.5.15"):
         pytest.skip("0.5.9 unwraps before it broadcasts; from 0.5.15 the engine waits on these groups")
-    assert GONE in receive(version, None, "attn")["attn"]["3"]
+    assert GONE in unpatched_dp_attention(version)["attn"]["3"]
 
 
 def test_no_rank_takes_before_all_have_opened(version: str, patched: dict[str, dict[str, Any]]) -> None:
