@@ -23,6 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+import mmlane
 from devkit.cache import cache_root
 from devkit.installer import InstallError
 from mmlane.compat import matrix
@@ -193,6 +194,8 @@ def main(
     names = options.only.split(",") if options.only else list(every)
     if unknown := [name for name in names if name not in every]:
         parser.error(f"--only {unknown[0]}: wanted some of {', '.join(every)}")
+    if available is None and not Path(mmlane.__file__).is_relative_to(CHECKOUT):
+        parser.error(f"wanted the mmlane of {CHECKOUT}, found {mmlane.__file__}: what is tested is another tree")
     chosen = [piece for name, piece in every.items() if name in names]
     console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)  # a narrow table is not readable
