@@ -40,7 +40,8 @@ class Piece:
     def key(self, tree: Path) -> str:
         """A hash of all that decides the result. Raises InstallError where a wheel cannot be had."""
         wheels = [wheel_digest(release) for release in self.releases]
-        return digest(self.name, *self.arguments, tree_digest(tree, self.files), *wheels)
+        form = ",".join(Result.__dataclass_fields__)  # one kept in another form is not read
+        return digest(form, self.name, *self.arguments, tree_digest(tree, self.files), *wheels)
 
 
 @dataclass(frozen=True)
