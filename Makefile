@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 BENCH := $(VENV)/.bench
 V ?= 0.5.12.post1
 
-.PHONY: demo test lint unit lane contract engine matrix matrix-new fresh fingerprints table bench clean
+.PHONY: demo test lint unit lane contract engine matrix transcripts matrix-new fresh fingerprints table bench clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
 demo: $(INSTALLED)
@@ -42,6 +42,10 @@ matrix: $(READY)
 # The commands of README.md in a clone of what is committed, with an empty cache and a clean environment.
 fresh:
 	tools/fresh
+
+# What releases do without mmlane, run again and written to tests/engine/transcripts: make transcripts ONLY=0.5.9,0.5.23
+transcripts: $(READY)
+	$(RUN) -m pytest tests/engine/test_transcripts.py --transcripts anew --engines $(or $(ONLY),all)
 
 # Which cells of the table need a person, for a release nobody has seen: make matrix-new V=0.5.24
 matrix-new: $(READY)

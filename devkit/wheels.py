@@ -28,6 +28,6 @@ def wheel_source(version: str) -> Path:
 
 
 def wheel_digest(version: str) -> str:
-    """A hash that differs when any file of the release's wheel does: its RECORD has the hashes of all of them."""
+    """A short hash of the release's wheel: of its list of files, which has the hash of each."""
     (record,) = wheel_source(version).glob("sglang-*.dist-info/RECORD")
     return digest(record.read_bytes())

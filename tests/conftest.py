@@ -77,13 +77,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = metafunc.config.getoption("--engines")
+    releases = metafunc.definition.get_closest_marker("releases")
+    wanted = releases and (releases.args[:1] if chosen == ",".join(SIX) else releases.args)
     if "version" in metafunc.fixturenames:
-        chosen = metafunc.config.getoption("--engines")
         every = [str(version) for version in matrix().engines]
         versions = every if chosen == "all" else chosen.split(",")
-        metafunc.parametrize("version", versions, scope="session")
-    releases = metafunc.definition.get_closest_marker("releases")
-    if releases is not None:
-        usual, *others = releases.args
-        every = metafunc.config.getoption("--engines") == "all"
-        metafunc.parametrize("release", [usual, *others] if every else [usual])
+        metafunc.parametrize("version", [v for v in versions if not wanted or v in wanted], scope="session")
+    elif wanted:
+        metafunc.parametrize("release", wanted if chosen == "all" else wanted[:1])

@@ -13,7 +13,7 @@ import pytest
 from packaging.version import Version
 
 from devkit.environment import engine_environment
-from tests.engine.conftest import ISOLATED
+from tests.engine.faults import ISOLATED
 
 pytestmark = pytest.mark.engine
 
