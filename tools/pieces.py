@@ -30,18 +30,32 @@ _GRACE_S = 60.0  # for the fixtures of a run that is ended, which stop servers
 
 @dataclass(frozen=True)
 class Piece:
-    """`arguments` are pytest's. `files` of the checkout (git's pathspecs) and wheels of `releases` decide it."""
+    """`arguments` are pytest's. `files` of the checkout (git's pathspecs) and wheels of `releases` decide it.
+
+    writes: files of the checkout that its tests write. A result holds as long as they are as it left them.
+    """
 
     name: str
     arguments: tuple[str, ...]
     files: tuple[str, ...]
     releases: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
 
     def key(self, tree: Path) -> str:
-        """A hash of all that decides the result. Raises InstallError where a wheel cannot be had."""
+        """A hash of all that decides the result.
+
+        Raises InstallError where a wheel cannot be had, and FileNotFoundError for a file.
+        """
+        for name in self.files:
+            if not name.startswith(":") and not (tree / name).exists():
+                raise FileNotFoundError(f"{tree / name}: listed as deciding a result, and not there")
         wheels = [wheel_digest(release) for release in self.releases]
         form = ",".join(Result.__dataclass_fields__)  # one kept in another form is not read
         return digest(form, self.name, *self.arguments, tree_digest(tree, self.files), *wheels)
+
+    def wrote(self, tree: Path) -> str:
+        """A hash of what its tests have written."""
+        return tree_digest(tree, self.writes) if self.writes else ""
 
 
 @dataclass(frozen=True)
@@ -59,13 +73,11 @@ class Result:
     log: str = ""
     when: str = ""
     note: str = ""
+    wrote: str = ""
 
 
 def tree_digest(tree: Path, files: Sequence[str]) -> str:
     """A hash of the content of these files of a checkout, as they are now: committed or not."""
-    for name in files:
-        if not name.startswith(":") and not (tree / name).exists():
-            raise FileNotFoundError(f"{tree / name}: listed as deciding a result, and not there")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *files],
         cwd=tree,
@@ -90,13 +102,13 @@ class Results:
     def log(self, piece: Piece, key: str) -> Path:
         return self.directory / f"{piece.name}-{key}.log"
 
-    def passed(self, piece: Piece, key: str) -> Result | None:
-        """The result of a run that passed."""
+    def passed(self, piece: Piece, key: str, tree: Path) -> Result | None:
+        """The result of a run that passed, and that still holds."""
         path = self._path(piece, key)
         if not path.is_file():
             return None
         result = Result(**json.loads(path.read_text()))
-        return result if result.outcome == "pass" else None
+        return result if result.outcome == "pass" and result.wrote == piece.wrote(tree) else None
 
     def keep(self, piece: Piece, key: str, result: Result) -> None:
         beside = self._path(piece, key).with_suffix(".part")
@@ -136,6 +148,7 @@ def run(piece: Piece, tree: Path, log: Path, limit_s: float) -> Result:
         minutes=(time.monotonic() - began) / 60,
         log=str(log),
         when=time.strftime("%Y-%m-%d %H:%M"),
+        wrote=piece.wrote(tree),
     )
 
 

@@ -131,8 +131,8 @@ def test_another_tree_or_engine_is_another_result(tree: Path, tmp_path: Path) ->
 
 
 def test_what_decides_a_result_has_to_be_there(tree: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="gone"):
-        tree_digest(tree, ["a", "gone"])
+    with pytest.raises(FileNotFoundError, match="gone: listed as deciding"):
+        Piece("a", (), ("a", "gone")).key(tree)
     before = tree_digest(tree, ["a", "b"])
     assert tree_digest(tree, ["a", "b", ":(exclude)b"]) == tree_digest(tree, ["a"]) != before
     (tree / "a" / "test_a.py").chmod(0o755)
@@ -193,6 +193,25 @@ def test_a_tree_that_changes_meanwhile(tree: Path, tmp_path: Path) -> None:
     assert "a: files changed while it ran: the result is not kept" in printed
     go(tree, "a")
     assert ran(tmp_path) == "aa"
+
+
+def test_what_a_piece_writes_itself(tree: Path, tmp_path: Path) -> None:
+    """It does not decide the result, but has to be there as the piece has left it."""
+    suite(tree, "a", PASSES.format(name="a") + '    open("a/written", "w").write("by the test")\n')
+    piece = Piece("a", ("a",), ("a", ":(exclude)a/written"), writes=("a/written",))
+
+    def outcome() -> str:
+        console = Console(width=400, highlight=False)
+        with console.capture() as printed:
+            matrix.go([piece], tree, Results(cache_root() / "matrix"), console)
+        return row(printed.get(), "a")[1]
+
+    assert [outcome(), outcome()] == ["pass", "pass, before"]
+    (tree / "a" / "written").write_text("by hand")
+    assert [outcome(), outcome()] == ["pass", "pass, before"]
+    (tree / "a" / "written").unlink()
+    assert [outcome(), outcome()] == ["pass", "pass, before"]
+    assert ran(tmp_path) == "aaa"
 
 
 def test_a_hang_ends_at_the_limit(tree: Path, tmp_path: Path) -> None:
