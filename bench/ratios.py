@@ -51,7 +51,7 @@ def put(benchmark: str, ratios: Mapping[str, Spread | None], out: Path) -> Path:
     """
     path = out / NAME
     known = facts()
-    line: dict[str, Any] = {"commit": known["commit"], "machine": machine(known), "began": known["began"]}
+    line: dict[str, Any] = {"commit": known["commit"], "machine": machine(known), "when": known["began"]}
     if path.is_file():
         before = json.loads(path.read_text())
         if (before["commit"], before["machine"]) == (line["commit"], line["machine"]):

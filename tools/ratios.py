@@ -28,7 +28,7 @@ class Line:
 
     commit: str
     machine: str
-    began: str
+    when: str
     ratios: Mapping[str, Spread]
     note: str = ""
 
@@ -39,7 +39,7 @@ class Line:
         return cls(ratios=ratios, **found)
 
     def __str__(self) -> str:
-        return f"{self.commit}, {self.began}, {self.machine}{f' ({self.note})' if self.note else ''}"
+        return f"{self.commit}, {self.when}, {self.machine}{f' ({self.note})' if self.note else ''}"
 
 
 def before(checkout: Path, machine: str) -> Line | None:

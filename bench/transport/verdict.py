@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from bench.ratios import Spread
 from bench.transport.cases import FAN_OUT, JUDGED, ONE_WAY, Case, size
-from bench.transport.peers import MEMCPY
 from bench.transport.records import Record, find
 
 _FLAT = 1.2  # what counts as not growing; medians of a few rounds vary by that much
@@ -73,10 +72,15 @@ def ratios(records: Sequence[Record]) -> dict[str, Spread | None]:
     """The lane over the newest engine and over a plain copy, in each case measured; spread over rounds."""
     found: dict[str, Spread | None] = {}
     for case in sorted({record.case for record in records if record.measure == "cost"}):
-        for ours, theirs in (("view", "engine 0.5.23"), ("cow", "engine 0.5.23"), ("view", MEMCPY)):
-            both = [_spread(find(records, label, case)) for label in (f"lane {ours}", theirs)]
-            if both[0] and both[1]:
-                found[f"{case}: lane {ours} over {theirs}"] = both[0].over(both[1])
+        theirs = _spread(find(records, "engine 0.5.23", case))
+        for mode in ("view", "cow"):
+            record = find(records, f"lane {mode}", case)
+            ours = _spread(record)
+            if ours and theirs:
+                found[f"{case}: lane {mode} over engine 0.5.23"] = ours.over(theirs)
+            if ours and record and record.memcpy_s and mode == "view":
+                copy = record.memcpy_s
+                found[f"{case}: lane view over memcpy"] = ours.over(Spread(copy, copy, copy))
     return found
 
 
