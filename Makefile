@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 BENCH := $(VENV)/.bench
 V ?= 0.5.12.post1
 
-.PHONY: demo test lint unit lane contract engine matrix transcripts matrix-new fingerprints table bench clean
+.PHONY: demo test lint unit lane contract engine matrix transcripts matrix-new fresh fingerprints table bench clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
 demo: $(INSTALLED)
@@ -35,9 +35,13 @@ contract: $(READY)
 engine: $(READY)
 	$(RUN) -m pytest tests/engine
 
-# The same on every supported release.
+# The same on every supported release; ONLY=0.5.9,0.5.23 chooses some. What has passed is run again with AGAIN=1 only.
 matrix: $(READY)
-	$(RUN) -m pytest tests/contract tests/engine --engines all
+	$(RUN) -m tools.matrix $(if $(ONLY),--only $(ONLY)) $(if $(AGAIN),--again)
+
+# The commands of README.md in a clone of what is committed, with an empty cache and a clean environment.
+fresh:
+	tools/fresh
 
 # What releases do without mmlane, run again and written to tests/engine/transcripts: make transcripts ONLY=0.5.9,0.5.23
 transcripts: $(READY)
@@ -55,13 +59,14 @@ table: $(READY)
 
 # Figures: the start line, the lane beside the engine's transports and others, the engine with and without the plugin,
 # what text-only requests pay, and the way to a GPU where there is one; plots and tables in bench/out. It takes hours;
-# QUICK=1 takes a part of them.
+# QUICK=1 takes a part of them, and ends with the ratios that moved since those in git (tools/ratios.py).
 bench: $(BENCH)
-	$(RUN) bench/startup.py
+	$(RUN) -m bench.startup
 	$(RUN) -m bench.transport $(if $(QUICK),--quick)
 	$(RUN) -m bench.engine $(if $(QUICK),--quick)
 	$(RUN) -m bench.text
 	$(RUN) -m bench.gpu $(if $(QUICK),--quick)
+	$(if $(QUICK),$(RUN) -m tools.ratios)
 
 # What a user gets, and what the checks need on top of that.
 $(INSTALLED): pyproject.toml

@@ -37,13 +37,39 @@ SIX = ("0.5.9", "0.5.10.post1", "0.5.12.post1", "0.5.14", "0.5.18", "0.5.23")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engines", default=",".join(SIX), help="engine releases for tests/engine: all, or V[,V...]")
+    parser.addoption(
+        "--all-of",
+        metavar="V",
+        help=f"of the tests that --engines all selects, those of one release; {NO_RELEASE}: those that name none",
+    )
 
+
+NO_RELEASE = "no-release"
 
 # Those of the six on which it also starts it with the back-ports alone.
 WITHOUT_LANE = ("0.5.9", "0.5.12.post1", "0.5.18")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = config.getoption("--all-of")
+    if chosen:
+        known = [*map(str, matrix().engines), NO_RELEASE]
+        if chosen not in known:
+            raise pytest.UsageError(f"--all-of {chosen}: wanted one of {', '.join(known)}")
+        config.option.engines = "all"
+
+
+def release_of(item: pytest.Item) -> str:
+    """The release that a test is parametrized with."""
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return str(params.get("version", params.get("release", NO_RELEASE)))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.getoption("--all-of")
+    if chosen:
+        config.hook.pytest_deselected(items=[item for item in items if release_of(item) != chosen])
+        items[:] = [item for item in items if release_of(item) == chosen]
     if config.getoption("--engines") != "all":
         for item in items:
             if item.get_closest_marker("matrix"):
