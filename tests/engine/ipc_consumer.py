@@ -1,6 +1,6 @@
 """CUDA IPC without a GPU: the engine's own modules, with a stand-in that records what is done on which device.
 
-    PYTHON_OF_AN_ENGINE ipc_consumer.py SCENARIO...
+    PYTHON_OF_AN_ENGINE ipc_consumer.py [--squat] SCENARIO...
 
 Prints one JSON object: what came of each scenario. `RecordingCuda` takes the place of what torch's CPU build
 cannot do, and of nothing else; the memory is the CPU's. Locks, sync buffers and processes are real. Up to 0.5.17 a
@@ -391,6 +391,15 @@ def others_file() -> dict[str, Any]:
     return {"answer": answer, "counted": counted(sync)}
 
 
+def squat() -> None:
+    """Another user has been here first, with a directory of the name that ours has."""
+    theirs = Path(f"/tmp/mmlane-{os.geteuid()}")
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    os.chown(theirs, 12345, -1)
+    Path("/tmp/home").mkdir()
+
+
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "pooled": lambda: take(True),
     "unpooled": lambda: take(False),
@@ -410,10 +419,13 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--squat", action="store_true")
     parser.add_argument("scenarios", nargs="+", choices=SCENARIOS)
-    chosen = parser.parse_args().scenarios
+    chosen = parser.parse_args()
+    if chosen.squat:
+        squat()
     found = {}
-    for name in chosen:
+    for name in chosen.scenarios:
         getattr(transport(), "_pool_handle_cache_clear", lambda: None)()
         found[name] = SCENARIOS[name]()
         _buffers.clear()

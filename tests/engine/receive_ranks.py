@@ -4,8 +4,8 @@
 
 The model cannot run on a CPU with DP-attention, but receiving can. Rank 0 gets a request from a real ZeroMQ socket
 and broadcasts it; rank 3 is held in the middle of unpickling it until rank 0 has come out of `recv_requests`, or
-until HOLD_S have passed, which is what happens when rank 0 rightly waits for it. Four ranks, because gloo
-broadcasts along a tree: rank 0 waits for its children 1 and 2 when it next broadcasts, and only rank 2 for rank 3.
+is in a barrier or an all-reduce with rank 3, which it leaves only after rank 3 has come there. Four ranks, because
+gloo broadcasts along a tree: rank 0 waits for its children 1 and 2 when it next broadcasts, and only rank 2 for 3.
 Prints one JSON object: for each scenario and rank "ok", or what it got instead.
 
 With a lane no rank is held. The ranks join it when they hear of it. Then come `by_lane`, `mixed`, `tampered` and
@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 import zmq
 
-HOLD_S = 5.0
 TIMEOUT = timedelta(seconds=60)  # of a collective; only a fault takes that long
 RANKS = range(4)
 HELD = 3
@@ -50,8 +49,8 @@ _released: Event | None = None
 
 def _hold() -> Hold:
     """Runs while a request is unpickled: the held rank waits here. Rank 0 pickles the result for the others."""
-    if _rank == HELD and _released is not None:
-        _released.wait(HOLD_S)
+    if _rank == HELD and _released is not None and not _released.wait(TIMEOUT.seconds):
+        raise TimeoutError("rank 0 neither waits for this rank nor comes out")
     return Hold()
 
 
@@ -215,6 +214,8 @@ def run_rank(rank: int, groups: str, agreement: bool, directory: str, released: 
     _rank, _released = rank, released
     try:
         receive = begin(rank, groups, directory)
+        if rank == 0:
+            before_collectives(lambda _, ranks: released.set() if HELD in ranks else None)
         if not agreement:
             without_agreement()
         results.put((rank, judged(receive()[0])))
@@ -408,25 +409,33 @@ def run_lane_rank(rank: int, groups: str, directory: str, over: Event, results: 
 
 def counted_collectives() -> list[str]:
     """The names of the collectives that are called from now on, for which a rank waits."""
+    called: list[str] = []
+    before_collectives(lambda name, _: called.append(name))
+    return called
+
+
+def before_collectives(tell: Callable[[str, list[int]], None]) -> None:
+    """Be told of each barrier and all-reduce from now on, and of the ranks that it waits for, before it begins."""
     from sglang.srt.managers import scheduler
 
-    called: list[str] = []
+    def telling(collective: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(collective)
 
-    def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(collective)
         def call(*args: Any, **kwargs: Any) -> Any:
-            called.append(collective.__name__)
+            given = signature.bind(*args, **kwargs).arguments
+            assert not given.get("async_op"), "it would be waited for elsewhere"
+            tell(collective.__name__, dist.get_process_group_ranks(given.get("group")))
             return collective(*args, **kwargs)
 
         return call
 
     modules = [dist, scheduler, sys.modules.get(f"{scheduler.__package__}.scheduler_components.request_receiver")]
     for name in ("barrier", "all_reduce"):
-        replacement = counted(getattr(dist, name))
+        replacement = telling(getattr(dist, name))
         for module in modules:
             if hasattr(module, name):
                 setattr(module, name, replacement)
-    return called
 
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {

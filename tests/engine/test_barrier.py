@@ -4,33 +4,20 @@ barrier; see receive_ranks.py.
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.version import Version
 
-from devkit.environment import engine_environment
 from tests.engine.faults import ISOLATED
+from tests.engine.transcripts import Transcripts
+from tests.engine.unpatched.dp_attention import dp_attention, receive
 
 pytestmark = pytest.mark.engine
 
-SCRIPT = Path(__file__).with_name("receive_ranks.py")
 GONE = "FileNotFoundError"
 ALL_OK = dict.fromkeys("0123", "ok")
-
-
-def receive(version: str, plugin: Path | None, *scenarios: str) -> dict[str, dict[str, Any]]:
-    """What each of four ranks got in each scenario: "ok", or the error. With a lane, for each case."""
-    python = engine_environment(version, plugin=plugin).python
-    result = subprocess.run(
-        [str(python), str(SCRIPT), *scenarios], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -40,11 +27,11 @@ def patched(version: str, plugin_wheel: Path) -> dict[str, dict[str, Any]]:
     return receive(version, plugin_wheel, *waiting, "lane-attn", "lane-tp")
 
 
-def test_unpatched_dp_attention(version: str) -> None:
+def test_unpatched_dp_attention(version: str, transcripts: Transcripts) -> None:
     """Below 0.5.15 the engine has no barrier on the attention groups: a slow rank finds the segment gone."""
-    if not Version("0.5.10") <= Version(version) < Version("0.5.15"):
+    if not dp_attention.on(Version(version)):
         pytest.skip("0.5.9 unwraps before it broadcasts; from 0.5.15 the engine waits on these groups")
-    assert GONE in receive(version, None, "attn")["attn"]["3"]
+    assert GONE in transcripts.of(version, dp_attention)["attn"]["3"]
 
 
 def test_no_rank_takes_before_all_have_opened(version: str, patched: dict[str, dict[str, Any]]) -> None:

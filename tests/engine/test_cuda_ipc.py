@@ -5,10 +5,7 @@ There is no GPU here: a stand-in records what would be done on which one; see ip
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,12 @@ import pytest
 from packaging.version import Version
 
 from devkit.cache import cache_root
-from devkit.environment import engine_environment
-from devkit.sharedmemory import can_be_private, privately
+from devkit.sharedmemory import can_be_private
 from tests.conftest import SIX
+from tests.engine.transcripts import Transcripts
+from tests.engine.unpatched.cuda_ipc import LEASED, NATIVE, POOLED, Results, cuda_ipc, run
 
-SCRIPT = Path(__file__).with_name("ipc_consumer.py")
-HIDDEN = any(path.resolve().is_relative_to("/tmp") for path in (SCRIPT, cache_root()))
+HIDDEN = cache_root().resolve().is_relative_to("/tmp")
 
 pytestmark = [
     pytest.mark.engine,
@@ -30,55 +27,7 @@ pytestmark = [
     ),
 ]
 
-POOLED = Version("0.5.10")  # from here on a handle may be one of a whole pool, and is kept open
-NATIVE = Version("0.5.11")  # from here on the engine itself opens on the reader's device, and shares out its pool
-LEASED = Version("0.5.18")  # from here on ranks acknowledge on the GPU
 THREE = ("0.5.9", "0.5.10.post1", "0.5.12.post1")
-
-PRIVATE_TMP = 'mount -t tmpfs -o mode=1777 tmpfs /tmp; eval "$1"; shift; exec "$@"'
-# Another user has been here first, with a directory of the name that ours has.
-SQUAT = "mkdir -m 777 /tmp/mmlane-0 && chown 12345 /tmp/mmlane-0; mkdir /tmp/home"
-
-Results = dict[str, dict[str, Any]]
-Runs = Callable[..., dict[str, Results]]
-TAKING = ("unpooled", "same-device", "unreachable", "unseen", "failing", "by-value")
-LOCKING = ("link", "exclusion", "others-file")
-# What to run, by name: what is done before, what is in the environment, and the scenarios.
-PARTS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
-    "take": ("", {}, (*TAKING, *LOCKING)),
-    "unset": ("", {}, ("pools", "overflow")),
-    "64": ("", {"SGLANG_MM_FEATURE_CACHE_MB": "64"}, ("pools", "overflow")),
-    "4096": ("", {"SGLANG_MM_FEATURE_CACHE_MB": "4096"}, ("pools",)),
-    "squatted": (SQUAT, {"HOME": "/tmp/home"}, ("link",)),
-}
-
-
-def run(version: str, plugin: Path | None, *parts: str) -> dict[str, Results]:
-    """What came of each scenario of each part; each part is a process of its own, and they run at once."""
-    python = engine_environment(version, plugin=plugin).python
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MMLANE", "XDG_", "TMPDIR", "SGLANG"))}
-    running = {}
-    for name in parts:
-        before, env, scenarios = PARTS[name]
-        if name == "take" and Version(version) >= POOLED:
-            scenarios = ("pooled", "stale", *scenarios)
-        if name == "take" and Version(version) >= LEASED:
-            scenarios = ("pooled", "stale")
-        command = ["sh", "-ec", PRIVATE_TMP, "sh", before, str(python), str(SCRIPT), *scenarios]
-        running[name] = subprocess.Popen(
-            privately(command, 64 << 20),
-            env={**clean, "SGLANG_USE_CUDA_IPC_TRANSPORT": "1", **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    ended = {name: process.communicate(timeout=600) for name, process in running.items()}
-    for name, (_, err) in ended.items():
-        assert running[name].returncode == 0, f"{name}: {err[-4000:]}"
-    found: dict[str, Results] = {name: json.loads(out.splitlines()[-1]) for name, (out, _) in ended.items()}
-    for name, (_, err) in ended.items():
-        found[name]["mmlane"] = {"lines": [line for line in err.splitlines() if line.startswith("mmlane:")]}
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -90,10 +39,9 @@ def chosen(version: str, request: pytest.FixtureRequest) -> Version:
 
 
 @pytest.fixture(scope="session")
-def unpatched(chosen: Version) -> dict[str, Results]:
-    if chosen >= LEASED:
-        return run(str(chosen), None, "take")
-    return run(str(chosen), None, "take", *(("unset", "64") if chosen < Version("0.5.14") else ()))
+def unpatched(chosen: Version, transcripts: Transcripts) -> dict[str, Results]:
+    found: dict[str, Results] = transcripts.of(str(chosen), cuda_ipc)
+    return found
 
 
 @pytest.fixture(scope="session")
