@@ -43,8 +43,13 @@ import pytest
 def test_it(): pytest.skip("not here")
 """
 HANGS = """
-import os
-def test_it():
+import os, pytest
+@pytest.fixture
+def server():
+    yield
+    with open(os.environ["RAN"], "a") as ran:
+        ran.write("-stopped-")
+def test_it(server):
     with open(os.environ["HANGS"], "w") as told:  # closed by nothing but this process's end
         told.write("hangs")
         told.flush()
@@ -249,10 +254,10 @@ sys.exit(main([], found, Path({str(tree)!r})))
         assert process.returncode == 128 + signal.SIGINT
         assert row(printed, "a")[1] in ("pass", "pass, before")
         assert [row(printed, name)[1] for name in ("hanging", "b")] == ["interrupted", "not run"]
-        assert ran(tmp_path) == "a"
+    assert ran(tmp_path) == "a-stopped--stopped-"
     suite(tree, "hanging", PASSES.format(name="h"))
     assert start().wait(60) == 0
-    assert ran(tmp_path) == "ahb"
+    assert ran(tmp_path) == "a-stopped--stopped-hb"
 
 
 def test_only_some_of_them(capsys: pytest.CaptureFixture[str]) -> None:
