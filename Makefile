@@ -7,8 +7,11 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 BENCH := $(VENV)/.bench
 V ?= 0.5.12.post1
+# For tests that wait more than they compute: four at once, handed out one by one, so that long ones begin first.
+AT_ONCE := -n 4 --maxschedchunk 1
 
-.PHONY: demo test lint unit lane contract engine matrix transcripts matrix-new fresh fingerprints table bench clean
+.PHONY: demo test lint unit lane thorough contract engine matrix transcripts matrix-new fresh fingerprints table bench \
+	clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
 demo: $(INSTALLED)
@@ -27,7 +30,12 @@ unit: $(READY)
 
 # The lane in real processes, killed at every step; a soak of SOAK seconds among them. On a GPU where there is one.
 lane: $(READY)
-	$(RUN) -m pytest tests/lane tests/gpu $(if $(SOAK),--soak $(SOAK))
+	$(RUN) -m pytest tests/lane $(AT_ONCE) $(if $(SOAK),--soak $(SOAK))
+	$(RUN) -m pytest tests/gpu
+
+# Unit and lane tests with ten times as many examples, others in every run, and a soak of two minutes.
+thorough: $(READY)
+	$(RUN) -m pytest tests/unit tests/lane $(AT_ONCE) --hypothesis-profile thorough $(if $(SOAK),--soak $(SOAK))
 
 contract: $(READY)
 	$(RUN) -m pytest tests/contract

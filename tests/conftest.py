@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from mmlane.compat import matrix
 
@@ -29,6 +30,18 @@ def plugin_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (wheel,) = out.glob("sglang_mmlane-*.whl")
     return wheel
+
+
+@pytest.hookimpl(tryfirst=True)  # what --hypothesis-profile names is loaded after it
+def pytest_configure() -> None:
+    """`usual`: the same examples in every run, so that a change is judged by what it changed. `thorough`: others.
+
+    Neither minds how long an example takes: a machine that is busy is no fault.
+    """
+    patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("usual", patient, derandomize=True)
+    settings.register_profile("thorough", patient, max_examples=1000, print_blob=True)
+    settings.load_profile("usual")
 
 
 # The releases on which `make test` starts the engine; `--engines all` takes every one in the table.

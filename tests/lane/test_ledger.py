@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mmlane.lane.ledger import Extent, Ledger, Live
 from mmlane.lane.space import Space
+from tests.effort import examples
 
 PAGE = 16
 SEGMENT = 4 * PAGE
@@ -349,11 +350,11 @@ class Books(RuleBasedStateMachine):
         assert self.ends == Counter((ticket.live.slot, ticket.live.serial) for ticket in self.out)
 
 
-Books.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+Books.TestCase.settings = settings(max_examples=examples(150, 1500), stateful_step_count=60)
 TestBooks = Books.TestCase
 
 
-# --- stories ------------------------------------------------------------------------------------------------
+# --- stories -----------------------------------------------------------------------------------------------
 
 
 class Story:

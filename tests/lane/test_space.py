@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mmlane.lane.space import Space
+from tests.effort import examples
 
 PAGE = 16  # bytes; the books do not know real ones
 
@@ -183,11 +184,11 @@ class Pages(RuleBasedStateMachine):
         assert self.space.taken_bytes == 0
 
 
-Pages.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+Pages.TestCase.settings = settings(max_examples=examples(100, 1000), stateful_step_count=50)
 TestPages = Pages.TestCase
 
 
-# --- cases that have to be right in any case ----------------------------------------------------------------
+# --- cases that have to be right in any case ---------------------------------------------------------------
 
 
 def taken(space: Space, nbytes: int) -> int:

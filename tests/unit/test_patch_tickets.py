@@ -33,7 +33,8 @@ from mmlane.lane.ticket import read  # noqa: E402
 from mmlane_patches import guard, lanes, pointer, receiving, tickets  # noqa: E402
 from mmlane_patches.agreement import LostFeatures  # noqa: E402
 from mmlane_patches.sending import unlink_if_unsent  # noqa: E402
-from tests.lane.sandbox import DEADLINE, run, wait_until  # noqa: E402
+from tests.lane.harness.child import run  # noqa: E402
+from tests.lane.harness.waiting import DEADLINE, eventually  # noqa: E402
 
 ENGINE = "0.5.23"  # its own class stands on 0.5.21 and later
 MM_UTILS = "sglang.srt.managers.mm_utils"
@@ -121,7 +122,7 @@ class Ends:
         """Have what was recalled asked after now, not at the next of the looks, one a minute."""
         if self.out:
             self.lane.look()
-        wait_until(lambda: self.out == 0, "all tickets have ended")
+        eventually(lambda: self.out == 0, "all tickets have ended")
 
     def open(self, wrap: Callable[..., Any]) -> None:
         """As it happens in the engine: a first feature goes by segment, and tells the rank of the lane."""

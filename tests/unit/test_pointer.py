@@ -19,7 +19,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from mmlane_patches import pointer  # noqa: E402
@@ -120,7 +120,6 @@ def strided(draw: st.DrawFn) -> Any:
     return tensor.conj() if dtype is torch.complex64 and draw(st.booleans()) else tensor
 
 
-@settings(max_examples=100, deadline=None)
 @given(strided(), st.integers(1, 4))
 def test_any_strides_and_any_number_of_round_trips(tensor: Any, trips: int) -> None:
     travelling = SegmentPointer(tensor)
