@@ -390,6 +390,17 @@ def test_the_first_to_give_back_tells_whose_a_ticket_is() -> None:
     assert story.space.taken_bytes == 0 and story.ended == [ticket.slot]
 
 
+def test_a_ticket_that_one_reader_has_had_cannot_be_withdrawn() -> None:
+    """(3): the other reader of the group has it, or will."""
+    story = Story()
+    ticket = story.issue()
+    assert story.ledger.give_back(1, ticket.slot, ticket.serial)
+    assert not story.ledger.withdraw(ticket.slot, ticket.serial)
+    assert story.space.taken_bytes == PAGE and story.ended == []
+    assert story.ledger.give_back(2, ticket.slot, ticket.serial)
+    assert story.space.taken_bytes == 0 and story.ended == [ticket.slot]
+
+
 def test_a_group_that_forgoes_leaves_the_ticket_to_the_other() -> None:
     """(3): it is no orphan as long as somebody may have it."""
     story = Story()

@@ -16,10 +16,11 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from math import inf
 from multiprocessing import shared_memory
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any, Optional
 
 import pytest
@@ -47,12 +48,18 @@ MIB = 1 << 20
 # --- the engine's module ------------------------------------------------------------------------------------
 
 
-def define(module: dict[str, Any], file: str, *names: str) -> None:
-    """Functions and classes of the engine's source, as globals of a module."""
+@cache
+def engines(file: str, *names: str) -> CodeType:
+    """The definitions of functions and classes in the engine's source."""
     path = wheel_source(ENGINE) / "sglang/srt" / file
     found = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if getattr(n, "name", "") in names]
     assert len(found) == len(names)
-    exec(compile(ast.Module(found, []), str(path), "exec"), module)
+    return compile(ast.Module(found, []), str(path), "exec")
+
+
+def define(module: dict[str, Any], file: str, *names: str) -> None:
+    """Functions and classes of the engine's source, as globals of a module."""
+    exec(engines(file, *names), module)
 
 
 def mm_utils(base: str) -> ModuleType:
