@@ -32,18 +32,6 @@ def plugin_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
-@pytest.hookimpl(tryfirst=True)  # what --hypothesis-profile names is loaded after it
-def pytest_configure() -> None:
-    """`usual`: the same examples in every run, so that a change is judged by what it changed. `thorough`: others.
-
-    Neither minds how long an example takes: a machine that is busy is no fault.
-    """
-    patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.register_profile("usual", patient, derandomize=True)
-    settings.register_profile("thorough", patient, max_examples=1000, print_blob=True)
-    settings.load_profile("usual")
-
-
 # The releases on which `make test` starts the engine; `--engines all` takes every one in the table.
 SIX = ("0.5.9", "0.5.10.post1", "0.5.12.post1", "0.5.14", "0.5.18", "0.5.23")
 
@@ -63,12 +51,28 @@ NO_RELEASE = "no-release"
 WITHOUT_LANE = ("0.5.9", "0.5.12.post1", "0.5.18")
 
 
+@pytest.hookimpl(tryfirst=True)  # what --hypothesis-profile names is loaded after it
 def pytest_configure(config: pytest.Config) -> None:
-    chosen = config.getoption("--all-of")
-    if chosen:
+    register_profiles()
+    take_all_of(config.getoption("--all-of"), config)
+
+
+def register_profiles() -> None:
+    """`usual`: the same examples in every run, so that a change is judged by what it changed. `thorough`: others.
+
+    Neither minds how long an example takes: a machine that is busy is no fault.
+    """
+    patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("usual", patient, derandomize=True)
+    settings.register_profile("thorough", patient, max_examples=1000, print_blob=True)
+    settings.load_profile("usual")
+
+
+def take_all_of(release: str | None, config: pytest.Config) -> None:
+    if release:
         known = [*map(str, matrix().engines), NO_RELEASE]
-        if chosen not in known:
-            raise pytest.UsageError(f"--all-of {chosen}: wanted one of {', '.join(known)}")
+        if release not in known:
+            raise pytest.UsageError(f"--all-of {release}: wanted one of {', '.join(known)}")
         config.option.engines = "all"
 
 
