@@ -240,12 +240,13 @@ def main() -> None:
     _, number, *modules = sys.argv
     del sys.path[0]  # this file's directory, which no script has
     before = dict(os.environ)
+    gc.disable()
     with variables_read() as read:
         for module in modules:
             importlib.import_module(module)
-    # What has been imported is no garbage: no child needs to look through it, nor to copy its pages for that.
-    gc.collect()
+    # What has been imported is no garbage: nobody needs to look through it, nor to copy its pages for that.
     gc.freeze()
+    gc.enable()
     sys.stdout.flush()
     order = Server(socket.socket(fileno=int(number)), before, read).serve()
     if order is not None:
