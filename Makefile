@@ -7,8 +7,14 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 BENCH := $(VENV)/.bench
 V ?= 0.5.12.post1
+# For tests that wait more than they compute: four at once, handed out one by one, so that long ones begin first.
+AT_ONCE := -n 4 --maxschedchunk 1
 
-.PHONY: demo test lint unit lane contract engine matrix matrix-new fingerprints table bench clean
+# The others: in as many processes as there are cores, each takes what the others have not begun.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+
+.PHONY: demo test lint lint-check lint-format lint-types unit lane thorough contract engine matrix transcripts matrix-new \
+	fresh fingerprints table bench coverage pythons mutants clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
 demo: $(INSTALLED)
@@ -17,17 +23,29 @@ demo: $(INSTALLED)
 # Everything that has to hold: checks, unit, lane and contract tests, and six engine releases for real.
 test: lint unit lane contract engine
 
-lint: $(READY)
+# The hooks of .pre-commit-config.yaml call these three.
+lint: lint-check lint-format lint-types
+
+lint-check: $(READY)
 	$(VENV)/bin/ruff check .
+
+lint-format: $(READY)
 	$(VENV)/bin/ruff format --check .
+
+lint-types: $(READY)
 	$(VENV)/bin/mypy
 
 unit: $(READY)
-	$(RUN) -m pytest tests/unit
+	$(RUN) -m pytest tests/unit $(PARALLEL)
 
 # The lane in real processes, killed at every step; a soak of SOAK seconds among them. On a GPU where there is one.
 lane: $(READY)
-	$(RUN) -m pytest tests/lane tests/gpu $(if $(SOAK),--soak $(SOAK))
+	$(RUN) -m pytest tests/lane $(AT_ONCE) $(if $(SOAK),--soak $(SOAK))
+	$(RUN) -m pytest tests/gpu
+
+# Unit and lane tests with ten times as many examples, others in every run, and a soak of two minutes.
+thorough: $(READY)
+	$(RUN) -m pytest tests/unit tests/lane $(AT_ONCE) --hypothesis-profile thorough $(if $(SOAK),--soak $(SOAK))
 
 contract: $(READY)
 	$(RUN) -m pytest tests/contract
@@ -35,9 +53,17 @@ contract: $(READY)
 engine: $(READY)
 	$(RUN) -m pytest tests/engine
 
-# The same on every supported release.
+# The same on every supported release; ONLY=0.5.9,0.5.23 chooses some. What has passed is run again with AGAIN=1 only.
 matrix: $(READY)
-	$(RUN) -m pytest tests/contract tests/engine --engines all
+	$(RUN) -m tools.matrix $(if $(ONLY),--only $(ONLY)) $(if $(AGAIN),--again)
+
+# The commands of README.md in a clone of what is committed, with an empty cache and a clean environment.
+fresh:
+	tools/fresh
+
+# What releases do without mmlane, run again and written to tests/engine/transcripts: make transcripts ONLY=0.5.9,0.5.23
+transcripts: $(READY)
+	$(RUN) -m pytest tests/engine/test_transcripts.py --transcripts anew --engines $(or $(ONLY),all)
 
 # Which cells of the table need a person, for a release nobody has seen: make matrix-new V=0.5.24
 matrix-new: $(READY)
@@ -49,15 +75,35 @@ fingerprints: $(READY)
 table: $(READY)
 	$(RUN) -m tools.compat_table
 
+# Which lines of the plugin the tests without an engine run, child processes included; a report to read, no limit.
+# What a process ran that was killed with SIGKILL is not counted. The page is build/coverage/html/index.html.
+coverage: $(READY)
+	rm -rf build/coverage
+	-$(RUN) -m coverage run -m pytest tests/unit $(PARALLEL)
+	-$(RUN) -m coverage run -m pytest tests/lane
+	-$(RUN) -m coverage run -m pytest tests/contract
+	$(RUN) -m coverage combine --quiet
+	$(RUN) -m coverage html --quiet
+	$(RUN) -m coverage report
+
+# The unit tests on the other Pythons that are supported, where they are installed. TORCH=no leaves out what needs it.
+pythons: $(READY)
+	$(RUN) -m tools.pythons $(if $(filter no,$(TORCH)),--without-torch)
+
+# Changes to the lane that no test minds: make mutants M=space, M="space ledger"; all modules take hours.
+mutants: $(READY)
+	$(RUN) -m tools.mutants $(M)
+
 # Figures: the start line, the lane beside the engine's transports and others, the engine with and without the plugin,
 # what text-only requests pay, and the way to a GPU where there is one; plots and tables in bench/out. It takes hours;
-# QUICK=1 takes a part of them.
+# QUICK=1 takes a part of them, and ends with the ratios that moved since those in git (tools/ratios.py).
 bench: $(BENCH)
-	$(RUN) bench/startup.py
+	$(RUN) -m bench.startup
 	$(RUN) -m bench.transport $(if $(QUICK),--quick)
 	$(RUN) -m bench.engine $(if $(QUICK),--quick)
 	$(RUN) -m bench.text
 	$(RUN) -m bench.gpu $(if $(QUICK),--quick)
+	$(if $(QUICK),$(RUN) -m tools.ratios)
 
 # What a user gets, and what the checks need on top of that.
 $(INSTALLED): pyproject.toml
@@ -65,7 +111,7 @@ $(INSTALLED): pyproject.toml
 	$(PIP) -e .
 	touch $@
 
-$(READY): $(INSTALLED) requirements-dev.txt
+$(READY): $(INSTALLED) requirements-dev.txt requirements-test.txt
 	$(PIP) -r requirements-dev.txt
 	touch $@
 

@@ -12,6 +12,12 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parent.parent
 
 
+def processor() -> str:
+    """The model that /proc/cpuinfo names, or else the architecture."""
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return models[0].partition(":")[2].strip() if models else platform.machine()
+
+
 def facts() -> dict[str, Any]:
     """Cores, memory in bytes, kernel, commit of this checkout, and the time."""
     commit = subprocess.run(

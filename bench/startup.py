@@ -3,7 +3,7 @@
 Each sample is a fresh interpreter, started without site-packages, that times the line by itself; beside it, as the
 peer in the same interpreter, the import of one small module of the standard library.
 
-    python bench/startup.py [--runs 100]
+    python -m bench.startup [--runs 100]
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from bench.ratios import put, quartiles
 
 PLUGIN = Path(__file__).resolve().parent.parent / "plugin"
 SAMPLE = """
@@ -45,6 +47,8 @@ def main() -> None:
         tenth = statistics.quantiles(values, n=10)
         print(f"{name:16} median {statistics.median(values):.3f} ms, 90th {tenth[-1]:.3f} ms ({runs})")
     print(f"ratio of medians {statistics.median(lines) / statistics.median(peers):.2f}")
+    ratio = quartiles(lines).over(quartiles(peers))
+    print(put("startup", {"the .pth line over import colorsys": ratio}, PLUGIN.parent / "bench" / "out"))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ SEND = "TokenizerManager._send_one_request"
 RECEIVE = ("Scheduler.recv_requests", "SchedulerRequestReceiver._finalize_shm_features")
 
 
-def measure(release: str) -> dict[str, float]:
-    """Called in an engine's environment: what is measured -> microseconds."""
+def measure(release: str) -> dict[str, list[list[float]]]:
+    """Called in an engine's environment: what is measured -> microseconds per call, bare and patched, repeated."""
     import sglang.srt.managers.scheduler  # noqa: F401 - mmlane looks into it
     from packaging.version import Version
     from sglang.srt import server_args
@@ -79,11 +79,11 @@ def measure(release: str) -> dict[str, float]:
     manager = SimpleNamespace()
     found = {}
     if version >= Version("0.5.20"):
-        found["sending"] = added(run(send_async), run(around(send_async, SEND)), manager, text[0])
+        found["sending"] = both(run(send_async), run(around(send_async, SEND)), manager, text[0])
     elif version >= Version("0.5.10"):
-        found["sending"] = added(send, around(send, SEND), manager, text[0])
+        found["sending"] = both(send, around(send, SEND), manager, text[0])
     else:
-        found["sending"] = added(send_0_5_9, around(send_0_5_9, SEND), manager, None, text[0])
+        found["sending"] = both(send_0_5_9, around(send_0_5_9, SEND), manager, None, text[0])
     for count, what in ((0, "receiving nothing"), (1, "receiving 1"), (32, "receiving 32")):
         receiver: Any = SimpleNamespace(
             arrived=text[:count],
@@ -92,22 +92,23 @@ def measure(release: str) -> dict[str, float]:
             server_args=SimpleNamespace(enable_dp_attention=False),
         )
         given = [receiver.arrived] if version >= Version("0.5.13") else []
-        found[what] = added(receive, around(receive, *RECEIVE), receiver, *given)
+        found[what] = both(receive, around(receive, *RECEIVE), receiver, *given)
     return found
 
 
-def added(bare: Callable[..., Any], patched: Callable[..., Any], *args: Any) -> float:
-    """Microseconds that a call of `patched` takes longer."""
-    least = [
-        min(timeit.repeat(lambda call=call: call(*args), number=CALLS, repeat=REPETITIONS))  # type: ignore[misc]
-        for call in (bare, patched)
-    ]
-    return (least[1] - least[0]) / CALLS * 1e6
+def both(bare: Callable[..., Any], patched: Callable[..., Any], *args: Any) -> list[list[float]]:
+    """Microseconds per call of each, in several repetitions."""
+    found = []
+    for call in (bare, patched):
+        times = timeit.repeat(lambda call=call: call(*args), number=CALLS, repeat=REPETITIONS)  # type: ignore[misc]
+        found.append([time / CALLS * 1e6 for time in times])
+    return found
 
 
 def main() -> None:
     from rich.console import Console
 
+    from bench.ratios import Spread, put, quartiles
     from bench.transport.tables import Grid, render
     from devkit.demo import CHECKOUT, build_wheel
     from devkit.environment import engine_environment
@@ -115,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.text", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--releases", nargs="+", default=RELEASES, metavar="VERSION", help=", ".join(RELEASES))
     rows = []
+    ratios: dict[str, Spread | None] = {}
     with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:
         wheel = build_wheel(Path(scratch))
         for release in parser.parse_args().releases:
@@ -124,8 +126,11 @@ def main() -> None:
                 [python, "-W", "ignore", "-c", inside], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, check=True
             ).stdout
             found = json.loads(output.splitlines()[-1])
-            rows.append([release, *(f"{figure:.1f}" for figure in found.values())])
+            rows.append([release, *(f"{min(patched) - min(bare):.1f}" for bare, patched in found.values())])
+            for what, (bare, patched) in found.items():
+                ratios[f"{release}, {what}: patched over bare"] = quartiles(patched).over(quartiles(bare))
     render([Grid("added for text only, µs per call", ["release", *found], rows)], Console(highlight=False))
+    print(put("text", ratios, CHECKOUT / "bench" / "out"))
 
 
 if __name__ == "__main__":

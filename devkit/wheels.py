@@ -6,7 +6,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from devkit.cache import build_once, cache_root
+from devkit.cache import build_once, cache_root, digest
 from devkit.installer import PYTHON, host_python, run
 
 
@@ -25,3 +25,9 @@ def wheel_source(version: str) -> Path:
                 archive.extractall(root, members=wanted)
 
     return build_once(cache_root() / "wheels" / version, version, build)
+
+
+def wheel_digest(version: str) -> str:
+    """A short hash of the release's wheel: of its list of files, which has the hash of each."""
+    (record,) = wheel_source(version).glob("sglang-*.dist-info/RECORD")
+    return digest(record.read_bytes())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import signal
 import sys
 import tempfile
@@ -17,9 +16,10 @@ from rich.console import Console
 from bench.engine.cases import Kind, plan
 from bench.engine.measuring import Measuring, order
 from bench.engine.plots import draw
-from bench.engine.records import Results
+from bench.engine.records import Results, ratios
 from bench.engine.tables import markdown, show
-from bench.machine import facts
+from bench.machine import facts, processor
+from bench.ratios import put
 from devkit.demo import build_wheel
 from devkit.server import ServerDied
 
@@ -48,7 +48,8 @@ def main() -> int:
         console.print(f"measured in {time.monotonic() - began:.0f} s")
     show(results, console)
     (options.out / "engine.md").write_text(markdown(results, _about(results)))
-    for written in (path, options.out / "engine.md", *draw(results, options.out)):
+    kept = [put("engine", ratios(results), options.out)] if options.quick and not options.again else []
+    for written in (path, options.out / "engine.md", *draw(results, options.out), *kept):
         console.print(str(written))
     return 0 if complete else 1
 
@@ -88,10 +89,9 @@ def measure(options: argparse.Namespace, results: Results, path: Path, console: 
 
 
 def _machine(options: argparse.Namespace) -> dict[str, Any]:
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         **facts(),
-        "processor": model[0].partition(":")[2].strip() if model else platform.machine(),
+        "processor": processor(),
         "load_before": os.getloadavg(),
         "quick": options.quick,
         "caches": not options.no_caches,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.engine.cases import Case
+from bench.ratios import Spread, quartiles
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,16 @@ def median(records: Iterable[Record], measure: Measure) -> float | None:
 
 def ninetieth(found: Sequence[float]) -> float:
     return statistics.quantiles(found, n=10, method="inclusive")[-1] if len(found) > 1 else found[0]
+
+
+def ratios(results: Results) -> dict[str, Spread | None]:
+    """With mmlane over without it: latency, and what blocks the event loop where requests do not overlap."""
+    found: dict[str, Spread | None] = {}
+    for release in results.releases:
+        for case in results.cases(release):
+            for measure in (LATENCY, CALLS[0])[: 2 if case.concurrency == 1 else 1]:
+                ours, theirs = (values(results.of(release, mode, case), measure) for mode in ("arena", "off"))
+                if ours and theirs and case.n == 1:
+                    name = f"{release}, {case}: {measure.name}, arena over off"
+                    found[name] = quartiles(ours).over(quartiles(theirs))
+    return found

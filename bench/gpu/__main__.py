@@ -14,9 +14,10 @@ from rich.console import Console
 
 from bench.gpu.device import Device, Watcher, lacking
 from bench.gpu.measures import MEASURES, Plan
-from bench.gpu.records import REHEARSAL, Results, absent
+from bench.gpu.records import REHEARSAL, Results, absent, ratios
 from bench.gpu.report import about, draw, grids
 from bench.gpu.workers import Worker, hurry
+from bench.ratios import put
 from bench.transport.group import Failed
 from bench.transport.tables import render, write
 
@@ -44,6 +45,8 @@ def main() -> int:
         written += draw(results, options.out / f"{stem}.png")
     except ImportError:
         console.print("no plot: matplotlib is not installed (pip install -r bench/requirements.txt)")
+    if options.quick and not (options.again or options.rehearse):
+        written.append(put("gpu", ratios(results), options.out))
     for one in written:
         console.print(str(one))
     return 1 if any(record.status == "failed" for record in results.records) else 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.ways import LANE_PINNED, PAGEABLE, POOL, POOL_AS_IT_COMES, SEGMENT, TORCH_PINNED
+from bench.ratios import Spread, extremes
 from bench.transport.cases import JUDGED, size
 from bench.transport.group import Refusal
 from bench.transport.verdict import Goal
@@ -98,3 +99,19 @@ def goals(results: Results) -> list[Goal]:
         Goal(f"{what} {TORCH_PINNED}, the peak", 0.9, over(TORCH_PINNED), " x", at_least=True),
         Goal(f"{what} {PAGEABLE}", 2.0, over(PAGEABLE), " x", at_least=True),
     ]
+
+
+def ratios(results: Results) -> dict[str, Spread | None]:
+    """The pinned lane over what it is compared with, in each case, on this GPU; spread over rounds."""
+    gpu = results.machine["gpus"][0]["name"]
+    found: dict[str, Spread | None] = {}
+    for measure, peers in PEERS.items():
+        for case, records in results.cases(measure).items():
+            ways = {record.way: record for record in records if record.figures}
+            for peer in peers:
+                if LANE_PINNED in ways and peer in ways:
+                    what, ours = next(iter(ways[LANE_PINNED].figures.items()))
+                    theirs = next(iter(ways[peer].figures.values()))
+                    name = f"{gpu}, {measure}, {case}: {what}, {LANE_PINNED} over {peer}"
+                    found[name] = extremes(ours).over(extremes(theirs))
+    return found

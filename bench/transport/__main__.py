@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bench.ratios import put
 from bench.transport import records
 from bench.transport.cases import (
     QUICK_READERS,
@@ -27,6 +28,7 @@ from bench.transport.peers import Peer, chosen
 from bench.transport.plots import draw
 from bench.transport.records import Record
 from bench.transport.tables import markdown, show
+from bench.transport.verdict import ratios
 
 OUT = Path(__file__).resolve().parent.parent / "out"
 ROUNDS, QUICK_ROUNDS = 7, 3
@@ -49,7 +51,8 @@ def main() -> int:
         console.print(f"measured in {time.monotonic() - began:.0f} s")
     show(found, console)
     (options.out / "transport.md").write_text(markdown(found, _about(found)))
-    for path in (results, options.out / "transport.md", *draw(found, options.out)):
+    kept = [put("transport", ratios(found), options.out)] if options.quick and not options.again else []
+    for path in (results, options.out / "transport.md", *draw(found, options.out), *kept):
         console.print(str(path), highlight=False)
     return 1 if any(record.status == "failed" for record in found) else 0
 

@@ -1,10 +1,11 @@
-"""The goals, each met or missed, computed from the records and nothing else."""
+"""The goals, each met or missed, and the ratios to keep, computed from the records and nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from bench.ratios import Spread
 from bench.transport.cases import FAN_OUT, JUDGED, ONE_WAY, Case, size
 from bench.transport.records import Record, find
 
@@ -65,6 +66,28 @@ def _goals(records: Sequence[Record]) -> Iterator[Goal]:
     latency = find(records, "lane view", Case(1, ONE_WAY), "one-way")
     one_way = latency.median_s * 1e6 if latency is not None and latency.median_s is not None else None
     yield Goal(f"lane view, one way, {size(ONE_WAY)}, median", 100, one_way, " us")
+
+
+def ratios(records: Sequence[Record]) -> dict[str, Spread | None]:
+    """The lane over the newest engine and over a plain copy, in each case measured; spread over rounds."""
+    found: dict[str, Spread | None] = {}
+    for case in sorted({record.case for record in records if record.measure == "cost"}):
+        theirs = _spread(find(records, "engine 0.5.23", case))
+        for mode in ("view", "cow"):
+            record = find(records, f"lane {mode}", case)
+            ours = _spread(record)
+            if ours and theirs:
+                found[f"{case}: lane {mode} over engine 0.5.23"] = ours.over(theirs)
+            if ours and record and record.memcpy_s and mode == "view":
+                copy = record.memcpy_s
+                found[f"{case}: lane view over memcpy"] = ours.over(Spread(copy, copy, copy))
+    return found
+
+
+def _spread(record: Record | None) -> Spread | None:
+    if record is None or record.median_s is None or record.min_s is None or record.max_s is None:
+        return None
+    return Spread(record.median_s, record.min_s, record.max_s)
 
 
 def _producer(record: Record) -> float | None:

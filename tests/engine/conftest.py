@@ -1,74 +1,69 @@
-"""One unpatched run and two patched servers for each engine release, never two at once."""
+"""Servers that tests share: one a release and mode, never two at once; and what releases do without the plugin."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
-from packaging.version import Version
 
-from devkit.client import Reply
+from mmlane.compat import matrix
 from tests.conftest import SIX, WITHOUT_LANE
-from tests.engine import scenarios
+from tests.engine.transcripts import Transcripts
+from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
 
-ISOLATED = Version("0.5.19")  # from here on the engine itself fails one request for one lost segment
-FANNED_OUT = Version("0.5.13")  # from here on the engine itself gives each of n samples its own items
+# The modes with a server for each release, in the order in which they have theirs, and who uses it in which order.
+MODES = ("backport", "arena")
+ON_A_SERVER = ("test_release", "test_release_backport", "test_release_arena", "test_soak", "test_the_end")
 
 
-@dataclass
-class Transcript:
-    """What an engine without the plugin did: its answers, which faults ended it, what its ranks waited for."""
-
-    answers: dict[str, Reply] = field(default_factory=dict)
-    image_bytes: int = 0
-    several_images: Reply | None = None
-    one_image_n3: Reply | None = None
-    survived_n3: bool = True
-    lost_segment: Reply | None = None
-    survived_lost_segment: bool = True
-    collectives: int = 0
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--transcripts",
+        choices=("read", "anew"),
+        default="read",
+        help="what releases do without the plugin: as it is written, or run again, compared and written",
+    )
 
 
-@pytest.fixture(scope="session")
-def unpatched(version: str) -> Transcript:
-    """Run a release without the plugin, through everything that this suite wants to know of it."""
-    seen = Transcript()
-    with WatchedServer(version, probes=["collectives"]) as server:
-        for name, ask in scenarios.ANSWERED.items():
-            seen.answers[name] = ask(server)
-        seen.collectives = server.collectives()
-        before = scenarios.loopback_bytes()
-        scenarios.ANSWERED["larger image"](server)
-        seen.image_bytes = scenarios.loopback_bytes() - before
-        seen.several_images = scenarios.two_images_n2(server)
-        seen.one_image_n3 = scenarios.one_image_n3(server)
-        seen.survived_n3 = survived(server, seen.one_image_n3)
-        if seen.survived_n3:
-            seen.lost_segment = scenarios.ask_and_lose_the_segment(server)
-            seen.survived_lost_segment = survived(server, seen.lost_segment)
-    if not seen.survived_n3:
-        with WatchedServer(version) as server:
-            seen.lost_segment = scenarios.ask_and_lose_the_segment(server)
-            seen.survived_lost_segment = survived(server, seen.lost_segment)
-    return seen
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start their own servers first; then release by release, those that share a server together."""
+    ours = [item for item in items if Path(__file__).parent in item.path.parents]
+    positions = iter(sorted(ours, key=_place))
+    items[:] = [next(positions) if item in ours else item for item in items]
 
 
-def survived(server: WatchedServer, reply: Reply) -> bool:
-    """Whether the engine goes on serving; waits for its end when the connection broke."""
-    if reply.status == 0:
-        scenarios.wait_for(lambda: len(server.find("sglang::scheduler")) < server.tp, "a scheduler's end")
-        return False
-    return scenarios.ANSWERED["text only"](server).status == 200
+def _place(item: pytest.Item) -> tuple[int, ...]:
+    assert isinstance(item, pytest.Function)
+    parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+    if "version" not in parameters:
+        return (0,)
+    release = [str(version) for version in matrix().engines].index(parameters["version"])
+    mode = parameters.get("mode") or next((mode for mode in MODES if mode in item.fixturenames), None)
+    if mode is None:
+        return (1, release, 0)
+    return (1, release, 1 + MODES.index(mode), ON_A_SERVER.index(item.path.stem))
 
 
 @pytest.fixture(scope="session")
-def patched(
-    version: str, unpatched: Transcript, plugin_wheel: Path, request: pytest.FixtureRequest
+def transcripts(request: pytest.FixtureRequest) -> Transcripts:
+    return Transcripts(anew=request.config.getoption("--transcripts") == "anew")
+
+
+@pytest.fixture(scope="session")
+def unpatched(version: str, transcripts: Transcripts) -> Any:
+    """What the release does without the plugin: tests/engine/unpatched/plain.py."""
+    return transcripts.of(version, plain)
+
+
+@pytest.fixture(scope="session")
+def backport(
+    version: str, unpatched: Any, plugin_wheel: Path, request: pytest.FixtureRequest
 ) -> Iterator[WatchedServer]:
-    """A release with the back-ports alone, serving; it starts when the unpatched run is over."""
+    """A release with the back-ports alone."""
     if request.config.getoption("--engines") == ",".join(SIX) and version not in WITHOUT_LANE:
         pytest.skip("the back-ports alone: with --engines all, or naming this release")
     end_the_one_before()
@@ -78,18 +73,8 @@ def patched(
         yield server
 
 
-# A session's fixtures live until the release changes, and two servers do not: tests of one do not come after
-# those of the next (test_release, test_release_arena).
-_running: list[WatchedServer] = []
-
-
-def end_the_one_before() -> None:
-    while _running:
-        _running.pop().stop()
-
-
 @pytest.fixture(scope="session")
-def arena(version: str, unpatched: Transcript, plugin_wheel: Path) -> Iterator[WatchedServer]:
+def arena(version: str, unpatched: Any, plugin_wheel: Path) -> Iterator[WatchedServer]:
     """A release as a user has it, with the plugin installed and no mode chosen."""
     end_the_one_before()
     with WatchedServer(
@@ -101,3 +86,19 @@ def arena(version: str, unpatched: Transcript, plugin_wheel: Path) -> Iterator[W
     ) as server:
         _running.append(server)
         yield server
+
+
+@pytest.fixture
+def server(version: str, mode: str, request: pytest.FixtureRequest) -> WatchedServer:
+    """That of a mode."""
+    found: WatchedServer = request.getfixturevalue(mode)
+    return found
+
+
+# Fixtures of a session live until the release changes, and two servers do not.
+_running: list[WatchedServer] = []
+
+
+def end_the_one_before() -> None:
+    while _running:
+        _running.pop().stop()

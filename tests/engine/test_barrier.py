@@ -10,26 +10,14 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from tests.engine import forks
-from tests.engine.conftest import ISOLATED
+from tests.engine.faults import ISOLATED
+from tests.engine.transcripts import Transcripts
+from tests.engine.unpatched.dp_attention import dp_attention, receive
 
 pytestmark = pytest.mark.engine
 
-SCRIPT = Path(__file__).with_name("receive_ranks.py")
 GONE = "FileNotFoundError"
 ALL_OK = dict.fromkeys("0123", "ok")
-
-
-def receive(version: str, plugin: Path | None, *scenarios: str) -> dict[str, dict[str, Any]]:
-    """What each of four ranks got in each scenario: "ok", or the error. With a lane, for each case."""
-    found, _ = forks.answered(forks.start(version, plugin, SCRIPT, *scenarios))
-    heard: dict[str, dict[str, Any]] = found
-    return heard
-
-
-def unpatched_dp_attention(version: str) -> dict[str, dict[str, Any]]:
-    """What the ranks of a release without the plugin get while one of them is held."""
-    return receive(version, None, "attn")
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +27,11 @@ def patched(version: str, plugin_wheel: Path) -> dict[str, dict[str, Any]]:
     return receive(version, plugin_wheel, *waiting, "lane-attn", "lane-tp")
 
 
-def test_unpatched_dp_attention(version: str) -> None:
+def test_unpatched_dp_attention(version: str, transcripts: Transcripts) -> None:
     """Below 0.5.15 the engine has no barrier on the attention groups: a slow rank finds the segment gone."""
-    if not Version("0.5.10") <= Version(version) < Version("0.5.15"):
+    if not dp_attention.on(Version(version)):
         pytest.skip("0.5.9 unwraps before it broadcasts; from 0.5.15 the engine waits on these groups")
-    assert GONE in unpatched_dp_attention(version)["attn"]["3"]
+    assert GONE in transcripts.of(version, dp_attention)["attn"]["3"]
 
 
 def test_no_rank_takes_before_all_have_opened(version: str, patched: dict[str, dict[str, Any]]) -> None:

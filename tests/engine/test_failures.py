@@ -15,7 +15,7 @@ import pytest
 from packaging.version import Version
 
 from devkit.client import Reply
-from tests.engine import scenarios
+from tests.engine import asking, scenarios
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -53,11 +53,11 @@ def failing(server: WatchedServer, *seams: str) -> Iterator[None]:
 
 
 def one(server: WatchedServer) -> Reply:
-    return server.generate([scenarios.image(1)], scenarios.TEXT)
+    return server.generate([asking.image(1)], asking.TEXT)
 
 
 def three(server: WatchedServer) -> Reply:
-    return server.generate([scenarios.image(2)], scenarios.TEXT, n=3)
+    return server.generate([asking.image(2)], asking.TEXT, n=3)
 
 
 def said(server: WatchedServer, line: str, seam: str, error: str = "Injected") -> int:
@@ -70,9 +70,9 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
         join = "mmlane.lane.reader:Reader.join"
         with failing(server, f"{join} Injected scheduler_TP1"):
             assert one(server).status == 200  # by segment
-            scenarios.wait_for(lambda: said(server, "join failed", join) == 1, "the line of the rank")
+            asking.wait_for(lambda: said(server, "join failed", join) == 1, "the line of the rank")
         scenarios.open_lanes(server)  # it tries again
-        wanted = [scenarios.tokens(one(server)), scenarios.tokens(three(server))]
+        wanted = [asking.tokens(one(server)), asking.tokens(three(server))]
         seams = dict(SENDING)
         for seam, (line, newest) in OLDER.items():
             if Version(release) <= Version(newest):
@@ -84,36 +84,36 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
                 replies = [one(server), *([] if alone else [three(server), three(server)])]
             for reply, tokens in zip(replies, [wanted[0], wanted[1], wanted[1]], strict=False):
                 assert reply.status == 200, (seam, reply.body)
-                assert scenarios.tokens(reply) == tokens, seam
+                assert asking.tokens(reply) == tokens, seam
             assert said(server, line, seam, error) == 1, seam
 
         # The way behind it fails as well: features go inline, or, from 0.5.21 on, by the engine's own class.
         with failing(server, "mmlane.lane.producer:Lane.put Injected", "mmlane_patches.pointer:_store Injected"):
-            assert scenarios.tokens(one(server)) == wanted[0]
+            assert asking.tokens(one(server)) == wanted[0]
         with failing(server, "mmlane_patches.fan_out_images:_keep_together Injected"):
-            assert scenarios.two_images_n2(server).status == 400  # as without mmlane
+            assert asking.two_images_n2(server).status == 400  # as without mmlane
         write = "mmlane_patches.metrics:_write"
         with failing(server, f"{write} Injected"):
-            scenarios.wait_for(lambda: said(server, "metrics failed", write) == 1, "the line of the metrics")
+            asking.wait_for(lambda: said(server, "metrics failed", write) == 1, "the line of the metrics")
         counted = [f'mmlane_failures_total{{where="{where}"}}' for where in ("join", "put", "share", "metrics")]
-        scenarios.wait_for(lambda: scenarios.metrics(server).keys() >= set(counted), "the counts")
+        asking.wait_for(lambda: scenarios.metrics(server).keys() >= set(counted), "the counts")
         scenarios.wait_for_baseline(server)
-        assert scenarios.tokens(one(server)) == wanted[0]
+        assert asking.tokens(one(server)) == wanted[0]
 
         # In a rank: a ticket's error fails its request, on all ranks; what nobody expects ends the rank.
         take = "mmlane.lane.reader:Reader.take"
         with failing(server, f"{take} StaleTicket"):
             server.loses()
             assert one(server).status == 500
-        assert scenarios.tokens(three(server)) == wanted[1]
+        assert asking.tokens(three(server)) == wanted[1]
         scenarios.wait_for_baseline(server)
         ranks = server.find("sglang::scheduler")
         server.breaks()
         with failing(server, f"{take} Injected scheduler_TP1"):
-            answer = scenarios.in_background(lambda: one(server))
-            scenarios.wait_for(lambda: not set(ranks) & {p.pid for p in server.processes()}, "the end", ENDS_S)
+            answer = asking.in_background(lambda: one(server))
+            asking.wait_for(lambda: not set(ranks) & {p.pid for p in server.processes()}, "the end", ENDS_S)
             server.stop()
-            assert answer.result(scenarios.WAIT_S).status != 200
+            assert answer.result(asking.WAIT_S).status != 200
         assert server.log().count("mmlane: this rank ends, and the engine with it") == 1
 
 
@@ -137,6 +137,6 @@ def test_a_rank_that_cannot_join(release: str, plugin_wheel: Path) -> None:
         assert one(server).status == 200
         assert three(server).status == 200
         assert said(server, "start failed", "mmlane_patches.lanes:become_rank") == 1
-        scenarios.wait_for(lambda: scenarios.lane(server).readers.get("dp0") == 1, "the other rank")
+        asking.wait_for(lambda: scenarios.lane(server).readers.get("dp0") == 1, "the other rank")
         assert one(server).status == 200
         assert not scenarios.lane(server).is_open

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from tests.engine.conftest import FANNED_OUT
 from tests.engine.digests import compare
+from tests.engine.faults import FANNED_OUT
+from tests.engine.transcripts import Transcripts
+from tests.engine.unpatched.refilling import SAMPLES, SCRIPT, refilled
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
-
-SCRIPT = Path(__file__).with_name("refilled.py")
-SAMPLES = 4
 
 
 def same(answer: dict[str, Any], expected: dict[str, Any]) -> bool:
@@ -24,12 +23,10 @@ def same(answer: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 
 @pytest.mark.releases("0.5.16", "0.5.10", "0.5.12.post1", "0.5.23")
-def test_a_tensor_that_is_refilled(release: str, plugin_wheel: Path) -> None:
+def test_a_tensor_that_is_refilled(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     """One sample and several, pixels and embeddings, whichever way the next picture is written."""
     survives = Version(release) >= FANNED_OUT  # several samples, without the plugin
-    unpatched = WatchedServer(release)
-    expected = unpatched.run(SCRIPT, f"1,{SAMPLES}" if survives else "1")["answers"]
-    compare(unpatched.notes).verify(ranks=unpatched.tp, answered=len(expected))
+    expected = transcripts.of(release, refilled)
     engine = WatchedServer(release, plugin=plugin_wheel)
     found = engine.run(SCRIPT, f"1,{SAMPLES}")
     wrong = []

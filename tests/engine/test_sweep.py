@@ -11,7 +11,7 @@ import pytest
 from devkit.container import Container
 from devkit.sharedmemory import can_be_private
 from mmlane_patches.sweeping import SLACK_S
-from tests.engine import scenarios
+from tests.engine import asking, scenarios
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -19,22 +19,22 @@ pytestmark = pytest.mark.engine
 
 def crash(server: WatchedServer) -> set[str]:
     """Kill a scheduler while images are on their way, and tell what that leaves."""
-    before = set(scenarios.segments(server))
+    before = set(asking.segments(server))
 
     def on_their_way() -> set[str]:
-        return set(scenarios.segments(server)) - before
+        return set(asking.segments(server)) - before
 
-    with scenarios.schedulers_stopped(server) as pids:
+    with asking.schedulers_stopped(server) as pids:
         for _ in range(3):
-            scenarios.in_background(lambda: scenarios.ANSWERED["one image"](server))
-        scenarios.wait_for(lambda: len(on_their_way()) == 3, lambda: f"three segments: {on_their_way()}")
+            asking.in_background(lambda: asking.ANSWERED["one image"](server))
+        asking.wait_for(lambda: len(on_their_way()) == 3, lambda: f"three segments: {on_their_way()}")
         server.kill(pids[0])
         # The others follow: some releases end them themselves, at once or after a minute, and some do not notice.
         # Python's tracker of segments, which would clean up, is among those that are killed.
         for pid in server.find("resource_tracker"):
             server.kill(pid)
         server.stop()
-    return set(scenarios.segments(server))
+    return set(asking.segments(server))
 
 
 # The start of an engine that can have no lane is looked at here, too: a server of its own would take longer.
@@ -51,7 +51,7 @@ def says_that_it_has_no_lane(server: WatchedServer) -> None:
     assert "shared-memory segments instead" in line and "MMLANE_CAPACITY_MB (here 99999999999)" in line
     assert "MMLANE_CAPCITY_MB (did you mean MMLANE_CAPACITY_MB?)" in server.log()
     assert scenarios.states(server) == {"failed": 1}
-    assert scenarios.ANSWERED["one image"](server).status == 200
+    assert asking.ANSWERED["one image"](server).status == 200
     assert lines() == [line] and scenarios.lanes(server) == []
 
 
@@ -67,20 +67,20 @@ def test_a_start_reclaims_what_a_crash_left_and_nothing_of_a_living_engine(
         assert len(dead) >= 3
         # Who starts too soon after them counts as older, and they would be left.
         newest = max((container.shm / name).stat().st_ctime for name in dead)
-        scenarios.wait_for(lambda: time.time() > newest + 2 * SLACK_S, "their age to be beyond doubt")
+        asking.wait_for(lambda: time.time() > newest + 2 * SLACK_S, "their age to be beyond doubt")
         with WatchedServer(release, tp=1) as living:
-            with scenarios.schedulers_stopped(living):
-                answer = scenarios.in_background(lambda: living.generate([scenarios.image(7)], scenarios.TEXT))
-                scenarios.wait_for(lambda: len(scenarios.segments(living)) > len(dead), "the request's segment")
-                alive = set(scenarios.segments(living)) - dead
+            with asking.schedulers_stopped(living):
+                answer = asking.in_background(lambda: living.generate([asking.image(7)], asking.TEXT))
+                asking.wait_for(lambda: len(asking.segments(living)) > len(dead), "the request's segment")
+                alive = set(asking.segments(living)) - dead
                 env = {"MMLANE_SWEEP": "private", **NO_LANE}
                 with WatchedServer(
                     release, plugin=plugin_wheel, tp=1, env=env, args=["--enable-metrics"]
                 ) as started:
-                    segments = set(scenarios.segments(started))
+                    segments = set(asking.segments(started))
                     assert alive <= segments
                     assert not dead & segments
                     assert re.search(r"mmlane: reclaimed \d+ segments", started.log())
                     assert re.search(r"mmlane: left 1 segment .*: process \d+ .* is older", started.log())
                     says_that_it_has_no_lane(started)
-            assert answer.result(scenarios.WAIT_S).status == 200
+            assert answer.result(asking.WAIT_S).status == 200

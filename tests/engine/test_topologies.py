@@ -7,16 +7,19 @@ import functools
 import re
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.version import Version
 
-from devkit.client import IMAGE_SLOT, data_url
 from devkit.images import jpeg
 from devkit.server import free_port
-from tests.engine import scenarios
-from tests.engine.scenarios import image
+from mmlane.lane.status import LaneStats, running
+from tests.engine import asking, scenarios
+from tests.engine.asking import image
+from tests.engine.transcripts import Transcripts
+from tests.engine.unpatched.embeddings import AS_EMBEDDING, SEEDS, embedding, embeddings
+from tests.engine.unpatched.sessions import FEW_TOKENS, ask_in_a_session, session
+from tests.engine.unpatched.small_memory import SIZE, four_images, small_memory
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -31,7 +34,7 @@ def roles(server: WatchedServer) -> list[str]:
 
 def everything_is_answered(server: WatchedServer) -> None:
     """Each kind of request, several times over and at once, so that every replica and worker gets its share."""
-    asks = [*scenarios.ANSWERED.values(), scenarios.one_image_n3, scenarios.two_images_n2] * 2
+    asks = [*asking.ANSWERED.values(), asking.one_image_n3, asking.two_images_n2] * 2
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert {reply.status for reply in pool.map(lambda ask: ask(server), asks)} == {200}
 
@@ -50,9 +53,9 @@ def goes_by_lane(server: WatchedServer, producers: int) -> None:
 
 def survives_a_lost_segment(server: WatchedServer) -> None:
     everything_is_answered(server)
-    lost = scenarios.ask_and_lose_the_segment(server)
+    lost = asking.ask_and_lose_the_segment(server)
     assert lost.status == 500, lost.body
-    assert scenarios.ANSWERED["one image"](server).status == 200
+    assert asking.ANSWERED["one image"](server).status == 200
     scenarios.wait_for_no_features(server)
 
 
@@ -83,9 +86,24 @@ def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> N
     probes = ["patience"] if Version(release) < Version("0.5.12") else []
     with WatchedServer(release, probes=probes, plugin=plugin_wheel, args=arguments, env=env) as server:
         # One worker is enough for the server to be ready; both shall serve.
-        scenarios.wait_for(lambda: roles(server).count("tokenizer") == 2, lambda: f"both workers: {roles(server)}")
+        asking.wait_for(lambda: roles(server).count("tokenizer") == 2, lambda: f"both workers: {roles(server)}")
         modes(server, mode, 2)
         assert {"main", "scheduler", "detokenizer"} <= set(roles(server))
+        if mode == "arena" and Version(release) >= Version("0.5.18"):
+            a_worker_is_killed(server)
+
+
+def a_worker_is_killed(server: WatchedServer) -> None:
+    """Its lane goes with it; the other worker's lane is as before."""
+    server.verify()
+    victim, survivor = scenarios.lanes(server)
+    server.kill(victim.pid)
+    asking.wait_for(lambda: running_of(victim) == [], "the lane's end")
+    assert running_of(survivor) == [survivor.address]
+
+
+def running_of(lane: LaneStats) -> list[str]:
+    return [address for address in running() if int(address.split("-")[1]) == lane.pid]
 
 
 @pytest.mark.matrix
@@ -95,7 +113,7 @@ def test_an_address_for_the_ranks(release: str, plugin_wheel: Path) -> None:
     arguments = ["--dist-init-addr", f"127.0.0.1:{free_port()}", "--enable-metrics"]
     with WatchedServer(release, plugin=plugin_wheel, args=arguments) as server:
         if Version(release) < Version("0.5.19"):
-            assert scenarios.ANSWERED["one image"](server).status == 200
+            assert asking.ANSWERED["one image"](server).status == 200
             assert server.log().count("mmlane: no lane with --dist-init-addr") == 1
             assert scenarios.lanes(server) == [] and scenarios.states(server) == {"off": 1}
         else:
@@ -108,88 +126,59 @@ def test_a_lane_that_is_too_small(plugin_wheel: Path) -> None:
     with WatchedServer("0.5.12.post1", plugin=plugin_wheel, env=small) as server:
         scenarios.open_lanes(server)
         for seed in range(3):
-            assert server.generate([jpeg(640, 480, seed=seed)], scenarios.TEXT).status == 200
+            assert server.generate([jpeg(640, 480, seed=seed)], asking.TEXT).status == 200
         assert scenarios.lane(server).refused["oversize"] == 3
         assert server.log().count("has no place for a feature (oversize)") == 1
         before = scenarios.lane(server).puts
-        assert server.generate([scenarios.image()], scenarios.TEXT).status == 200
+        assert server.generate([asking.image()], asking.TEXT).status == 200
         assert scenarios.lane(server).puts == before + 1
 
 
-def test_64_mib_of_shared_memory(plugin_wheel: Path) -> None:
+def test_64_mib_of_shared_memory(plugin_wheel: Path, transcripts: Transcripts) -> None:
     """Docker's default: four 1280x720 images are a bus error without the plugin, and an answer with it."""
-    four = [jpeg(1280, 720, seed=seed) for seed in range(4)]
-    with WatchedServer("0.5.12.post1", shm_bytes=64 << 20) as server:
-        reply = server.generate(four, scenarios.TEXT)
-        assert reply.status == 0
-        scenarios.wait_for(lambda: not server.alive(), "the engine's end")
-        assert server.exit_signal() == "SIGBUS"
+    unpatched = transcripts.of("0.5.12.post1", small_memory)
+    assert unpatched == {"answered": False, "ended by": "SIGBUS"}
     # With the lane, /dev/shm is not needed: the first request, which finds it too small, says where the lane is.
-    with WatchedServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=64 << 20) as server:
-        assert server.generate(four, scenarios.TEXT).status == 200
-        scenarios.wait_for(lambda: scenarios.lane(server).is_open, "the lane")
+    with WatchedServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=SIZE) as server:
+        assert four_images(server).status == 200
+        asking.wait_for(lambda: scenarios.lane(server).is_open, "the lane")
         before = scenarios.lane(server).puts
-        assert server.generate(four, scenarios.TEXT).status == 200
+        assert four_images(server).status == 200
         assert scenarios.lane(server).puts == before + 4
     flags = ["--mmlane", "backport", "--mmlane-strict"]
-    with WatchedServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=64 << 20, args=flags, env=DEBUG) as server:
-        reply = server.generate(four, scenarios.TEXT)
+    with WatchedServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=SIZE, args=flags, env=DEBUG) as server:
+        reply = four_images(server)
         assert reply.status == 200, reply.body
         # The flags did not disturb the engine's parser, and reached every process.
         assert set(re.findall(r"mmlane: \[\d+\] \w+: sglang \S+, mode (\w+)", server.log())) == {"backport"}
         assert len(roles(server)) == 4
         assert server.log().count("docker run --shm-size") == 1
-        assert scenarios.ANSWERED["one image"](server).status == 200
-
-
-def ask_in_a_session(server: WatchedServer) -> list[list[list[int]]]:
-    """Two turns about one image that is only sent with the first, and the tokens of both answers."""
-    session = server.client.post("/open_session", {"capacity_of_str_len": 10_000})
-    assert session.status == 200, session.body
-    found = []
-    rid = None
-    for text, images in ((f"{IMAGE_SLOT}What is it?", [image(12)]), (" And now?", [])):
-        request: dict[str, Any] = {
-            "text": text,
-            "sampling_params": {"temperature": 0, "max_new_tokens": 8},
-            "session_params": {"id": session.body, "rid": rid},
-        }
-        if images:
-            request["image_data"] = [data_url(picture) for picture in images]
-        reply = server.client.post("/generate", request)
-        assert reply.status == 200, reply.body
-        found.append(scenarios.tokens(reply))
-        rid = reply.body["meta_info"]["id"]
-    server.client.post("/close_session", {"session_id": session.body})
-    return found
+        assert asking.ANSWERED["one image"](server).status == 200
 
 
 def collected(server: WatchedServer) -> bool:
     """0.5.9 keeps its last batch until the next, and lets a closed session go as a cycle of references."""
-    assert scenarios.ANSWERED["text only"](server).status == 200
+    assert asking.ANSWERED["text only"](server).status == 200
     for pid in server.find("sglang::scheduler"):
         server.kill(pid, signal.SIGUSR2)
     return scenarios.lane(server).tickets == 0
 
 
 @pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
-def test_sessions_and_retraction(release: str, plugin_wheel: Path) -> None:
+def test_sessions_and_retraction(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     """A session keeps its image for the next turn; short of room for tokens, requests go and come back."""
-    arguments = ["--max-total-tokens", "2048"]
-    with WatchedServer(release, args=arguments) as server:
-        expected = ask_in_a_session(server)
+    expected = transcripts.of(release, session)
     left_to_collector = Version(release) < Version("0.5.10")
     probes = ["collector"] if left_to_collector else []
-    with WatchedServer(release, probes=probes, plugin=plugin_wheel, args=arguments) as server:
+    with WatchedServer(release, probes=probes, plugin=plugin_wheel, args=FEW_TOKENS) as server:
         scenarios.open_lanes(server)
         assert ask_in_a_session(server) == expected
         if left_to_collector:
-            scenarios.wait_for(lambda: collected(server), "the session's image")
+            asking.wait_for(lambda: collected(server), "the session's image")
         scenarios.wait_for_baseline(server)
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
             asks = [
-                pool.submit(server.generate, [image(seed)], scenarios.TEXT, max_new_tokens=300)
-                for seed in range(12)
+                pool.submit(server.generate, [image(seed)], asking.TEXT, max_new_tokens=300) for seed in range(12)
             ]
             assert {ask.result().status for ask in asks} == {200}
         assert "retract" in server.log().lower()
@@ -197,26 +186,17 @@ def test_sessions_and_retraction(release: str, plugin_wheel: Path) -> None:
 
 
 @pytest.mark.releases("0.5.23", "0.5.16")
-def test_an_embedding_model(release: str, plugin_wheel: Path) -> None:
+def test_an_embedding_model(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     """Older releases send the inputs of embedding requests inside them; that stays so."""
-
-    def embedding(server: WatchedServer, seed: int) -> list[float]:
-        body = {"text": f"{IMAGE_SLOT}What is it?", "image_data": [data_url(image(seed))]}
-        reply = server.client.post("/encode", body)
-        assert reply.status == 200, reply.body
-        found: list[float] = reply.body["embedding"]
-        return found
-
     # A prompt that the engine has partly cached is computed in other shapes, and rounds otherwise.
     close = functools.partial(pytest.approx, rel=0, abs=1e-5)
-    with WatchedServer(release, args=["--is-embedding"]) as server:
-        expected, another = embedding(server, 13), embedding(server, 14)
-    assert another != close(expected)
-    with WatchedServer(release, plugin=plugin_wheel, args=["--is-embedding"]) as server:
-        assert embedding(server, 13) == close(expected)
-        scenarios.wait_for(lambda: scenarios.lane(server).is_open, "the lane")
+    expected = transcripts.of(release, embeddings)
+    assert expected[0] != close(expected[1])
+    with WatchedServer(release, plugin=plugin_wheel, args=AS_EMBEDDING) as server:
+        assert embedding(server, SEEDS[0]) == close(expected[0])
+        asking.wait_for(lambda: scenarios.lane(server).is_open, "the lane")
         before = scenarios.lane(server).puts
-        assert embedding(server, 13) == close(expected)
-        assert embedding(server, 14) == close(another)
+        for seed, wanted in zip(SEEDS, expected, strict=True):
+            assert embedding(server, seed) == close(wanted)
         assert scenarios.lane(server).puts == before + 2
         scenarios.wait_for_baseline(server)

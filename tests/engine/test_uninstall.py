@@ -10,14 +10,15 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
 from devkit.environment import Environment, disposable_environment
-from tests.engine import scenarios
-from tests.engine.scenarios import image
+from tests.engine import asking, scenarios
+from tests.engine.asking import image
+from tests.engine.transcripts import Transcripts
+from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -48,44 +49,43 @@ MODES = ["arena", pytest.param("backport", marks=pytest.mark.matrix)]
 
 def answers(server: WatchedServer) -> list[list[list[int]]]:
     """The tokens of every kind of request; the first that a server is asked has an image."""
-    replies = [ask(server) for ask in scenarios.ANSWERED.values()]
+    replies = [ask(server) for ask in asking.ANSWERED.values()]
     assert {reply.status for reply in replies} == {200}, [reply.body for reply in replies]
-    return [scenarios.tokens(reply) for reply in replies]
+    return [asking.tokens(reply) for reply in replies]
 
 
 def streamed(server: WatchedServer) -> str:
-    *_, last = server.stream([image(8)], scenarios.TEXT)
+    *_, last = server.stream([image(8)], asking.TEXT)
     text: str = last["text"]
     return text
 
 
-def started(release: str, environment: Environment | None = None, **environ: str) -> WatchedServer:
+def started(release: str, environment: Environment, **environ: str) -> WatchedServer:
     arguments = TOPOLOGY.get(release, ())
     tp = 1 if "--dp" in arguments else 2
     return WatchedServer(release, environment=environment, args=arguments, env=environ, tp=tp)
-
-
-@lru_cache
-def unpatched(release: str) -> tuple[list[list[list[int]]], str, list[list[int]]]:
-    """What a release says without the plugin: its answers, what it streams, and what one image gives."""
-    with started(release) as server:
-        return answers(server), streamed(server), scenarios.tokens(server.generate([image(4)], scenarios.TEXT))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.releases("0.5.12.post1", "0.5.18", "0.5.23")
 def test_under_a_running_engine(
-    release: str, change: Callable[[Environment], None], mode: str, plugin_wheel: Path, tmp_path: Path
+    release: str,
+    change: Callable[[Environment], None],
+    mode: str,
+    plugin_wheel: Path,
+    tmp_path: Path,
+    transcripts: Transcripts,
 ) -> None:
-    expected, stream, one = unpatched(release)
+    unpatched = transcripts.of(release, plain)
+    one = unpatched["pictures"]["4"]["tokens"]
     environment = disposable_environment(release, plugin_wheel, tmp_path / "overlay")
 
     def as_ever(server: WatchedServer) -> None:
-        assert answers(server) == expected
-        assert streamed(server) == stream
-        assert scenarios.tokens(scenarios.one_image_n3(server)) == one * 3
-        assert scenarios.two_images_n2(server).status == 200
+        assert answers(server) == [answer["tokens"] for answer in unpatched["answers"].values()]
+        assert [streamed(server)] == unpatched["pictures"]["8"]["texts"]
+        assert asking.tokens(asking.one_image_n3(server)) == one * 3
+        assert asking.two_images_n2(server).status == 200
 
     with started(release, environment, MMLANE=mode) as server:
         change(environment)  # before the first request: what that makes a process import is imported after this
@@ -94,7 +94,7 @@ def test_under_a_running_engine(
             scenarios.open_lanes(server, 2 if "--tokenizer-worker-num" in TOPOLOGY.get(release, ()) else 1)
         before = scenarios.lanes(server)
         with ThreadPoolExecutor(4) as pool:
-            load = [pool.submit(server.generate, [image(seed)], scenarios.TEXT, n=2) for seed in range(16)]
+            load = [pool.submit(server.generate, [image(seed)], asking.TEXT, n=2) for seed in range(16)]
             uninstall(environment)  # the other version, too
             assert {reply.result().status for reply in load} == {200}
         as_ever(server)

@@ -13,8 +13,9 @@ import torch
 
 from bench.gpu.device import lacking
 from mmlane.lane import cuda
-from tests.lane.processes import DEADLINE, eventually
-from tests.lane.together import Together, random, same, together
+from tests.lane.harness.payloads import random, same
+from tests.lane.harness.together import Together, together
+from tests.lane.harness.waiting import DEADLINE, eventually
 
 LACKING = lacking(None)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(LACKING is not None, reason=str(LACKING))]

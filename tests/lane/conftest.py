@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 import pytest
-from hypothesis import settings
 
-from tests.lane.processes import Company
+from mmlane.lane import Lane
+from tests.lane.harness.child import start_server
+from tests.lane.harness.peers import Company
+from tests.lane.harness.together import SEGMENT, Together, together
 
 _failed = pytest.StashKey[bool]()
 
@@ -16,10 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", type=float, metavar="SECONDS", help="how long tests/lane/test_soak.py goes on")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # The same examples in every run, so that a change is judged by what it changed; a longer soak looks further.
-    settings.register_profile("mmlane", derandomize=config.getoption("--soak", None) is None)
-    settings.load_profile("mmlane")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: else one of them begins last, and all others wait for it."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -32,6 +33,12 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.fixture(scope="session", autouse=True)
+def server() -> None:
+    """The server of processes is there before a test counts what it has open."""
+    start_server()
+
+
 @pytest.fixture
 def company(request: pytest.FixtureRequest) -> Iterator[Company]:
     """Processes, each of which ends well after a test that went well; not a trace of a lane is left then."""
@@ -42,3 +49,33 @@ def company(request: pytest.FixtureRequest) -> Iterator[Company]:
             company.end()
     finally:
         company.put_down()
+
+
+@pytest.fixture
+def pair() -> Iterator[Together]:
+    """A lane of 16 segments and its reader, in this process; nothing is out in the end."""
+    with together() as pair:
+        yield pair
+        pair.wait_until_nothing_is_out()
+
+
+@pytest.fixture
+def wide() -> Iterator[Together]:
+    """As `pair`, with room for whatever a test puts; nothing may be out at its end, without any wait."""
+    with together(capacity=64 * SEGMENT) as wide:
+        yield wide
+        assert wide.nothing_is_out()
+
+
+@pytest.fixture(scope="session")
+def large() -> Iterator[Together]:
+    """For what leaves nothing behind: a lane for many tests."""
+    with together(capacity=1024 * SEGMENT) as pair:
+        yield pair
+
+
+@pytest.fixture
+def lane() -> Iterator[Lane]:
+    """A lane that waits for a reader."""
+    with Lane({"tp": 1}, capacity=32 << 20) as lane:
+        yield lane

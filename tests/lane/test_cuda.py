@@ -24,9 +24,10 @@ import torch
 from mmlane.lane import Lane, Reader, UnknownLane, cuda, memory, wire
 from mmlane.lane.control import Control
 from tests.conftest import CHECKOUT
-from tests.lane.fake_cuda import FakeGpu, FakeStream
-from tests.lane.processes import DEADLINE, eventually
-from tests.lane.together import SEGMENT, Together, random, same, together
+from tests.lane.harness.fake_cuda import FakeGpu, FakeStream
+from tests.lane.harness.payloads import random, same
+from tests.lane.harness.together import SEGMENT, Together, together
+from tests.lane.harness.waiting import DEADLINE, eventually
 
 PINNED = 4 * SEGMENT
 
@@ -487,8 +488,7 @@ import sys
 import torch
 
 from mmlane.lane import Lane, Reader, cuda
-from tests.conftest import CHECKOUT
-from tests.lane.fake_cuda import FakeGpu
+from tests.lane.harness.fake_cuda import FakeGpu
 
 cuda.Cuda = gpu = FakeGpu()
 atexit.register(lambda: print(len(gpu.registered)))  # after what was registered later
@@ -504,7 +504,12 @@ gpu.broken = sys.argv[1]
 @pytest.mark.parametrize(("broken", "left"), [("", 0), ("an illegal memory access was encountered", 1)])
 def test_at_exit_it_is_unregistered_unless_cuda_has_failed(broken: str, left: int) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", EXIT, broken], cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", EXIT, broken],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"1\n{left}\n", "")
 

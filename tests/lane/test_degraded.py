@@ -17,20 +17,18 @@ import torch
 from mmlane import host
 from mmlane.lane import JoinRefused, Lane, LaneUnavailable, Reader, Refused, points, producer
 from mmlane_patches import sweeping
-from tests.lane.sandbox import (
-    DEADLINE,
-    Child,
+from tests.lane.harness.child import Child, run
+from tests.lane.harness.confinement import (
     Deny,
-    descriptors,
     forbid,
     limit,
     limit_descriptors,
     mount_over,
     require_filters,
     require_mounts,
-    run,
-    wait_until,
 )
+from tests.lane.harness.kernel import blocks, open_files
+from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20
 BASE = producer.SLOTS * 8
@@ -84,7 +82,7 @@ def confined(denials: tuple[Deny, ...], place: str) -> tuple[tuple[str, ...], li
         two.join(lane.address)
         travel(lane, [one, two])
         # And so it goes when memory has been idle.
-        wait_until(lambda: not lane.stats().warm or lane._never_cools, "memory that is handed back or kept")
+        eventually(lambda: not lane.stats().warm or lane._never_cools, "memory that is handed back or kept")
         travel(lane, [one, two])
         stats = lane.stats()
         assert stats.is_open and not stats.strays and not stats.strangers
@@ -142,13 +140,10 @@ def commit_by_hand() -> tuple[int, int]:
     with Lane({"tp": 1}, capacity=64 * MIB) as lane, Reader("tp") as reader:
         reader.join(lane.address)
         assert isinstance(lane.put(torch.ones(20 * MIB, dtype=torch.uint8)), bytes)
-        wait_until(lambda: committed(lane) == BASE + lane.stats().warm, "memory that is as large as it says")
-        return committed(lane) - BASE, lane.stats().warm
-
-
-def committed(lane: Lane) -> int:
-    """Bytes of memory behind a lane, directory included, as the kernel counts."""
-    return os.fstat(lane._backing.fd).st_blocks * 512
+        eventually(
+            lambda: blocks(lane._backing.fd) == BASE + lane.stats().warm, "memory that is as large as it says"
+        )
+        return blocks(lane._backing.fd) - BASE, lane.stats().warm
 
 
 def test_without_fallocate_memory_is_committed_all_the_same() -> None:
@@ -186,8 +181,8 @@ def keep_what_cannot_be_handed_back() -> tuple[int, int, int]:
         reader.join(lane.address)
         for _ in range(3):
             travel(lane, [reader])
-            wait_until(lambda: lane._control._next_look is None, "the end of looking")  # it does not look for ever
-            found.append(committed(lane))
+            eventually(lambda: lane._control._next_look is None, "the end of looking")  # it does not look for ever
+            found.append(blocks(lane._backing.fd))
             assert found[-1] == BASE + lane.stats().warm
         return found[0], found[1], found[2]
 
@@ -269,13 +264,13 @@ def test_no_descriptor_and_no_proc_is_a_refusal() -> None:
 
 def open_lane(denials: tuple[Deny, ...], place: str) -> tuple[str, list[str]]:
     """Why a lane cannot be had, and what descriptors are left of it."""
-    before = descriptors()
+    before = open_files()
     if place:
         mount_over(place, "size=64k,mode=0500,nr_inodes=1")
     forbid(*denials)
     with pytest.raises(LaneUnavailable) as refusal:
         Lane({"tp": 1}, capacity=4 * MIB)
-    return str(refusal.value), list(descriptors() - before)
+    return str(refusal.value), list(open_files() - before)
 
 
 @pytest.mark.parametrize(
@@ -349,9 +344,9 @@ def meet_a_full_file_system_ahead_of_need() -> tuple[bool, int]:
         first.join(lane.address)
         tensor = torch.ones(3 * MIB, dtype=torch.uint8)
         old = lane.put(tensor)
-        wait_until(lambda: lane.stats().warm == 6 * MIB, "as much memory again ahead of need")
+        eventually(lambda: lane.stats().warm == 6 * MIB, "as much memory again ahead of need")
         assert isinstance(lane.put(tensor), bytes)
-        wait_until(lambda: lane.stats().warm == 7 * MIB and lane._starved, "an attempt that fails")
+        eventually(lambda: lane.stats().warm == 7 * MIB and lane._starved, "an attempt that fails")
         with Reader("tp") as second:
             second.join(lane.address)
             assert isinstance(old, bytes)
@@ -387,7 +382,7 @@ def break_the_thread(pipe: Connection, point: str) -> tuple[list[str], str, str,
         pipe.recv()
         points.probe = probe
         pipe.send("set")
-        wait_until(lambda: not lane.is_open, "the end of the lane")
+        eventually(lambda: not lane.is_open, "the end of the lane")
         points.probe = None
         refused = lane.put(torch.ones(10))
         assert isinstance(refused, Refused)
@@ -416,10 +411,10 @@ def test_a_control_thread_that_fails_says_so(point: str) -> None:
         assert any(line.startswith(f"lane {address} is closed") for line in log), log
         assert closed
         assert held.sum() == 10
-        wait_until(lambda: reader.lanes() == (), "the end of the lane")
+        eventually(lambda: reader.lanes() == (), "the end of the lane")
 
 
-# --- what /proc says ----------------------------------------------------------------------------------------
+# --- what /proc says ---------------------------------------------------------------------------------------
 
 
 def travel_beside_a_mount_without_a_source() -> tuple[bool, int | None, tuple[str, str], list[sweeping.Segment]]:

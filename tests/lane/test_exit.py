@@ -1,7 +1,7 @@
 """The interpreter's end: a program that uses the lane correctly ends without a word, whatever it still holds.
 
 Python takes modules apart while objects are still alive, so a finalizer that looks something up in its module may
-find None there. Which of them goes first differs from run to run: each program is run several times.
+find None there. Which of them goes first differs from run to run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dis
 import importlib
 import inspect
 import json
-import os
 import subprocess
 import sys
 import weakref
@@ -27,19 +26,22 @@ torch = pytest.importorskip("torch")
 
 import mmlane  # noqa: E402
 import mmlane_patches  # noqa: E402
-from tests.lane.sandbox import DEADLINE  # noqa: E402
+from tests.lane.harness import kernel  # noqa: E402
+from tests.lane.harness.payloads import Sent  # noqa: E402
+from tests.lane.harness.peers import Company, Producing, Reading, baseline, carries, hears_of_the_end  # noqa: E402
+from tests.lane.harness.programs import program  # noqa: E402
+from tests.lane.harness.waiting import eventually  # noqa: E402
 
-TIMES = 1  # run of each program as it is, and as many in which a module of Python holds them, which goes late
 SHM = Path("/dev/shm")
 
-# Imports what is slow to import, then forks once for each run of each program. The child comes to the end of this
-# very script, so that its interpreter ends as that of any program; what it says on stderr, or its resource tracker
-# does after it, comes through a pipe that is read to its end.
+# Imports what is slow to import, then forks for each program that it is asked to run. The child comes to the end
+# of this very script, so that its interpreter ends as that of any program; what it says on stderr, or its resource
+# tracker does after it, comes through a pipe that is read to its end.
 RUNNER = """
 import json, os, sys
 import torch, mmlane.lane.producer, mmlane.lane.reader, mmlane_patches.tickets
-programs, times = json.loads(sys.argv[1]), int(sys.argv[2])
-for name, run in [(name, run) for name in programs for run in range(2 * times)]:
+for line in sys.stdin:
+    program, late = json.loads(line)
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -50,12 +52,12 @@ for name, run in [(name, run) for name in programs for run in range(2 * times)]:
     os.close(theirs)
     with open(ours, errors="replace") as pipe:
         said = pipe.read()
-    print(json.dumps([name, pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said]), flush=True)
+    print(json.dumps([pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said]), flush=True)
 else:
     os._exit(0)
-del ours, theirs, pid, json, os
-exec(programs[name])
-if run % 2:
+del ours, theirs, pid, line, json, os
+exec(program)
+if late:
     sys.modules["os"].held = [globals().get(name) for name in ("lane", "reader", "x", "y", "producer", "held")]
 """
 
@@ -65,7 +67,7 @@ from mmlane.lane import Lane, Reader
 lane = Lane({"tp": 1}, capacity=64 << 20)
 reader = Reader("tp")
 reader.join(lane.address)
-assert lane.wait_open(10)
+assert lane.wait_open(60)
 """
 POINTER = """
 import pickle
@@ -80,7 +82,7 @@ producer = lanes.Producer({"tp": 1}, 64 << 20)
 lanes.rank = lanes.Rank("tp")
 lanes.producer.set(producer)
 lanes.rank.notice(Pointer(torch.zeros(100_000)).hint)
-assert producer.lane.wait_open(10)
+assert producer.lane.wait_open(60)
 held = Pointer(torch.zeros(100_000))
 assert held.ticket
 """
@@ -140,27 +142,24 @@ if y := os.fork():
 
 
 @pytest.fixture(scope="module")
-def ended() -> dict[str, list[tuple[int, int, str]]]:
-    """Of each program, for each of its runs: pid, exit status, and what it said."""
-    command = [sys.executable, "-c", RUNNER, json.dumps(PROGRAMS), str(TIMES)]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        command, env=environ, stdout=subprocess.PIPE, text=True, timeout=4 * DEADLINE, check=True
-    )
-    runs: dict[str, list[tuple[int, int, str]]] = {}
-    for name, pid, status, said in map(json.loads, done.stdout.splitlines()):
-        runs.setdefault(name, []).append((pid, status, said))
-    return runs
+def runner() -> Iterator[subprocess.Popen[str]]:
+    """Runs one program for each line that it gets, and says in a line how that ended."""
+    with program(RUNNER) as process:
+        yield process
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_ends_without_a_word(program: str, ended: dict[str, list[tuple[int, int, str]]]) -> None:
-    runs = ended[program]
-    assert [(status, said) for _, status, said in runs] == [(0, "")] * 2 * TIMES
-    assert not [file.name for pid, _, _ in runs for file in SHM.glob(f"mmlane_{pid}_*")]
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_ends_without_a_word(name: str, runner: subprocess.Popen[str]) -> None:
+    """As it is; and with a module of Python that holds all it has, which goes late."""
+    assert runner.stdin is not None and runner.stdout is not None
+    for late in (False, True):
+        print(json.dumps((PROGRAMS[name], late)), file=runner.stdin, flush=True)
+        pid, status, said = json.loads(runner.stdout.readline())
+        assert (status, said) == (0, ""), late
+        assert not list(SHM.glob(f"mmlane_{pid}_*")), late
 
 
-# --- every finalizer in the source --------------------------------------------------------------------------
+# --- every finalizer in the source -------------------------------------------------------------------------
 
 
 def modules() -> Iterator[str]:
@@ -210,3 +209,92 @@ def test_finalizers_need_no_module_and_do_nothing_at_the_end() -> None:
         # `object()` has nothing that could be used: it has to ask first.
         finalizer(object(), ending=lambda: True)
         assert inspect.signature(finalizer).parameters["ending"].default is sys.is_finalizing, name
+
+
+# --- beside peers that live on -----------------------------------------------------------------------------
+
+READER = """
+    import os, sys, torch
+    from mmlane.lane import Reader
+
+    reader = Reader("tp")
+    reader.join(sys.argv[1])
+    tickets = sys.stdin.readline().split()
+    tensors = [reader.take(bytes.fromhex(ticket), mode) for ticket, mode in zip(tickets, ["view", "cow"] * 2)]
+    alias = tensors[0][5:].numpy()
+    cycle = [tensors[-1]]
+    cycle.append(cycle)
+    del cycle
+    torch.held_by_a_module = tensors[1][:7]
+    assert int(alias[3]) == 1
+    if "fork" in sys.argv[2] and os.fork():
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == (3 if "raise" in sys.argv[2] else 0)
+        print("forked", flush=True)
+    if "close" in sys.argv[2]:
+        reader.close()
+    if "raise" in sys.argv[2]:
+        sys.exit(3)
+"""
+
+PRODUCER = """
+    import os, sys, torch
+    from mmlane.lane import Lane
+
+    lane = Lane({"tp": 1}, idle=0.05)
+    print(lane.address, flush=True)
+    assert lane.wait_open(60)
+    kept = torch.arange(1000)
+    print(lane.put(kept).hex(), flush=True)
+    assert sys.stdin.readline().strip() == "taken"
+    if "fork" in sys.argv[1] and os.fork():
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+        assert isinstance(lane.put(kept), bytes)
+    if "close" in sys.argv[1]:
+        lane.close()
+    if "raise" in sys.argv[1]:
+        sys.exit(3)
+"""
+
+ENDS = ["as it is", "close", "raise", "fork", "fork and close"]
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_reader_ends_with_tensors_held(company: Company, how: str) -> None:
+    """Without a word, and what it held is free (4)."""
+    producer = company.producer({"tp": 1})
+    address = company.address(producer)
+    other = company.reader("tp", address)
+    assert producer.call(Producing.wait_open)
+    with program(READER, address, how) as process:
+        assert process.stdin is not None
+        eventually(lambda: producer.call(Producing.stats).readers == {"tp": 2}, "the script's reader joins")
+        sent = [producer.call(Producing.put, seed, 10_000) for seed in range(4)]
+        print(*(one.ticket.hex() for one in sent), file=process.stdin, flush=True)
+    for one in sent:
+        other.call(Reading.take, one)
+    other.call(Reading.let_go)
+    baseline(producer)
+    carries(producer, other)
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_producer_ends_with_tensors_out(company: Company, how: str) -> None:
+    """Without a word, and readers keep what they hold (4)."""
+    reader = company.reader("tp")
+    with program(PRODUCER, how) as process:
+        assert process.stdin is not None and process.stdout is not None
+        address = process.stdout.readline().strip()
+        reader.call(Reading.join, address)
+        company.addresses.add(address)
+        company.files |= kernel.lane_files(process.pid)
+        sent = Sent(bytes.fromhex(process.stdout.readline()), 0, 8000)
+        reader.call(take_numbers, sent)
+        print("taken", file=process.stdin, flush=True)
+    hears_of_the_end(reader)
+    reader.call(Reading.check)
+    reader.call(Reading.let_go)
+
+
+def take_numbers(reading: Reading, sent: Sent) -> None:
+    """Take a tensor of numbers, and hold it as the bytes that it is."""
+    reading.held[0] = (reading.reader.take(sent.ticket).view(torch.uint8), sent)

@@ -13,27 +13,27 @@ from typing import Any
 
 import pytest
 
-from mmlane.lane import JoinRefused, Mode, Refused, points
-from mmlane.lane.producer import SLOTS
-from tests.lane import oracle
-from tests.lane.processes import (
+from mmlane.lane import JoinRefused, Mode, points
+from tests.lane.harness import kernel
+from tests.lane.harness.breakpoints import Where
+from tests.lane.harness.child import Died
+from tests.lane.harness.payloads import MODES, Sent
+from tests.lane.harness.peers import (
+    CAPACITY,
+    DIRECTORY,
+    SIZES,
     Company,
-    Died,
     Peer,
     Producing,
     Reading,
-    Sent,
-    Where,
     baseline,
-    eventually,
+    carries,
     hears_of_the_end,
+    refused,
 )
+from tests.lane.harness.together import SEGMENT
+from tests.lane.harness.waiting import eventually
 
-SEGMENT = 64 << 10
-CAPACITY = 32 * SEGMENT
-DIRECTORY = SLOTS * 8  # bytes of a lane that are always there
-SIZES = (5, 3_000, 70_000, 200_000)
-MODES: tuple[Mode, ...] = ("view", "cow", "clone")
 TIMES = (1, 3)  # a first time and one amid everything
 
 Case = tuple[str, int, Where]
@@ -81,7 +81,7 @@ class Traffic:
         for _, reader in self.readers:
             self._joining(reader, Reading.join)
         for number in range(100):
-            assert self.producer.call(Producing.wait_open)
+            self._wait_until_it_is_open()
             self._put_and_take(number)
             self._wait_for_the_memory_to_go()
             if self.late is not None:
@@ -96,6 +96,17 @@ class Traffic:
             reader.call(join, self.address)
         except JoinRefused as error:
             raise Died(self.producer.exitcode()) from error
+
+    def _wait_until_it_is_open(self) -> None:
+        """Raises Died where it never will be: a reader can die by itself of what it hears."""
+
+        def is_open() -> bool:
+            for reader in self.held:
+                if not reader.is_alive():
+                    raise Died(reader.exitcode())
+            return self.producer.call(Producing.is_open)
+
+        eventually(is_open, "the lane opens")
 
     def _put_and_take(self, number: int) -> None:
         groups = sorted({group for group, _ in self.readers})
@@ -144,14 +155,6 @@ class Traffic:
         assert reader.call(Reading.check) == self.held[reader]
 
 
-def carries(producer: Peer[Producing], readers: list[Peer[Reading]]) -> None:
-    """A lane does what lanes are for."""
-    for seed, nbytes in enumerate(SIZES, 1000):
-        sent = producer.call(Producing.put, seed, nbytes)
-        for reader, mode in zip(readers, MODES, strict=False):
-            reader.call(Reading.let_go, reader.call(Reading.take, sent, mode))
-
-
 def one_that_dies(company: Company, traffic: Traffic, victim: Peer[Any], point: str | None = None) -> None:
     """Go on until the victim is dead, of what it was told to die of, and nobody else."""
     with pytest.raises((Died, AssertionError)) as end:
@@ -179,13 +182,13 @@ def after_a_producers_death(company: Company, traffic: Traffic) -> None:
         traffic.all_arrives(reader)
     for reader in readers:
         hears_of_the_end(reader)
-    kinds = {trace.kind for trace in oracle.traces([traffic.address], company.files)}
+    kinds = {trace.kind for trace in kernel.traces([traffic.address], company.files)}
     assert not kinds & {"socket", "file"}
 
     other = company.producer({"tp": 2}, capacity=CAPACITY, segment=SEGMENT)
     for reader in readers:
         reader.call(Reading.join, company.address(other))
-    carries(other, readers)
+    carries(other, *readers)
     for reader in readers:
         traffic.all_arrives(reader)
         traffic.let_go(reader)
@@ -216,28 +219,28 @@ def producer_and_groups(company: Company, groups: tuple[str, ...], *, lossy: boo
 def after_a_readers_death(company: Company, traffic: Traffic) -> None:
     """What it held is free, the others notice nothing, and another takes its place (4)."""
     producer, address = traffic.producer, traffic.address
-    (file,) = oracle.lane_files(producer.pid)
+    (file,) = kernel.lane_files(producer.pid)
     survivors = [reader for _, reader in traffic.readers if reader.is_alive()]
     eventually(lambda: not producer.call(Producing.is_open), "the lane shuts")
-    refused = producer.call(Producing.try_put, 1, 1000)
-    assert isinstance(refused, Refused) and refused.cause == "not_open" and "1 of 2 in 'tp'" in refused.detail
+    why = refused(producer)
+    assert why.cause == "not_open" and "1 of 2 in 'tp'" in why.detail
     for reader in survivors:
         traffic.all_arrives(reader)
         assert reader.call(Reading.lanes) == (address,)
 
     replacement = company.reader("tp", address)
     assert producer.call(Producing.wait_open)
-    carries(producer, [survivors[0], replacement])
+    carries(producer, survivors[0], replacement)
     for reader in survivors:
         traffic.all_arrives(reader)
         traffic.let_go(reader)
     stats = baseline(producer)
     assert stats.strays == 0
-    eventually(lambda: oracle.committed(producer.pid, file) == DIRECTORY, "idle memory goes")
+    eventually(lambda: kernel.committed(producer.pid, file) == DIRECTORY, "idle memory goes")
 
     other, (another,) = company.open(["tp"])
     survivors[0].call(Reading.join, company.address(other))
-    carries(other, [another, survivors[0]])
+    carries(other, another, survivors[0])
     baseline(other)
 
 
@@ -291,9 +294,9 @@ def test_a_reader_killed_anywhere(company: Company, seed: int) -> None:
 @pytest.mark.parametrize("point", ["take.claimed", "take.mapped", "give_back.queued"])
 def test_the_only_reader_of_a_group_killed_at(company: Company, point: str) -> None:
     """Nobody is left who knows whose ticket it was: it is an orphan, since the other group never saw it (3, 4)."""
-    producer, (alone, other) = company.open(["tp", "vit"], idle=0.1, orphan=0.3)
-    sent = producer.call(Producing.put, 1, 1000)
+    producer, (alone, other) = company.open(["tp", "vit"], idle=0.1, orphan=1.0)  # enough to take, if busy
     alone.arm(point)
+    sent = producer.call(Producing.put, 1, 1000)
     with pytest.raises(Died):
         alone.call(Reading.take, sent, "clone")
     assert alone.last_words() == point
@@ -301,8 +304,8 @@ def test_the_only_reader_of_a_group_killed_at(company: Company, point: str) -> N
 
     replacement = company.reader("tp", company.address(producer))
     assert producer.call(Producing.wait_open)
-    carries(producer, [replacement])
-    carries(producer, [other])
+    carries(producer, replacement)
+    carries(producer, other)
     baseline(producer)
 
 
@@ -326,11 +329,11 @@ def test_a_reader_whose_producer_is_killed_while_it_joins_keeps_nothing(company:
         hears_of_the_end(reader)
         return
     assert reader.call(Reading.lanes) == ()
-    assert not oracle.lane_files(reader.pid)
+    assert not kernel.lane_files(reader.pid)
 
     other = company.producer({"tp": 1})
     reader.call(Reading.join, company.address(other))
-    carries(other, [reader])
+    carries(other, reader)
     baseline(other)
 
 
@@ -339,18 +342,18 @@ def test_a_producer_whose_reader_is_killed_while_it_joins_keeps_nothing(company:
     producer = company.producer({"tp": 1})
     address = company.address(producer)
     reader = company.reader("tp")
-    before = len(list(oracle.descriptors(producer.pid)))
+    before = len(list(kernel.descriptors(producer.pid)))
     producer.arm(point, action="stop")
     reader.start(Reading.join, address)
     assert producer.last_words() == point
     producer.wait_stopped()
     reader.kill()
     producer.go_on()
-    eventually(lambda: len(list(oracle.descriptors(producer.pid))) == before, "what was for the reader is closed")
+    eventually(lambda: len(list(kernel.descriptors(producer.pid))) == before, "what was for the reader is closed")
     stats = producer.call(Producing.stats)
     assert not stats.is_open and stats.readers == {}
 
-    carries(producer, [company.reader("tp", address)])
+    carries(producer, company.reader("tp", address))
     baseline(producer)
 
 
@@ -364,7 +367,7 @@ def test_all_killed_at_once_leave_nothing(company: Company) -> None:
     for seed in range(3):
         sent = producer.call(Producing.put, seed, 70_000)
         readers[0].call(Reading.take, sent, "cow")
-    assert oracle.traces(company.addresses, company.files)
+    assert kernel.traces(company.addresses, company.files)
     for peer in company.peers:
         peer.kill()
     company.nothing_is_left()

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mmlane.lane.ledger import Extent, Ledger, Live
 from mmlane.lane.space import Space
+from tests.effort import examples
 
 PAGE = 16
 SEGMENT = 4 * PAGE
@@ -349,11 +350,11 @@ class Books(RuleBasedStateMachine):
         assert self.ends == Counter((ticket.live.slot, ticket.live.serial) for ticket in self.out)
 
 
-Books.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+Books.TestCase.settings = settings(max_examples=examples(150, 1500), stateful_step_count=60)
 TestBooks = Books.TestCase
 
 
-# --- stories ------------------------------------------------------------------------------------------------
+# --- stories -----------------------------------------------------------------------------------------------
 
 
 class Story:
@@ -386,6 +387,17 @@ def test_the_first_to_give_back_tells_whose_a_ticket_is() -> None:
     assert not story.ledger.forgo(3, ticket.slot, ticket.serial)
     assert story.space.taken_bytes == PAGE and story.ended == []
     assert story.ledger.give_back(1, ticket.slot, ticket.serial)
+    assert story.space.taken_bytes == 0 and story.ended == [ticket.slot]
+
+
+def test_a_ticket_that_one_reader_has_had_cannot_be_withdrawn() -> None:
+    """(3): the other reader of the group has it, or will."""
+    story = Story()
+    ticket = story.issue()
+    assert story.ledger.give_back(1, ticket.slot, ticket.serial)
+    assert not story.ledger.withdraw(ticket.slot, ticket.serial)
+    assert story.space.taken_bytes == PAGE and story.ended == []
+    assert story.ledger.give_back(2, ticket.slot, ticket.serial)
     assert story.space.taken_bytes == 0 and story.ended == [ticket.slot]
 
 

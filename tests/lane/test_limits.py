@@ -1,295 +1,29 @@
-"""Where memory, address space, descriptors or threads run out: a refusal with a reason, never a killed process."""
+"""Where address space, descriptors, threads or tickets run out: a refusal with a reason, and nothing is left."""
 
 from __future__ import annotations
 
-import errno
 import gc
+import logging
 import os
 import resource
-import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import pytest
 import torch
 
-from mmlane import host
-from mmlane.lane import JoinRefused, Lane, LaneUnavailable, Reader, Refused, memory, points, producer
-from tests.lane.sandbox import (
-    DEADLINE,
-    Child,
-    Deny,
-    Died,
-    Group,
-    become,
-    descriptors,
-    forbid,
-    limit,
-    limit_address_space,
-    limit_descriptors,
-    memory_group,
-    mount_over,
-    require_filters,
-    require_mounts,
-    run,
-    wait_until,
-)
+from mmlane.lane import JoinRefused, Lane, LaneUnavailable, Reader, Refused, memory, producer
+from tests.lane.harness.child import Child, run
+from tests.lane.harness.confinement import become, limit, limit_address_space, limit_descriptors
+from tests.lane.harness.kernel import open_files
+from tests.lane.harness.together import put
+from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20
 BASE = producer.SLOTS * 8
-
-
-@pytest.fixture
-def group() -> Iterator[Group]:
-    """A memory control group of 160 MiB."""
-    with memory_group(160 * MIB) as group:
-        yield group
-
-
-def put(lane: Lane, tensor: torch.Tensor) -> bytes:
-    """A ticket, and nothing else."""
-    ticket = lane.put(tensor)
-    assert isinstance(ticket, bytes), ticket
-    return ticket
-
-
-def put_until_refused(lane: Lane, tensor: torch.Tensor) -> tuple[list[bytes], Refused]:
-    """Tickets on copies of a tensor, as many as there can be, and why there are no more."""
-    tickets: list[bytes] = []
-    while isinstance(ticket := lane.put(tensor), bytes):
-        tickets.append(ticket)
-    return tickets, ticket
-
-
-# --- memory control groups ---------------------------------------------------------------------------------
-
-
-def produce_in_a_group(pipe: Connection, group: Group, threads: int) -> None:
-    """Puts until there is no memory, again when the reader has let go, and again for as long as it is told to."""
-    group.enter()
-    tensor = torch.ones(8 * MIB, dtype=torch.uint8)
-    with Lane({"tp": 1}, capacity=1 << 30) as lane:
-        pipe.send(lane.address)
-        assert lane.wait_open(DEADLINE)
-        while pipe.recv():
-            with ThreadPoolExecutor(threads) as pool:
-                found = list(pool.map(partial(put_until_refused, lane), [tensor] * threads))
-            left = host.memory().available
-            pipe.send(
-                ([ticket for tickets, _ in found for ticket in tickets], [refused for _, refused in found], left)
-            )
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-def test_a_control_group_at_its_limit_refuses_and_kills_nobody(group: Group, threads: int) -> None:
-    with Child(produce_in_a_group, group, threads) as child, Reader("tp") as reader:
-        reader.join(child.hear())
-        for _ in range(3):
-            child.say(True)
-            tickets, refusals, left = child.hear()
-            assert 10 <= len(tickets) < 20, "most of the memory is used"
-            assert left >= 8 * MIB, "but for a sixteenth of it, which is 10 MiB"
-            for refused in refusals:
-                assert refused.cause == "full" and "no memory for 8388608 bytes" in refused.detail, refused
-                assert "not for the lane" in refused.detail
-            held = [reader.take(ticket) for ticket in tickets]
-            assert all(tensor.all() for tensor in held)
-            del held
-        child.say(False)
-        child.result()
-        assert group.kills() == 0
-
-
-def put_at_the_same_time(pipe: Connection, group: Group, nbytes: int) -> list[bool]:
-    """Four puts that are all about to commit memory, of which there is enough for each, but not for all."""
-    group.enter()
-    tensor = torch.ones(1, dtype=torch.uint8).expand(nbytes)
-    allocated = threading.Barrier(4)
-
-    def probe(point: str) -> None:
-        if point == "put.allocated":
-            allocated.wait(DEADLINE)
-
-    with Lane({"tp": 1}, capacity=1 << 30) as lane:
-        pipe.send(lane.address)
-        assert lane.wait_open(DEADLINE)
-        points.probe = probe
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lane.put, [tensor] * 4))
-        return [isinstance(ticket, bytes) for ticket in found]
-
-
-def test_puts_at_the_same_time_do_not_count_on_the_same_memory(group: Group) -> None:
-    with Child(put_at_the_same_time, group, 48 * MIB) as child, Reader("tp") as reader:
-        reader.join(child.hear())
-        carried = child.result()
-        assert any(carried) and not all(carried)
-        assert group.kills() == 0
-
-
-def commit_without_looking(group: Group) -> None:
-    group.enter()
-    memory.Backing(1 << 30).reserve(0, 320 * MIB)
-
-
-def test_without_looking_first_a_control_group_kills(group: Group) -> None:
-    """What the test above guards against does happen here."""
-    with pytest.raises(Died) as death:
-        run(commit_without_looking, group)
-    assert death.value.exitcode == -9 and group.kills() == 1
-
-
-def put_more_than_there_is(pipe: Connection, group: Group) -> tuple[str | bytes, int, int]:
-    tensor = torch.zeros(200 * MIB, dtype=torch.uint8)  # never touched, so it takes no memory itself
-    group.enter()
-    with Lane({"tp": 1}, capacity=1 << 30) as lane:
-        pipe.send(lane.address)
-        assert lane.wait_open(DEADLINE)
-        refused = lane.put(tensor)
-        stats = lane.stats()
-        put(lane, tensor[:MIB])
-        return refused.cause if isinstance(refused, Refused) else refused, stats.warm, stats.taken
-
-
-def test_a_tensor_for_which_there_is_no_memory_commits_none(group: Group) -> None:
-    with Child(put_more_than_there_is, group) as child, Reader("tp") as reader:
-        reader.join(child.hear())
-        cause, warm, taken = child.result()
-        assert (cause, taken) == ("full", 0) and warm <= 2 * producer._AHEAD
-        assert group.kills() == 0
-
-
-def capacity_in_a_group(group: Group) -> tuple[int, int, int]:
-    group.enter()
-    with Lane({"tp": 1}) as lane:
-        return memory.default_capacity(), lane.stats().capacity, host.memory().available
-
-
-def test_the_default_capacity_follows_the_control_group(group: Group) -> None:
-    default, capacity, available = run(capacity_in_a_group, group)
-    assert default == capacity == 40 * MIB
-    assert available <= 160 * MIB
-
-
-def read_in_a_group(pipe: Connection, group: Group, address: str) -> int:
-    group.enter()
-    with Reader("tp") as reader:
-        reader.join(address)
-        pipe.send("joined")
-        tensor = reader.take(pipe.recv())
-        assert tensor.sum() == tensor.numel()
-        return group.used()
-
-
-def test_readers_are_not_charged(group: Group) -> None:
-    """More than a reader's control group may have can be read there."""
-    with Lane({"tp": 1}, capacity=256 * MIB) as lane, Child(read_in_a_group, group, lane.address) as child:
-        assert child.hear() == "joined"
-        child.say(put(lane, torch.ones(50 * MIB)))
-        assert child.result() < 64 * MIB
-
-
-# --- memory of the machine ---------------------------------------------------------------------------------
-
-
-def committed(lane: Lane) -> int:
-    """Bytes of memory behind a lane, directory included, as the kernel counts."""
-    return os.fstat(lane._backing.fd).st_blocks * 512
-
-
-def test_nothing_is_committed_before_use() -> None:
-    with Lane({"tp": 1}, capacity=64 << 30) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
-        stats = lane.stats()
-        assert (stats.capacity, stats.warm, stats.taken) == (64 << 30, 0, 0)
-        assert committed(lane) == BASE
-        held = reader.take(put(lane, torch.ones(10)))
-        wait_until(lambda: committed(lane) == BASE + lane.stats().warm, "memory that is as large as it says")
-        assert lane.stats().warm <= 3 * producer.SEGMENT, "one that was needed, and 8 MiB ahead"
-        assert held.sum() == 10
-
-
-def test_more_than_the_machine_has_is_address_room_only() -> None:
-    """What cannot be had is refused when it is wanted, not before."""
-    with Lane({"tp": 1}, capacity=1 << 40) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
-        refused = lane.put(torch.empty(1 << 39, dtype=torch.uint8, device="meta"))
-        assert isinstance(refused, Refused) and refused.cause == "unsupported"
-        there_is = host.memory().total
-        refused = lane.put(torch.zeros(1, dtype=torch.uint8).expand(there_is))
-        assert isinstance(refused, Refused) and refused.cause == "full", refused
-        assert f"no memory for {there_is} bytes" in refused.detail
-        assert lane.stats().taken == 0 and committed(lane) <= BASE + 2 * producer._AHEAD
-        reader.discard(put(lane, torch.ones(10)))
-
-
-# --- /dev/shm ----------------------------------------------------------------------------------------------
-
-
-def travel_beside_a_small_shm(nbytes: int) -> tuple[bool, int]:
-    mount_over("/dev/shm", "size=64m")
-    tensor = torch.arange(nbytes // 8)
-    with Lane({"tp": 1}, capacity=nbytes) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
-        arrived = reader.take(put(lane, tensor))
-        shm = os.statvfs("/dev/shm")
-        return torch.equal(arrived, tensor), (shm.f_blocks - shm.f_bfree) * shm.f_frsize
-
-
-def test_the_size_of_shm_does_not_matter() -> None:
-    require_mounts()
-    assert run(travel_beside_a_small_shm, 256 * MIB) == (True, 0)
-
-
-def fill_the_fallback(pipe: Connection) -> tuple[int, int, list[Path]]:
-    """A lane in a /dev/shm of 32 MiB, until that is full, and then once more with somebody else's file in it."""
-    mount_over("/dev/shm", "size=32m")
-    forbid(Deny("memfd_create", errno.ENOSYS))
-    tensor = torch.ones(2 * MIB, dtype=torch.uint8)
-    with Lane({"tp": 1}, capacity=1 << 30) as lane:
-        pipe.send((lane.address, lane.stats().degraded))
-        assert lane.wait_open(DEADLINE)
-        counts = []
-        for _ in range(2):
-            tickets, refused = put_until_refused(lane, tensor)
-            counts.append(len(tickets))
-            pipe.send((tickets, refused))
-            pipe.recv()
-        # What was committed stays ours, whoever fills the rest.
-        with (
-            pytest.raises(OSError, match="No space left"),
-            Path("/dev/shm/other").open("wb", buffering=0) as other,
-        ):
-            while True:
-                other.write(bytes(MIB))
-        tickets, refused = put_until_refused(lane, tensor)
-        counts.append(len(tickets))
-        pipe.send((tickets, refused))
-        pipe.recv()
-        left = [entry for entry in Path("/dev/shm").iterdir() if entry.name != "other"]
-        assert counts[0] == counts[1] == counts[2], counts
-        return counts[0], lane.stats().tickets, left
-
-
-def test_a_fallback_file_that_is_full_refuses() -> None:
-    require_mounts()
-    require_filters()
-    with Child(fill_the_fallback) as child, Reader("tp") as reader:
-        address, degraded = child.hear()
-        assert "bound by its size" in degraded[0]
-        reader.join(address)
-        for _ in range(3):
-            tickets, refused = child.hear()
-            assert refused.cause == "full" and "No space left on device" in refused.detail, refused
-            for ticket in tickets:
-                assert reader.take(ticket).all()
-            child.say()
-        count, tickets_out, left = child.result()
-        assert 12 <= count <= 16 and (tickets_out, left) == (0, [])
 
 
 # --- limits of a process -----------------------------------------------------------------------------------
@@ -297,10 +31,10 @@ def test_a_fallback_file_that_is_full_refuses() -> None:
 
 def open_with_small_files() -> tuple[str, int]:
     limit(resource.RLIMIT_FSIZE, MIB)
-    before = descriptors()
+    before = open_files()
     with pytest.raises(LaneUnavailable) as refusal:
         Lane({"tp": 1}, capacity=64 * MIB)
-    left = (descriptors() - before).total()
+    left = (open_files() - before).total()
     limit(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
     Lane({"tp": 1}, capacity=64 * MIB).close()
     return str(refusal.value), left
@@ -312,11 +46,11 @@ def test_a_limit_on_file_sizes_is_named() -> None:
 
 
 def open_larger_than_can_be_expressed(capacity: int) -> int:
-    before = descriptors()
+    before = open_files()
     for make in (lambda: Lane({"tp": 1}, capacity=capacity), lambda: memory.attempt(capacity)):
         with pytest.raises(LaneUnavailable, match="could not be set up"):
             make()
-    return (descriptors() - before).total()
+    return (open_files() - before).total()
 
 
 @pytest.mark.parametrize("capacity", [1 << 62, 1 << 63, 1 << 64, 10**40])
@@ -325,11 +59,11 @@ def test_a_capacity_beyond_all_measure_is_refused_like_any_that_is_too_large(cap
 
 
 def open_with_little_address_space() -> tuple[str, int]:
-    before = descriptors()
+    before = open_files()
     limit_address_space(64 * MIB)
     with pytest.raises(LaneUnavailable) as refusal:
         Lane({"tp": 1}, capacity=1 << 30)
-    left = (descriptors() - before).total()
+    left = (open_files() - before).total()
     with Lane({"tp": 1}, capacity=4 * MIB):
         return str(refusal.value), left
 
@@ -343,7 +77,7 @@ def test_a_producer_without_address_space_is_told() -> None:
 def open_without_threads() -> list[str]:
     if os.geteuid() == 0:
         become()
-    before = descriptors()
+    before = open_files()
     limit(resource.RLIMIT_NPROC, 1)
     texts = []
     makers: list[Callable[[], object]] = [lambda: Lane({"tp": 1}, capacity=4 * MIB), lambda: Reader("tp")]
@@ -353,7 +87,7 @@ def open_without_threads() -> list[str]:
         texts.append(str(refusal.value))
         del refusal
         gc.collect()
-        assert not descriptors() - before
+        assert not open_files() - before
     return texts
 
 
@@ -366,7 +100,7 @@ def with_no_more_descriptors() -> tuple[Counter[str], int]:
     """Let this process open no more. Returns those that it has, and the limit before."""
     unlimited = limit_descriptors(0)
     limit(resource.RLIMIT_NOFILE, unlimited)
-    found = descriptors()
+    found = open_files()
     limit_descriptors(0)
     return found, unlimited
 
@@ -383,7 +117,7 @@ def open_with_few_descriptors() -> list[str]:
             said.append(str(error))
         limit(resource.RLIMIT_NOFILE, unlimited)
         gc.collect()
-        assert not descriptors() - before, said
+        assert not open_files() - before, said
         limit_descriptors(len(said))
 
 
@@ -411,7 +145,7 @@ def join_with_few_descriptors(address: str) -> list[str]:
     while problem := attempt(address):
         said.append(problem)
         limit(resource.RLIMIT_NOFILE, unlimited)
-        wait_until(lambda: not descriptors() - before, "the end of a reader")
+        eventually(lambda: not open_files() - before, "the end of a reader")
         limit_descriptors(len(said))
     return said
 
@@ -445,7 +179,7 @@ def test_a_lane_that_a_reader_cannot_map_stays_shut(caplog: pytest.LogCaptureFix
     with Lane({"tp": 1}, capacity=1 << 30) as lane, Child(join_with_little_address_space, lane.address) as child:
         text = child.hear()
         assert f"{(1 << 30) + BASE} bytes could not be mapped" in text and "`ulimit -v`" in text
-        wait_until(lambda: lane.stats().strangers == 1, "its leaving")
+        eventually(lambda: lane.stats().strangers == 1, "its leaving")
         refused = lane.put(torch.ones(10))
         assert isinstance(refused, Refused) and refused.cause == "not_open"
         assert "0 of 1 in 'tp'" in refused.detail and not lane.is_open
@@ -486,6 +220,68 @@ def test_where_no_private_mapping_can_be_had_cow_clones() -> None:
         assert child.result()
 
 
+# --- a lane that serves on meanwhile -----------------------------------------------------------------------
+
+
+class Warnings(logging.Handler):
+    """Counts what the lane says."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.word = word
+        self.count = 0
+        logging.getLogger("mmlane.lane").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += self.word in record.getMessage()
+
+
+def produce_without_descriptors(pipe: Connection) -> tuple[int, float]:
+    """A lane that cannot let readers in for two seconds; meanwhile it serves the one that it has."""
+    warnings = Warnings("raise `ulimit -n`")
+    with Lane({"tp": 1}, capacity=32 * MIB) as lane:
+        pipe.send(lane.address)
+        assert lane.wait_open(DEADLINE)
+        pipe.send(put(lane, torch.ones(10)))
+        pipe.recv()
+        before = limit_descriptors(0)
+        with pytest.raises(OSError, match="Too many open files"):
+            os.open(os.devnull, os.O_RDONLY)
+        began = time.monotonic()
+        pipe.send("exhausted")
+        eventually(lambda: warnings.count >= 2, "another attempt")
+        pipe.send(put(lane, torch.ones(8 * MIB)))  # commits memory, too
+        pipe.recv()
+        seen, took = warnings.count, time.monotonic() - began
+        limit(7, before)  # RLIMIT_NOFILE
+        eventually(lambda: lane.stats().readers == {"tp": 3}, "the readers that waited")
+        pipe.send(put(lane, torch.ones(10)))
+        pipe.recv()
+        assert lane.stats().tickets == 0
+        return seen, took
+
+
+def test_readers_wait_while_the_producer_has_no_descriptors_left() -> None:
+    with Child(produce_without_descriptors) as child, ExitStack() as scope:
+        address = child.hear()
+        first, *others = [scope.enter_context(Reader("tp")) for _ in range(3)]
+        first.join(address)
+        assert first.take(child.hear()).sum() == 10
+        child.say()
+        assert child.hear() == "exhausted"
+        with ExitStack() as waiting:
+            for reader in others:
+                waiting.enter_context(in_a_thread(lambda reader=reader: reader.join(address, timeout=DEADLINE)))  # type: ignore[misc]
+            assert first.take(child.hear()).sum() == 8 * MIB
+            child.say()
+        ticket = child.hear()
+        for reader in (first, *others):
+            assert reader.take(ticket).sum() == 10
+        child.say()
+        seen, took = child.result()
+        assert 2 <= seen <= took + 2, "it tries once a second and sleeps in between"
+
+
 # --- tickets -----------------------------------------------------------------------------------------------
 
 
@@ -509,5 +305,5 @@ def test_as_many_tickets_as_there_are_slots() -> None:
         for ticket in tickets:
             assert isinstance(ticket, bytes)
             reader.discard(ticket)
-        wait_until(lambda: lane.stats().tickets == 0, "the end of all tickets")
+        eventually(lambda: lane.stats().tickets == 0, "the end of all tickets")
         reader.discard(put(lane, tensor))

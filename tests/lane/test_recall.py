@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mmlane.lane import MalformedTicket, StaleTicket
-from tests.lane.processes import eventually
-from tests.lane.together import random, same, together
+from tests.lane.harness.payloads import random, same
+from tests.lane.harness.together import together
+from tests.lane.harness.waiting import eventually
 
 PERIOD = 0.02  # seconds, between the lane's looks at what is out
 

@@ -1,6 +1,6 @@
 """Everything at once, at random and for long: not one wrong byte, nothing lost, no process that grows.
 
-`--soak SECONDS`, or MMLANE_SOAK, says how long; MMLANE_SOAK_SEED repeats what a failed run had.
+`--soak SECONDS`, or MMLANE_SOAK, says how long it goes on; MMLANE_SOAK_SEED repeats what a failed run had.
 """
 
 from __future__ import annotations
@@ -24,23 +24,14 @@ from typing import Any
 import pytest
 import torch
 
-from mmlane.lane import Mode, Refused
-from mmlane.lane.producer import SLOTS
-from tests.lane import oracle
-from tests.lane.processes import (
-    DEADLINE,
-    Company,
-    Peer,
-    Producing,
-    Reading,
-    Sent,
-    baseline,
-    difference,
-    eventually,
-    stamp,
-)
+from mmlane.lane import Refused
+from tests.effort import examples
+from tests.lane.harness import kernel
+from tests.lane.harness.payloads import MODES, Sent, difference, stamp
+from tests.lane.harness.peers import DIRECTORY, Company, Peer, Producing, Reading, baseline
+from tests.lane.harness.waiting import DEADLINE, eventually
 
-SECONDS = 40.0
+SECONDS = float(examples(12, 120))
 SEED = 20_251_107
 LEG = 25.0  # seconds after which everything has to come to rest, at the most
 CAPACITY = 24 << 20
@@ -49,7 +40,6 @@ SIZES = (1 << 10, 8 << 20)
 SHARES = 8  # puts of one tensor at the most
 PUTTERS = 2  # threads that put, per producer
 SLACK = 4 << 20  # bytes by which a process may differ between two rests
-MODES: tuple[Mode, ...] = ("view", "cow", "clone")
 SCRIBBLE = 0xA5
 
 _libc = ctypes.CDLL(None)
@@ -288,19 +278,20 @@ class Size:
     @classmethod
     def of(cls, peer: Peer[Any]) -> Size:
         return cls(
-            oracle.private_memory(peer.pid),
-            oracle.mappings(peer.pid),
-            len(oracle.descriptors(peer.pid)),
-            len(oracle.thread_states(peer.pid)),
+            kernel.private_memory(peer.pid),
+            kernel.mappings(peer.pid),
+            len(kernel.descriptors(peer.pid)),
+            len(kernel.thread_states(peer.pid)),
         )
 
 
 def all_memory_goes(sender: Peer[Sender]) -> None:
     """Wait until no more of a lane is committed than there always is."""
-    (file,) = oracle.lane_files(sender.pid)
-    eventually(lambda: oracle.committed(sender.pid, file) == SLOTS * 8, "idle memory goes")
+    (file,) = kernel.lane_files(sender.pid)
+    eventually(lambda: kernel.committed(sender.pid, file) == DIRECTORY, "idle memory goes")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(0)  # it takes as long as it is told to; every wait in it has an end
 def test_soak(company: Company, request: pytest.FixtureRequest) -> None:
     """(2, 4, 6)"""

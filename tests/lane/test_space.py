@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mmlane.lane.space import Space
+from tests.effort import examples
 
 PAGE = 16  # bytes; the books do not know real ones
 
@@ -161,6 +162,7 @@ class Pages(RuleBasedStateMachine):
         taken = self.ranges()
         assert self.space.taken() == taken
         assert self.space.taken_bytes == sum(taken.values())
+        assert self.space.taken_count == len(taken)
         assert self.space.warm_bytes == len(self.warm) * self.segment
         assert self.space.warm() == [(number * self.segment, self.segment) for number in sorted(self.warm)]
 
@@ -183,11 +185,11 @@ class Pages(RuleBasedStateMachine):
         assert self.space.taken_bytes == 0
 
 
-Pages.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+Pages.TestCase.settings = settings(max_examples=examples(100, 1000), stateful_step_count=50)
 TestPages = Pages.TestCase
 
 
-# --- cases that have to be right in any case ----------------------------------------------------------------
+# --- cases that have to be right in any case ---------------------------------------------------------------
 
 
 def taken(space: Space, nbytes: int) -> int:
@@ -303,6 +305,19 @@ def test_cold_runs_are_joined_and_whole_segments() -> None:
 def test_sizes_that_do_not_divide_each_other_are_refused(capacity: int, segment: int, page: int) -> None:
     with pytest.raises(ValueError, match=f"capacity {capacity}, segment {segment}, page {page}"):
         Space(capacity, segment, page)
+
+
+@pytest.mark.parametrize("pinned", [-64, 16, 320])
+def test_pinned_bytes_are_whole_segments_within_the_capacity(pinned: int) -> None:
+    with pytest.raises(ValueError, match=f"{pinned} pinned bytes: whole segments of 64, 256 at most"):
+        Space(256, 64, PAGE, pinned)
+
+
+@pytest.mark.parametrize(("pinned", "idle"), [(0, {0, 64, 128, 192}), (128, {128, 192}), (256, set())])
+def test_pinned_segments_are_never_idle(pinned: int, idle: set[int]) -> None:
+    space = Space(256, 64, PAGE, pinned)
+    space.warmed(0, 256)
+    assert space.idle() == idle
 
 
 def test_taking_twice_and_giving_twice_is_an_error_and_changes_nothing() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import pickle
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -19,22 +18,17 @@ from hypothesis import strategies as st
 
 from mmlane.lane import MalformedTicket, Mode, StaleTicket, TicketError, UnknownLane
 from mmlane.lane.ticket import DTYPES, NAMES, Content, digest, read, write
-from tests.lane.together import Together, random, same, together
+from tests.effort import examples
+from tests.lane.harness.payloads import MODES, random, same
+from tests.lane.harness.together import Together, together
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
-MODES: tuple[Mode, ...] = ("view", "cow", "clone")
 SHAPES: list[tuple[int, ...]] = [(), (1,), (0,), (3, 0, 2), (5,), (2, 3, 4), (1,) * 12, (1 << 40, 0), (4099, 3)]
 U64 = (1 << 64) - 1
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Together]:
-    with together() as pair:
-        yield pair
-
-
-# --- there and back -----------------------------------------------------------------------------------------
+# --- there and back ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -77,7 +71,7 @@ contents = st.builds(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500, 5000))
 @given(contents, contents)
 def test_a_content_is_read_as_it_was_written(one: Content, other: Content) -> None:
     assert read(write(one)) == one
@@ -114,7 +108,7 @@ def test_a_ticket_says_where_its_tensor_is(pair: Together) -> None:
     pair.reader.discard(ticket)
 
 
-# --- what is not a ticket -----------------------------------------------------------------------------------
+# --- what is not a ticket ----------------------------------------------------------------------------------
 
 
 def rewritten(ticket: bytes, **fields: Any) -> bytes:
@@ -209,13 +203,15 @@ class Attack:
         return everything.filter(lambda made: not isinstance(made, bytes) or made not in self.good)
 
 
-def test_ten_thousand_things_that_are_not_tickets(pair: Together) -> None:
+@pytest.mark.long
+def test_thousands_of_things_that_are_not_tickets(pair: Together) -> None:
     """(5): each is an error of its own kind; nothing is taken, nothing is given back, the lane goes on."""
+    count = examples(2_000, 20_000)
     attack = Attack(pair)
     before = pair.lane.stats()
     seen: dict[type[TicketError], int] = {}
 
-    @settings(max_examples=10_000, deadline=None, database=None)
+    @settings(max_examples=count, database=None)
     @given(attack.strategy(), st.sampled_from([pair.reader.take, pair.reader.discard]))
     def strike(ticket: Any, use: Any) -> None:
         with pytest.raises(TicketError) as caught:
@@ -226,7 +222,7 @@ def test_ten_thousand_things_that_are_not_tickets(pair: Together) -> None:
         assert pair.lane.stats() == before
 
     strike()
-    assert sum(seen.values()) >= 10_000 and min(seen.values()) > 300 and len(seen) == 3
+    assert sum(seen.values()) >= count and min(seen.values()) > 0.03 * count and len(seen) == 3
     for ticket, tensor in attack.out:
         assert same(pair.reader.take(ticket), tensor)
     assert same(attack.held[0], random((12,)))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch")
+
 from bench.gpu.device import lacking
 from bench.gpu.measures import CONCURRENT, FIRST_BYTE, H2D, IMAGES, MEASURES, Plan
 from bench.gpu.records import REHEARSAL, Record, Results, goals

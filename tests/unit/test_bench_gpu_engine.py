@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("torch")
+
 from bench.gpu_engine import __main__ as command
 from bench.gpu_engine.records import Record, Results, about, table
 from bench.gpu_engine.requests import CASES, Case, Images, Unanswered, rounds

@@ -24,16 +24,24 @@ MIB = 1 << 20
 ENGINES = [str(version) for version in compat.matrix().engines]
 
 
+COMMAND = [sys.executable, "-c", "from mmlane.cli import main; main()"]
+
+
 def mmlane(
-    *words: str, path: Path | None = None, preexec: Callable[[], None] | None = None, **environ: str
+    *words: str,
+    path: Path | None = None,
+    preexec: Callable[[], None] | None = None,
+    command: list[str] = COMMAND,
+    **environ: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own, without what the developer's shell says."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MMLANE", "PYTHON"))}
     env.update({"COLUMNS": "80", **environ})
     if path is not None:
         env["PYTHONPATH"] = str(path)
-    command = [sys.executable, "-c", "from mmlane.cli import main; main()", *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, preexec_fn=preexec)
+    return subprocess.run(
+        [*command, *words], env=env, capture_output=True, text=True, check=False, preexec_fn=preexec
+    )
 
 
 def doctor(*words: str, code: int = 0, path: Path | None = None, **options: Any) -> dict[str, Any]:
@@ -242,7 +250,7 @@ def test_sizes_are_compared_with_the_machine(
     ],
 )
 def test_a_wrong_setting_is_refused_with_the_right_ones(variable: str, value: str, message: str) -> None:
-    done = mmlane("doctor", "--engine", "0.5.12", path=None, preexec=None, **{variable: value})
+    done = mmlane("doctor", "--engine", "0.5.12", path=None, preexec=None, command=COMMAND, **{variable: value})
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr and "Traceback" not in done.stderr
 
@@ -261,6 +269,14 @@ def test_a_word_that_is_no_version_is_refused() -> None:
 def test_version() -> None:
     done = mmlane("--version")
     assert (done.returncode, done.stdout) == (0, f"mmlane {__version__}\n")
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    for words in (["doctor", "--engine", "0.5.12"], ["doctor", "--engine", "newest"], ["--version"]):
+        command = mmlane(*words)
+        module = mmlane(*words, command=[sys.executable, "-m", "mmlane"])
+        assert (module.returncode, module.stdout) == (command.returncode, command.stdout)
+    assert "python -m mmlane" in mmlane("--help", command=[sys.executable, "-m", "mmlane"]).stdout
 
 
 # --- about this interpreter and machine ---

@@ -144,7 +144,7 @@ def test_nothing_is_left_open_or_bound() -> None:
     before = descriptors()
     host.kernel_features()
     assert descriptors() == before
-    assert "mmlane-doctor" not in Path("/proc/net/unix").read_text()
+    assert f"mmlane-doctor-{os.getpid()}-" not in Path("/proc/net/unix").read_text()
 
 
 def proc(path: Path, cgroup: str, mount: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import venv
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from mmlane import __version__
 from mmlane.compat import matrix
 
 PROBE = """
 import importlib.metadata as m, json, pathlib, site, sys
+import mmlane, mmlane_patches
 from mmlane import compat
 points = {g: [p.value for p in m.entry_points(group=g)] for g in ("sglang.srt.plugins", "console_scripts")}
 site_dir = pathlib.Path(next(p for p in site.getsitepackages() if "site-packages" in p))
@@ -24,6 +27,7 @@ print(json.dumps({
     "points": points,
     "patches": [s.id for s in compat.contributed()[0]],
     "engines": len(compat.matrix().engines),
+    "typed": [(pathlib.Path(p.__file__).parent / "py.typed").is_file() for p in (mmlane, mmlane_patches)],
     "requires": m.requires("sglang-mmlane"),
 }))
 """
@@ -32,6 +36,14 @@ print(json.dumps({
 def fresh_venv(path: Path) -> Path:
     venv.create(path, with_pip=False)
     return path / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def with_dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with what mmlane needs and without mmlane, to be copied."""
+    path = tmp_path_factory.mktemp("dependencies") / "venv"
+    pip(fresh_venv(path), "install", "packaging", "pluggy", "PyYAML", "rich", "typer")
+    return path
 
 
 def pip(python: Path, *words: str) -> None:
@@ -45,10 +57,10 @@ def files(python: Path) -> set[str]:
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_an_installation_carries_everything_and_leaves_nothing(
-    kind: str, tmp_path: Path, checkout: Path, plugin_wheel: Path
+    kind: str, tmp_path: Path, checkout: Path, plugin_wheel: Path, with_dependencies: Path
 ) -> None:
-    python = fresh_venv(tmp_path / "venv")
-    pip(python, "install", "packaging", "pluggy", "PyYAML", "rich", "typer")
+    shutil.copytree(with_dependencies, tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
     before = files(python)
     pip(python, "install", "--no-deps", *([str(plugin_wheel)] if kind == "wheel" else ["-e", str(checkout)]))
     result = subprocess.run([str(python), "-c", PROBE], capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -62,8 +74,12 @@ def test_an_installation_carries_everything_and_leaves_nothing(
     assert found["engines"] >= 19
     names = {r.split(">")[0].split(";")[0].strip().lower() for r in found["requires"]}
     assert names == {"packaging", "pluggy", "pyyaml", "rich", "typer"}  # neither sglang nor torch
-    doctor = subprocess.run([str(python.parent / "mmlane"), "--help"], capture_output=True, text=True, check=False)
-    assert doctor.returncode == 0, doctor.stderr
+    assert found["typed"] == [True, True]
+    for command in ([python.parent / "mmlane"], [python, "-m", "mmlane"]):
+        version = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        assert (version.returncode, version.stdout) == (0, f"mmlane {__version__}\n"), version.stderr
 
     pip(python, "uninstall", "--yes", "sglang-mmlane")
     assert files(python) == before

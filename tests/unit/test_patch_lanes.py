@@ -20,9 +20,10 @@ torch = pytest.importorskip("torch")
 
 from mmlane.lane import Lane, LaneUnavailable, Reader, cuda, memory  # noqa: E402
 from mmlane_patches import guard, lanes  # noqa: E402
-from tests.lane.fake_cuda import FakeGpu  # noqa: E402
-from tests.lane.processes import eventually  # noqa: E402
-from tests.lane.sandbox import DEADLINE, limit_address_space, run  # noqa: E402
+from tests.lane.harness.child import run  # noqa: E402
+from tests.lane.harness.confinement import limit_address_space  # noqa: E402
+from tests.lane.harness.fake_cuda import FakeGpu  # noqa: E402
+from tests.lane.harness.waiting import DEADLINE, eventually  # noqa: E402
 
 MIB = 1 << 20
 NOWHERE = "mmlane-1-00000000"

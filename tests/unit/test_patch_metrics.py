@@ -16,8 +16,7 @@ torch = pytest.importorskip("torch")
 from mmlane import __version__  # noqa: E402
 from mmlane.lane import Lane, Reader, Refused  # noqa: E402
 from mmlane_patches import guard, lanes, metrics  # noqa: E402
-from tests.lane.processes import eventually  # noqa: E402
-from tests.lane.sandbox import DEADLINE  # noqa: E402
+from tests.lane.harness.waiting import DEADLINE, eventually  # noqa: E402
 
 MIB = 1 << 20
 

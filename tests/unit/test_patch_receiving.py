@@ -1,4 +1,4 @@
-"""`deferred_unwrap`, `tp_barrier` and the isolation of lost segments: on real gloo groups of spawned processes.
+"""`deferred_unwrap`, `tp_barrier` and the isolation of lost segments: on real gloo groups of processes.
 
 The engine's own receiving functions run in tests/engine; here stand ones of a few lines, shaped like those of each
 range of versions.
@@ -6,7 +6,6 @@ range of versions.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import sys
@@ -26,6 +25,7 @@ from mmlane_patches import receiving, shm_pointer  # noqa: E402
 from mmlane_patches.agreement import LostFeatures, agree, pointers, refuse_lost  # noqa: E402
 from mmlane_patches.pointer import SegmentPointer  # noqa: E402
 from mmlane_patches.wrapping import wrap_everything  # noqa: E402
+from tests.forkserver import FORKED  # noqa: E402
 
 SHM = Path("/dev/shm")
 dist: Any = torch.distributed
@@ -310,12 +310,11 @@ def test_the_engines_own_conditions_hold_for_them_too() -> None:
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(rank, events, *arguments)` returns on each rank of a gloo world; there is an event a rank."""
-    context = multiprocessing.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    events = [context.Event() for _ in range(world)]
-    queue = context.Queue()
+    events = [FORKED.Event() for _ in range(world)]
+    queue = FORKED.Queue()
     ranks = [
-        context.Process(target=_rank, args=(rank, world, store.port, events, queue, function, arguments))
+        FORKED.Process(target=_rank, args=(rank, world, store.port, events, queue, function, arguments))
         for rank in range(world)
     ]
     for process in ranks:

@@ -16,10 +16,11 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from math import inf
 from multiprocessing import shared_memory
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any, Optional
 
 import pytest
@@ -33,7 +34,8 @@ from mmlane.lane.ticket import read  # noqa: E402
 from mmlane_patches import guard, lanes, pointer, receiving, tickets  # noqa: E402
 from mmlane_patches.agreement import LostFeatures  # noqa: E402
 from mmlane_patches.sending import unlink_if_unsent  # noqa: E402
-from tests.lane.sandbox import DEADLINE, run, wait_until  # noqa: E402
+from tests.lane.harness.child import run  # noqa: E402
+from tests.lane.harness.waiting import DEADLINE, eventually  # noqa: E402
 
 ENGINE = "0.5.23"  # its own class stands on 0.5.21 and later
 MM_UTILS = "sglang.srt.managers.mm_utils"
@@ -46,12 +48,18 @@ MIB = 1 << 20
 # --- the engine's module ------------------------------------------------------------------------------------
 
 
-def define(module: dict[str, Any], file: str, *names: str) -> None:
-    """Functions and classes of the engine's source, as globals of a module."""
+@cache
+def engines(file: str, *names: str) -> CodeType:
+    """The definitions of functions and classes in the engine's source."""
     path = wheel_source(ENGINE) / "sglang/srt" / file
     found = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if getattr(n, "name", "") in names]
     assert len(found) == len(names)
-    exec(compile(ast.Module(found, []), str(path), "exec"), module)
+    return compile(ast.Module(found, []), str(path), "exec")
+
+
+def define(module: dict[str, Any], file: str, *names: str) -> None:
+    """Functions and classes of the engine's source, as globals of a module."""
+    exec(engines(file, *names), module)
 
 
 def mm_utils(base: str) -> ModuleType:
@@ -121,7 +129,7 @@ class Ends:
         """Have what was recalled asked after now, not at the next of the looks, one a minute."""
         if self.out:
             self.lane.look()
-        wait_until(lambda: self.out == 0, "all tickets have ended")
+        eventually(lambda: self.out == 0, "all tickets have ended")
 
     def open(self, wrap: Callable[..., Any]) -> None:
         """As it happens in the engine: a first feature goes by segment, and tells the rank of the lane."""

@@ -25,8 +25,8 @@ def test_reading_the_patches_imports_neither_torch_nor_the_engine() -> None:
     assert not loaded & {"torch", "sglang", "numpy"}
 
 
-# What is imported later all the same: the one when the engine has set up its metrics, the other in no engine.
-LATER = {"mmlane_patches.metrics", "mmlane.cli"}
+# What is imported later all the same: the first when the engine has set up its metrics, the others in no engine.
+LATER = {"mmlane_patches.metrics", "mmlane.cli", "mmlane.__main__"}
 
 
 def test_a_process_that_has_loaded_its_plan_has_loaded_all_of_ours() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -19,7 +18,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from mmlane_patches import pointer  # noqa: E402
@@ -31,6 +30,7 @@ from mmlane_patches.pointer import (  # noqa: E402
     ShmPointerMMData,
     plain_bytes,
 )
+from tests.forkserver import in_child  # noqa: E402
 
 SHM = Path("/dev/shm")
 QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
@@ -57,24 +57,6 @@ def nothing_left() -> Iterator[None]:
 def handed_on(value: SegmentPointer) -> SegmentPointer:
     copy: SegmentPointer = pickle.loads(pickle.dumps(value))
     return copy
-
-
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a spawned process; raises when that process does not end well."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_answer, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()
-        assert process.exitcode == 0
-
-
-def _answer(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    pipe.send(function(*arguments))
 
 
 def random_bytes(nbytes: int, seed: int = 0) -> Any:
@@ -120,7 +102,6 @@ def strided(draw: st.DrawFn) -> Any:
     return tensor.conj() if dtype is torch.complex64 and draw(st.booleans()) else tensor
 
 
-@settings(max_examples=100, deadline=None)
 @given(strided(), st.integers(1, 4))
 def test_any_strides_and_any_number_of_round_trips(tensor: Any, trips: int) -> None:
     travelling = SegmentPointer(tensor)

@@ -1,7 +1,7 @@
-"""Real processes under real hardship: other users, limits, control groups, filtered system calls, empty mounts.
+"""Real hardship for a process: other users, limits, control groups, empty mounts, filtered system calls.
 
-`run` calls a function in a fresh process and returns what it returned; `Child` talks to one. The function confines
-itself first, with the functions below: a process cannot be let out of most of these again.
+The function that `run` or a `Child` runs confines itself first, with what is here: a process cannot be let out of
+most of these again. Where something cannot be had, `require_...` skips the test and says why.
 """
 
 from __future__ import annotations
@@ -12,177 +12,21 @@ import os
 import platform
 import resource
 import secrets
-import signal
-import socket
 import struct
-import threading
-import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pytest
 
 from mmlane import host
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from tests.lane.harness.child import Failed, die_with_the_parent, run
+from tests.lane.harness.libc import checked, libc
+from tests.lane.harness.waiting import eventually
 
 NOBODY = 65534
-DEADLINE = 60.0  # seconds; only a fault takes that long
-
-_libc = ctypes.CDLL(None, use_errno=True)
-# A server that has imported torch forks the children: each is there at once, and shares no thread with the tests.
-_processes = get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "hypothesis", "pytest", "mmlane.lane"])
-
-
-def checked(result: int) -> int:
-    """The result of a libc call. Raises OSError for -1."""
-    if result == -1:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
-
-
-# --- processes ---------------------------------------------------------------------------------------------
-
-
-class Died(Exception):
-    """A child ended without a word; `exitcode` is the negative number of the signal that killed it."""
-
-    def __init__(self, exitcode: int | None) -> None:
-        super().__init__(f"exit code {exitcode}")
-        self.exitcode = exitcode
-
-
-class Failed(Exception):
-    """A child raised; the text is its traceback."""
-
-
-def live_no_longer_than_the_parent() -> None:
-    """Die when it does; to be said again after a fork, and after a change of user."""
-    checked(_libc.prctl(1, signal.SIGKILL, 0, 0, 0))  # PR_SET_PDEATHSIG
-
-
-def _body(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    live_no_longer_than_the_parent()
-    try:
-        result = function(pipe, *args)
-    except BaseException:
-        pipe.send(("raised", traceback.format_exc()))
-        raise
-    pipe.send(("returned", result))
-
-
-class Child:
-    """A process that runs `function(pipe, *args)`. What it sends over the pipe, `hear` returns."""
-
-    def __init__(self, function: Callable[Concatenate[Connection, P], Any], *args: P.args, **_: P.kwargs) -> None:
-        self.pipe, there = _processes.Pipe()
-        self.process = _processes.Process(target=_body, args=(there, function, args), daemon=True)
-        self.process.start()
-        there.close()
-
-    @property
-    def pid(self) -> int:
-        pid = self.process.pid
-        assert pid is not None
-        return pid
-
-    def hear(self, timeout: float = DEADLINE) -> Any:
-        """The next thing it says. Raises Died, Failed, TimeoutError."""
-        if not self.pipe.poll(timeout):
-            raise TimeoutError(f"nothing heard for {timeout:g} s")
-        try:
-            said = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join(timeout)
-            raise Died(self.process.exitcode) from None
-        if isinstance(said, tuple) and len(said) == 2 and said[0] == "raised":
-            raise Failed(said[1])
-        return said
-
-    def result(self, timeout: float = DEADLINE) -> Any:
-        """What the function returned. Raises as `hear` does."""
-        word, value = self.hear(timeout)
-        assert word == "returned", (word, value)
-        self.process.join(timeout)
-        return value
-
-    def say(self, what: object = None) -> None:
-        """Send it something, by default only that it may go on."""
-        self.pipe.send(what)
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.join(DEADLINE)
-        self.pipe.close()
-        self.process.close()
-
-
-def _alone(pipe: Connection, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-    return function(*args)
-
-
-def run(function: Callable[P, T], *args: P.args, **_: P.kwargs) -> T:
-    """Call a function in a process of its own. Raises Died, Failed, TimeoutError."""
-    with Child(_alone, function, args) as child:
-        value: T = child.result()
-        return value
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Poll a condition for which there is no event."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} did not come about in {DEADLINE:g} s")
-        time.sleep(0.01)
-
-
-def descriptors() -> Counter[str]:
-    """What the open descriptors of this process are."""
-    found: Counter[str] = Counter()
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # the listing's own
-            found[str(entry.readlink())] += 1
-    return found
-
-
-@contextmanager
-def in_a_thread(work: Callable[[], object]) -> Iterator[None]:
-    """Run something beside the block; what it raises, comes out at the end of the block."""
-    problems: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            work()
-        except BaseException as error:
-            problems.append(error)
-            raise
-
-    thread = threading.Thread(target=body, daemon=True)
-    thread.start()
-    yield
-    thread.join(DEADLINE)
-    assert not thread.is_alive(), "the thread does not come to an end"
-    for problem in problems:
-        raise problem
-
 
 # --- users -------------------------------------------------------------------------------------------------
 
@@ -192,7 +36,7 @@ def become(uid: int = NOBODY) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    live_no_longer_than_the_parent()
+    die_with_the_parent()
 
 
 @cache
@@ -290,7 +134,7 @@ def memory_group(nbytes: int) -> Iterator[Group]:
                 (directory / "memory.swap.max").write_text("0")
             yield Group(directory, version)
         finally:
-            wait_until(partial(_removed, directory), "the removal of a control group")
+            eventually(partial(_removed, directory), "the removal of a control group")
         return
     pytest.skip(f"no memory control group can be made here: {problem}")
 
@@ -314,13 +158,13 @@ _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 def mount_over(place: str, options: str, source: str = "mmlane-test") -> None:
     """Put an empty tmpfs over a directory, for this process only; it must have no other thread yet."""
     uid, gid = os.geteuid(), os.getegid()
-    if _libc.unshare(_CLONE_NEWNS) == -1:
-        checked(_libc.unshare(_CLONE_NEWNS | _CLONE_NEWUSER))
+    if libc.unshare(_CLONE_NEWNS) == -1:
+        checked(libc.unshare(_CLONE_NEWNS | _CLONE_NEWUSER))
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
-    checked(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
-    checked(_libc.mount(source.encode(), place.encode(), b"tmpfs", 0, options.encode()))
+    checked(libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
+    checked(libc.mount(source.encode(), place.encode(), b"tmpfs", 0, options.encode()))
 
 
 @cache
@@ -410,8 +254,8 @@ def forbid(*denials: Deny) -> None:
     """Have the kernel refuse these system calls to this thread and to all that it starts."""
     code = _assemble(denials)
     program = _Program(len(code) // 8, code)
-    checked(_libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
-    checked(_libc.prctl(22, 2, ctypes.byref(program), 0, 0))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    checked(libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
+    checked(libc.prctl(22, 2, ctypes.byref(program), 0, 0))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 @cache
@@ -439,32 +283,3 @@ def require_filters() -> None:
     problem = _filtering_fails()
     if problem:
         pytest.skip(f"system calls cannot be filtered here (seccomp): {problem}")
-
-
-# --- raw peers ---------------------------------------------------------------------------------------------
-
-
-def visit(address: str) -> socket.socket:
-    """A bare connection to a lane."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.connect(f"\0{address}")
-    connection.settimeout(DEADLINE)
-    return connection
-
-
-def listen(address: str) -> socket.socket:
-    """A bare listener where a lane would be."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.settimeout(DEADLINE)
-    listener.bind(f"\0{address}")
-    listener.listen(4)
-    return listener
-
-
-def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
-    """A message and the descriptors that came with it; an end, be it a reset, is an empty message."""
-    try:
-        message, fds, _, _ = socket.recv_fds(connection, 1 << 16, 16)
-    except ConnectionResetError:
-        return b"", []
-    return message, fds

@@ -1,19 +1,21 @@
-"""A lane and its readers in one process: real memory and real sockets, and every step can be looked at."""
+"""A lane and its readers in the process of the test: real memory and sockets, and every step can be looked at."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
 
 from mmlane.lane import Lane, LaneStats, Reader, Refused, Share
-from tests.lane import oracle
-from tests.lane.processes import DEADLINE, eventually
+from mmlane.lane.ticket import read
+from tests.lane.harness import kernel
+from tests.lane.harness.waiting import DEADLINE, eventually
 
 PAGE = 4096
 SEGMENT = 64 << 10
@@ -33,9 +35,7 @@ class Together:
 
     def put(self, tensor: torch.Tensor, *, share: Share | None = None) -> bytes:
         """A ticket; a refusal is a failure."""
-        ticket = self.lane.put(tensor, share=share)
-        assert isinstance(ticket, bytes), ticket
-        return ticket
+        return put(self.lane, tensor, share=share)
 
     def refused(self, tensor: Any, *, share: Share | None = None) -> Refused:
         """A refusal, which is counted and changes nothing else."""
@@ -81,7 +81,7 @@ def together(
     readers: int = 1, *, linger: float = 30.0, device: str | None = None, **options: Any
 ) -> Iterator[Together]:
     """A lane, of 16 small segments by default. Nothing of it is left in this process when all is well."""
-    before = oracle.lane_files(os.getpid())
+    before = kernel.lane_files(os.getpid())
     options = {"capacity": 16 * SEGMENT, "segment": SEGMENT, **options}
     pair = Together(Lane({"tp": readers}, **options))
     try:
@@ -96,27 +96,49 @@ def together(
             reader.close()
         pair.lane.close()
     gc.collect()
-    eventually(lambda: oracle.lane_files(os.getpid()) <= before, "the lane's memory is let go")
+    eventually(lambda: kernel.lane_files(os.getpid()) <= before, "the lane's memory is let go")
 
 
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor as its reader should see them."""
-    resolved = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    # Of one element or none, a contiguous tensor may have any strides, which `view` minds.
-    return resolved.as_strided((resolved.numel(),), (1,)).view(torch.uint8)
+def held(stats: LaneStats) -> tuple[int, int, int]:
+    """What is out: tickets, extents, pages."""
+    return stats.tickets, stats.extents, stats.taken // PAGE
 
 
-def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether dtype, shape and every byte are the same (not values: a NaN is itself)."""
-    return (left.dtype, left.shape) == (right.dtype, right.shape) and torch.equal(plain(left), plain(right))
+def offset(ticket: bytes) -> int:
+    """Where in the lane a ticket's tensor is."""
+    return read(ticket).offset
 
 
-def random(shape: Sequence[int], dtype: torch.dtype = torch.uint8, seed: int = 0) -> torch.Tensor:
-    """A tensor of random bytes, in any dtype."""
-    count = torch.Size(shape).numel()
-    raw = torch.randint(
-        0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
-    if dtype is torch.bool:
-        raw %= 2
-    return raw.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+def uses_left(share: Share) -> int:
+    """How many puts a share is for, of those that are yet to be made."""
+    return share.held.uses
+
+
+# --- a lane alone ------------------------------------------------------------------------------------------
+
+_numbers = count()
+
+
+def put(lane: Lane, tensor: torch.Tensor, *, share: Share | None = None) -> bytes:
+    """A ticket; a refusal is a failure."""
+    ticket = lane.put(tensor, share=share)
+    assert isinstance(ticket, bytes), ticket
+    return ticket
+
+
+def new_tensor(elements: int = 3000) -> torch.Tensor:
+    """A tensor like no other."""
+    return torch.arange(elements, dtype=torch.int64) * 1000 + next(_numbers)
+
+
+def serves(lane: Lane, *readers: Reader) -> None:
+    """A tensor travels to these readers, or to one that joins for it: the lane has come to no harm."""
+    with ExitStack() as scope:
+        if not readers:
+            readers = (scope.enter_context(Reader("tp")),)
+            readers[0].join(lane.address)
+        tensor = new_tensor()
+        ticket = put(lane, tensor)
+        for reader in readers:
+            assert torch.equal(reader.take(ticket), tensor)
+        assert lane.stats().tickets == 0

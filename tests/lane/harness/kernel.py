@@ -5,6 +5,8 @@ Only of the lanes and processes that are asked about: others on the machine may 
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +69,7 @@ def _mappings(pid: int) -> Iterator[Trace]:
         text = (PROC / str(pid) / "maps").read_text(errors="replace")
     except _GONE:
         return
-    for line in text.splitlines():
+    for line in text.splitlines() if _MEMORY in text else ():
         place, access, _, _, inode, *name = line.split(maxsplit=5)
         if name and name[0].startswith(_MEMORY):
             yield Trace("mapping", pid, int(inode), f"{place} {access} {name[0]}")
@@ -98,6 +100,11 @@ def committed(pid: int, inode: int) -> int:
     raise LookupError(f"process {pid} does not have file {inode} open")
 
 
+def blocks(fd: int) -> int:
+    """Bytes of memory behind an open file."""
+    return os.fstat(fd).st_blocks * 512
+
+
 def in_page_tables(pid: int, inode: int) -> int:
     """Bytes of a lane in a process's page tables, through its shared mappings."""
     resident, inside = 0, False
@@ -119,6 +126,11 @@ def descriptors(pid: int) -> dict[int, str]:
         except _GONE:
             continue
     return found
+
+
+def open_files() -> Counter[str]:
+    """What this process has open, and how often."""
+    return Counter(descriptors(os.getpid()).values())
 
 
 def private_memory(pid: int) -> int:

@@ -11,92 +11,34 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 
-from mmlane.lane import Lane, LaneError, LaneStats, Mode, Reader, Refused, Share, points
-from tests.lane import oracle
+from mmlane.lane import Lane, LaneError, LaneStats, Mode, Reader, Refused, Share
+from mmlane.lane.producer import SLOTS
+from tests.lane.harness import kernel
+from tests.lane.harness.breakpoints import Action, Gate, Where, arm
+from tests.lane.harness.child import Child, pipe
+from tests.lane.harness.payloads import MODES, Sent, difference, stamp
+from tests.lane.harness.together import SEGMENT
+from tests.lane.harness.waiting import DEADLINE, eventually
 
 P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S", bound="Producing | Reading", covariant=True)
 
-DEADLINE = 90.0  # seconds; only a fault takes that long
-
-# A server that has imported torch forks the processes: each is there at once, and none inherits a thread.
-_processes = get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "hypothesis", "pytest", "mmlane.lane"])
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def die_with_the_parent() -> None:
-    """Have this process killed when its parent ends, whatever the parent ends of."""
-    if _libc.prctl(1, signal.SIGKILL, 0, 0, 0) != 0:  # PR_SET_PDEATHSIG
-        raise OSError(ctypes.get_errno(), "prctl")
-
-
-def eventually(condition: Callable[[], T], what: str, deadline: float = DEADLINE) -> T:
-    """Poll a condition for which there is no event, until it holds; returns what it says then."""
-    until = time.monotonic() + deadline
-    while not (result := condition()):
-        if time.monotonic() > until:
-            raise AssertionError(f"{what}: not within {deadline:g} s; the last look found {result!r}")
-        time.sleep(0.005)
-    return result
-
-
-# --- payloads ----------------------------------------------------------------------------------------------
-
-
-def stamp(seed: int, nbytes: int) -> torch.Tensor:
-    """Bytes that tell where they are from: 64-bit words, the seed in the upper half, the position in the lower.
-
-    So any word of another payload, or from elsewhere in the same, is a wrong one.
-    """
-    words = torch.arange(-(-nbytes // 8), dtype=torch.int64)
-    words += seed << 32
-    return words.view(torch.uint8)[:nbytes]
-
-
-def difference(tensor: torch.Tensor, seed: int, nbytes: int) -> str:
-    """What is wrong with a payload, looked at in whole; empty when nothing is."""
-    if (tensor.dtype, tuple(tensor.shape)) != (torch.uint8, (nbytes,)):
-        return f"{tensor.dtype} of shape {tuple(tensor.shape)} instead of {nbytes} bytes"
-    wanted = stamp(seed, nbytes)
-    if torch.equal(tensor, wanted):
-        return ""
-    wrong = (tensor != wanted).nonzero()
-    if not len(wrong):
-        return "a difference that was gone at the second look"
-    first = int(wrong[0])
-    found = tensor[first - first % 8 :][:8].tolist()
-    source = int.from_bytes(bytes(found[4:8]), "little")
-    return (
-        f"payload {seed} of {nbytes} bytes: {len(wrong)} wrong, from byte {first} on: {found}, as if of {source}"
-    )
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A ticket, and what its tensor has to look like."""
-
-    ticket: bytes
-    seed: int
-    nbytes: int
+# Of the small lanes that many tests have.
+CAPACITY = 32 * SEGMENT
+DIRECTORY = SLOTS * 8  # bytes of a lane that are always there
+SIZES = (5, 3_000, 70_000, 200_000)
 
 
 # --- in the processes --------------------------------------------------------------------------------------
@@ -125,6 +67,10 @@ class Producing:
             self.shares[seed] = self.lane.share(uses)
         ticket = self.lane.put(stamp(seed, nbytes), share=self.shares.get(seed))
         return ticket if isinstance(ticket, Refused) else Sent(ticket, seed, nbytes)
+
+    def put_many(self, seed: int, nbytes: int, count: int) -> list[Sent]:
+        """So many tickets on one copy of a tensor."""
+        return [self.put(seed, nbytes, uses=count), *(self.put(seed, nbytes) for _ in range(count - 1))]
 
     def forget(self, seed: int) -> None:
         """Close a share."""
@@ -171,6 +117,10 @@ class Reading:
         self.held[number] = (tensor, sent)
         return number
 
+    def take_many(self, many: list[Sent]) -> None:
+        for sent in many:
+            self.take(sent)
+
     def discard(self, sent: Sent) -> None:
         self.reader.discard(sent.ticket)
 
@@ -200,75 +150,32 @@ class Reading:
         self.join(address)
 
 
-Action = Literal["kill", "stop"]
-Where = Literal["anywhere", "main", "beside"]
+_gates: list[Gate] = []
 
 
-def _is_here(where: Where) -> bool:
-    main = threading.current_thread() is threading.main_thread()
-    return where == "anywhere" or main == (where == "main")
+def shut_gate(_: Producing | Reading, point: str, nth: int = 1) -> None:
+    """Hold up the threads over there at a point, from the nth time on."""
+    _gates.append(Gate(point, nth=nth))
 
 
-class Gate:
-    """Holds up the threads of this process at a point, from the nth time on, until it is opened."""
-
-    def __init__(self, point: str, where: Where = "anywhere", nth: int = 1) -> None:
-        self._point, self._where, self._nth = point, where, nth
-        self._times = itertools.count(1)
-        self._reached, self._open = threading.Event(), threading.Event()
-        points.probe = self
-
-    def __call__(self, name: str) -> None:
-        if name == self._point and _is_here(self._where) and next(self._times) >= self._nth:
-            self._reached.set()
-            assert self._open.wait(DEADLINE)
-
-    def wait(self) -> None:
-        """Wait until a thread is there."""
-        assert self._reached.wait(DEADLINE), f"no thread has come to {self._point}"
-
-    def open(self) -> None:
-        """Let all go on, now and later."""
-        points.probe = None
-        self._open.set()
+def wait_at_gate(_: Producing | Reading) -> None:
+    """Wait until a thread is held up."""
+    _gates[-1].wait()
 
 
-class _Probe:
-    """Kills or stops this process when it is at a point for the nth time, after saying so."""
-
-    def __init__(self, words: Connection, point: str, nth: int, action: Action, where: Where) -> None:
-        self._words, self._point, self._nth, self._where = words, point, nth, where
-        self._signal = signal.SIGKILL if action == "kill" else signal.SIGSTOP
-        self._times = itertools.count(1)
-
-    def __call__(self, name: str) -> None:
-        if name == self._point and _is_here(self._where) and next(self._times) == self._nth:
-            self._words.send_bytes(name.encode())
-            signal.pthread_kill(threading.get_ident(), self._signal)  # this very thread goes no step further
-
-
-class _Probes(list[_Probe]):
-    """All that this process is armed with."""
-
-    def __call__(self, name: str) -> None:
-        for probe in self:
-            probe(name)
-
-
-def _arm(words: Connection, arguments: tuple[Any, ...]) -> None:
-    armed = points.probe if isinstance(points.probe, _Probes) else _Probes()
-    points.probe = _Probes([*armed, _Probe(words, *arguments)]) if arguments else None
+def open_gate(_: Producing | Reading) -> None:
+    """Let all go on."""
+    _gates.pop().open()
 
 
 def _serve(
-    commands: Connection,
+    pipe: Connection,
     words: Connection,
     make: Callable[..., Producing | Reading],
     args: tuple[Any, ...],
     options: dict[str, Any],
-) -> None:
-    """A process's life: make the state, then call what comes on it, until told to end."""
-    die_with_the_parent()
+) -> list[str]:
+    """A peer's life: make the state, then call what comes on it, until told to end. What went wrong unseen."""
     torch.set_num_threads(1)  # the only threads here are to be the lane's
     problems: list[str] = []
 
@@ -278,57 +185,32 @@ def _serve(
     threading.excepthook = lambda hook: unhandled(hook.exc_type, hook.exc_value, hook.exc_traceback)
     sys.unraisablehook = lambda hook: unhandled(hook.exc_type, hook.exc_value, hook.exc_traceback)
     state = make(*args, **options)
-    commands.send(("returned", None))
+    pipe.send(("answered", None))
     while True:
-        try:
-            function, args, options = commands.recv()
-        except EOFError:
-            return
+        function, args, options = pipe.recv()
         if function is None:
-            break
+            state.close()
+            return problems
         try:
-            if function is _arm:
-                answer: tuple[str, Any] = ("returned", _arm(words, args))
+            if function is arm:
+                answer: tuple[str, Any] = ("answered", arm(words, args))
             else:
-                answer = ("returned", function(state, *args, **options))
+                answer = ("answered", function(state, *args, **options))
         except (LaneError, AssertionError, ValueError) as error:
             answer = ("raised", error)
-        except BaseException:
-            commands.send(("failed", traceback.format_exc()))
-            raise
-        commands.send(answer)
-    state.close()
-    commands.send(("returned", problems))
+        pipe.send(answer)
 
 
 # --- from outside ------------------------------------------------------------------------------------------
 
 
-class Died(Exception):
-    """A process ended instead of answering. `exitcode`: minus the signal's number, if a signal ended it."""
-
-    def __init__(self, exitcode: int | None) -> None:
-        super().__init__(f"exit code {exitcode}")
-        self.exitcode = exitcode
-
-
-class Failed(Exception):
-    """A process raised what nobody expects; the text is its traceback."""
-
-
-class Peer(Generic[S]):
+class Peer(Child, Generic[S]):
     """A process with a state in it, to call functions on. One call at a time, from one thread."""
 
     def __init__(self, make: Callable[P, S], *args: P.args, **options: P.kwargs) -> None:
-        self._commands, commands = _processes.Pipe()
-        self._words, words = _processes.Pipe(duplex=False)
-        self._process = _processes.Process(target=_serve, args=(commands, words, make, args, options))
-        self._process.start()
-        commands.close()
+        self._words, words = pipe(duplex=False)
+        super().__init__(_serve, words, make, args, options)
         words.close()
-        pid = self._process.pid
-        assert pid is not None
-        self.pid = pid
 
     def call(self, function: Callable[Concatenate[S, P], T], *args: P.args, **options: P.kwargs) -> T:
         """What a function returns on the state over there. Raises what it raised, Died, Failed, TimeoutError."""
@@ -338,45 +220,30 @@ class Peer(Generic[S]):
 
     def start(self, function: Callable[Concatenate[S, P], T], *args: P.args, **options: P.kwargs) -> None:
         """As `call`, without waiting: `answer` does."""
-        self._send(function, args, options)
-
-    def _send(self, function: object, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        try:
-            self._commands.send((function, args, options))
-        except BrokenPipeError:
-            raise Died(self.exitcode()) from None
+        self.say((function, args, options))
 
     def fileno(self) -> int:
         """A descriptor that is readable when there is an answer."""
-        return self._commands.fileno()
+        return self._pipe.fileno()
 
     def answer(self) -> Any:
         """The result of what was started."""
-        if not self._commands.poll(DEADLINE):
-            raise TimeoutError(f"process {self.pid} says nothing for {DEADLINE:g} s")
-        try:
-            word, value = self._commands.recv()
-        except (EOFError, ConnectionResetError):
-            raise Died(self.exitcode()) from None
-        if word == "failed":
-            raise Failed(value)
+        word, value = self.hear()
         if word == "raised":
             raise value
         return value
-
-    # --- life and death ------------------------------------------------------------------------------------
 
     def arm(self, point: str, nth: int = 1, action: Action = "kill", where: Where = "anywhere") -> None:
         """Have it kill or stop itself when a thread (any, the main or another one) is at a point the nth time.
 
         It can be armed with several.
         """
-        self._send(_arm, (point, nth, action, where), {})
+        self.say((arm, (point, nth, action, where), {}))
         self.answer()
 
     def disarm(self) -> None:
         """Have it go on past all points."""
-        self._send(_arm, (), {})
+        self.say((arm, (), {}))
         self.answer()
 
     def last_words(self) -> str:
@@ -385,46 +252,16 @@ class Peer(Generic[S]):
             raise TimeoutError(f"process {self.pid} has reached no point in {DEADLINE:g} s")
         return self._words.recv_bytes().decode()
 
-    def is_alive(self) -> bool:
-        return self._process.is_alive()
-
-    def exitcode(self) -> int | None:
-        """Wait for its end: minus the signal's number, if a signal ended it."""
-        self._process.join(DEADLINE)
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
-        self._process.kill()
-        assert self.exitcode() == -signal.SIGKILL
-
-    def stop(self) -> None:
-        """SIGSTOP, and wait until it has stopped."""
-        os.kill(self.pid, signal.SIGSTOP)
-        self.wait_stopped()
-
-    def wait_stopped(self) -> None:
-        """Wait until all its threads have stopped."""
-        eventually(lambda: set(oracle.thread_states(self.pid).values()) == {"T"}, f"process {self.pid} stops")
-
-    def go_on(self) -> None:
-        """SIGCONT."""
-        os.kill(self.pid, signal.SIGCONT)
-
     def end(self) -> None:
         """Have it close what it has and end the usual way; fails if anything went wrong in there unseen."""
-        self._send(None, (), {})
-        problems = self.answer()
+        self.say((None, (), {}))
+        problems = self.result()
         assert self.exitcode() == 0
         assert not problems, "\n".join(problems)
 
     def put_down(self) -> None:
-        """Whatever state it is in, have it gone, and this end closed."""
-        self._process.kill()
-        self._process.join(DEADLINE)
-        self._commands.close()
+        super().put_down()
         self._words.close()
-        self._process.close()
 
 
 AnyPeer = TypeVar("AnyPeer", bound=Peer[Any])
@@ -451,9 +288,9 @@ class Company:
     def add_producer(self, peer: AnyPeer) -> AnyPeer:
         """One more, with a lane of which nothing may be left in the end."""
         self.add(peer)
-        address, files = self.address(peer), oracle.lane_files(peer.pid)
-        kinds = {trace.kind for trace in oracle.traces([address], files)}
-        assert kinds == {"descriptor", "mapping", "socket"}, "the oracle is blind"
+        address, files = self.address(peer), kernel.lane_files(peer.pid)
+        kinds = {trace.kind for trace in kernel.traces([address], files)}
+        assert kinds == {"descriptor", "mapping", "socket"}, "the kernel tells nothing"
         self.addresses.add(address)
         self.files |= files
         return peer
@@ -484,7 +321,7 @@ class Company:
         """Now that all processes have ended, not a trace of their lanes may be anywhere."""
         pids = [peer.pid for peer in self.peers]
         # The kernel may still be at it when a parent hears of a death.
-        eventually(lambda: not oracle.traces(self.addresses, self.files, pids), "all traces of the lanes go")
+        eventually(lambda: not kernel.traces(self.addresses, self.files, pids), "all traces of the lanes go")
 
     def end(self) -> None:
         """Have each that lives end, well; not a trace of their lanes is left then."""
@@ -499,6 +336,29 @@ class Company:
             peer.put_down()
 
 
+# --- what many tests say of peers --------------------------------------------------------------------------
+
+
+def carries(producer: Peer[Producing], *readers: Peer[Reading]) -> None:
+    """A lane does what lanes are for: all sizes arrive at each of these readers, in one mode or another."""
+    for seed, nbytes in enumerate(SIZES, 5000):
+        sent = producer.call(Producing.put, seed, nbytes)
+        for reader, mode in zip(readers, itertools.cycle(MODES)):
+            reader.call(Reading.let_go, reader.call(Reading.take, sent, mode))
+
+
+def refused(producer: Peer[Producing], nbytes: int = 1000) -> Refused:
+    """Why a producer issues no ticket."""
+    answer = producer.call(Producing.try_put, 999, nbytes)
+    assert isinstance(answer, Refused)
+    return answer
+
+
+def tickets(producer: Peer[Producing]) -> int:
+    """How many tickets are out."""
+    return producer.call(Producing.stats).tickets
+
+
 def baseline(producer: Peer[Producing]) -> LaneStats:
     """Wait until nothing is out any more; fails where something is lost for ever."""
 
@@ -509,6 +369,21 @@ def baseline(producer: Peer[Producing]) -> LaneStats:
     stats = eventually(look, "the lane comes back to its baseline")
     assert stats is not None
     return stats
+
+
+def falls_asleep(peer: Peer[Any], seconds: float) -> dict[int, int]:
+    """Wait until no thread of a process was woken for a while; how often each has gone to sleep by then."""
+
+    def asleep() -> dict[int, int]:
+        """All of them sleep, none waits for its turn on a busy machine."""
+        return kernel.sleeps(peer.pid) if set(kernel.thread_states(peer.pid).values()) == {"S"} else {}
+
+    def quiet() -> dict[int, int]:
+        before = asleep()
+        time.sleep(seconds)  # that nothing happens is no event
+        return before if asleep() == before else {}
+
+    return eventually(quiet, f"process {peer.pid} is not woken for {seconds:g} s")
 
 
 def hears_of_the_end(reader: Peer[Reading]) -> None:

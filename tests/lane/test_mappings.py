@@ -1,0 +1,67 @@
+"""Mappings and descriptors of a reader: none is left, and where none can be had a copy does."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from tests.lane.harness.payloads import MODES, random
+from tests.lane.harness.programs import run_beside_a_lane
+from tests.lane.harness.together import PAGE, SEGMENT, Together
+
+
+def test_no_mapping_and_no_descriptor_is_left_by_many_takes(pair: Together) -> None:
+    tensor = random((3 * PAGE,))
+    pair.reader.take(pair.put(tensor), "cow")
+
+    def count() -> tuple[int, int]:
+        process = Path("/proc/self")
+        return (process / "maps").read_text().count("mmlane"), len(list((process / "fd").iterdir()))
+
+    before = count()
+    share = pair.lane.share(uses=300)
+    held = [pair.reader.take(pair.put(tensor, share=share), "cow") for _ in range(300)]
+    assert count()[0] > before[0]
+    held.clear()
+    for mode in MODES * 100:
+        pair.reader.take(pair.put(tensor), mode)
+    assert count() == before
+
+
+def test_where_no_private_mapping_can_be_had_cow_is_a_copy() -> None:
+    """A process may have so many mappings and no more: the reader gets a tensor to write to all the same."""
+    ended = run_beside_a_lane(
+        """
+        import mmap
+        reader, other = pair.readers
+        tensor = random((3 * PAGE,))
+        one, two = pair.put(tensor), pair.put(tensor)
+        for ticket in (one, two):
+            other.discard(ticket)
+        limit = int(open("/proc/sys/vm/max_map_count").read())
+        mappings = []
+        try:
+            while len(mappings) <= limit:  # alternately, lest the kernel joins them
+                mappings.append(mmap.mmap(-1, PAGE, prot=mmap.PROT_READ | len(mappings) % 2 * mmap.PROT_WRITE))
+        except OSError as error:
+            print(error.strerror)
+        copy = reader.take(one, "cow")
+        assert pair.lane.stats().tickets == 1
+        copy.fill_(3)
+        del mappings
+        cow = reader.take(two, "cow")
+        assert pair.lane.stats().tickets == 1
+        assert same(cow, tensor) and int(copy.sum()) == 9 * PAGE
+        """
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "Cannot allocate memory\n", "")
+
+
+def test_a_view_is_where_the_mapping_is_and_costs_no_memory(pair: Together) -> None:
+    ticket = pair.put(random((2 * SEGMENT,)))
+    one = pair.reader.take(ticket, "view")
+    mapping = pair.reader._links[pair.lane.address].mapping
+    assert 0 <= one.data_ptr() - mapping.address < mapping.nbytes
+    assert one.data_ptr() % PAGE == 0
+    assert ctypes.string_at(one.data_ptr(), 4) == bytes(one[:4].tolist())
+    del one

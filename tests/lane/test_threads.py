@@ -1,0 +1,146 @@
+"""Several threads at once, and Python's collector anywhere: every ticket goes back, nobody waits for a lock."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmlane.lane import Refused
+from tests.lane.harness.payloads import MODES, SHAPE, random, same
+from tests.lane.harness.programs import run_beside_a_lane
+from tests.lane.harness.together import PAGE, SEGMENT, Together
+from tests.lane.harness.waiting import eventually, in_threads
+
+
+def test_several_threads_put_and_take(pair: Together) -> None:
+    def work(which: int) -> None:
+        for turn in range(120):
+            size = (17, 3 * PAGE, SEGMENT + 9)[(which + turn) % 3]
+            tensor = torch.full((size,), (which * 40 + turn) % 251, dtype=torch.uint8)
+            ticket = pair.lane.put(tensor)
+            if isinstance(ticket, Refused):
+                assert ticket.cause == "full"
+                continue
+            if turn % 7 == 0:
+                pair.lane.withdraw(ticket)
+                continue
+            taken = pair.reader.take(ticket, MODES[turn % 3])
+            assert same(taken, tensor)
+
+    in_threads([lambda which=which: work(which) for which in range(4)])  # type: ignore[misc]
+    stats = pair.lane.stats()
+    assert (stats.tickets, stats.taken, stats.strays) == (0, 0, 0)
+
+
+def test_tensors_may_be_let_go_by_any_thread(pair: Together) -> None:
+    tensor, share = random((100,)), pair.lane.share(uses=800)
+    queue = [[pair.reader.take(pair.put(tensor, share=share)) for _ in range(200)] for _ in range(4)]
+    assert pair.lane.stats().tickets == 800
+    in_threads([part.clear for part in queue])
+    eventually(lambda: pair.lane.stats().tickets == 0, "all are heard of")  # more than the socket holds at once
+
+
+def test_more_give_backs_at_once_than_the_socket_holds(pair: Together) -> None:
+    """They wait in the reader, and go on by themselves when the producer reads."""
+    tensor, share = random((10,)), pair.lane.share(uses=20_000)
+    tickets = [pair.put(tensor, share=share) for _ in range(20_000)]
+    for ticket in tickets:
+        pair.reader.discard(ticket)
+    eventually(lambda: pair.lane.stats().tickets == 0, "all are heard of")
+    assert pair.lane.stats().strays == 0
+
+
+COLLECTED_ANYWHERE = """
+    lane, (reader, other) = pair.lane, pair.readers
+    tensors = [random((size,), seed=size) for size in (5, PAGE, 3 * PAGE)]
+    left = [0]
+
+    class Last:
+        # A finalizer that does all that is allowed wherever Python collects.
+        def __init__(self, ticket):
+            self.ticket = ticket
+
+        def __del__(self):
+            left[0] += 1
+            reader.discard(self.ticket)
+
+    class Unsent(Last):
+        def __del__(self):
+            left[0] += 1
+            lane.withdraw(self.ticket)
+
+    def put(tensor, share):
+        def issued():
+            made = lane.put(tensor, share=share)
+            if isinstance(made, bytes):
+                return made
+            assert made.cause == "full", made  # a thread that gives back may wait for its turn
+        return eventually(issued, "there is room")
+
+    def cycle(*what):
+        inside = list(what)
+        inside.append(inside)
+
+    gc.set_threshold(1, 1, 1)
+
+    def work(which):
+        for turn in range(150):
+            tensor = tensors[(turn + which) % 3]
+            share = lane.share(uses=3 + turn % 4)  # too few, as many, and more
+            tickets = [put(tensor, share if turn % 3 else None) for _ in range(4)]
+            cycle(share)
+            del share
+            cycle(reader.take(tickets[0]), reader.take(tickets[1], "cow")[:2])
+            other.discard(tickets[0]), other.discard(tickets[1]), other.discard(tickets[2])
+            cycle(Last(tickets[2]))
+            cycle(Unsent(tickets[3]))
+            if turn % 10 == 0:
+                lane.stats()
+
+    threads = [threading.Thread(target=work, args=(which,), daemon=True) for which in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.set_threshold(700, 10, 10)
+    gc.collect()
+    assert left == [THREADS * 300], left
+    eventually(lambda: lane.stats().tickets == 0, "all tickets have ended")
+    assert lane.stats().strays == 0
+    assert lane.stats().taken == 0
+    reader.close(), other.close(), lane.close()
+    print("well")
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tensors_are_collected_wherever_python_likes(threads: int) -> None:
+    """In the middle of `put`, `take` and `stats` too, while their locks are held: nothing there waits for one."""
+    ended = run_beside_a_lane(COLLECTED_ANYWHERE.replace("THREADS", str(threads)))
+    assert (ended.returncode, ended.stdout) == (0, "well\n"), ended.stderr[-3000:]
+    assert ended.stderr == ""
+
+
+@pytest.mark.timeout(120)  # it hangs if it fails
+@pytest.mark.parametrize("lock", ["_lock", "_committing"])
+def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> None:
+    """The one above made certain, for the locks of the producer."""
+    taken = pair.reader.take(pair.put(random(SHAPE)))
+    ticket = pair.put(random((7,)))
+    with getattr(pair.lane, lock):
+        del taken
+        pair.lane.withdraw(ticket)
+    assert pair.lane.stats().tickets == 0
+
+
+@pytest.mark.timeout(120)  # it hangs if it fails
+@pytest.mark.parametrize("lock", ["_claiming", "_sending"])
+def test_letting_go_waits_for_no_lock_of_the_reader(pair: Together, lock: str) -> None:
+    """While this very thread has it, as a collection in the middle of a take or of a give-back would find it."""
+    taken, other = pair.reader.take(pair.put(random(SHAPE))), pair.reader.take(pair.put(random((7,))))
+    ticket = pair.put(random((8,)))
+    with getattr(pair.reader._links[pair.lane.address], lock):
+        del taken
+        pair.reader.discard(ticket)
+    del other  # whoever sends next sends what is left
+    assert pair.lane.stats().tickets == 0

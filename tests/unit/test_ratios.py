@@ -1,0 +1,179 @@
+"""The ratios that quick benchmarks leave behind, and what `tools.ratios` says of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import ratios as written
+from bench.engine import records as engine
+from bench.engine.cases import Case
+from bench.gpu import records as gpu
+from bench.gpu.ways import LANE_PINNED, TORCH_PINNED
+from bench.ratios import Spread, extremes, put, quartiles
+from bench.transport.cases import MIB
+from bench.transport.records import Record
+from bench.transport.verdict import ratios
+from tools.ratios import main
+
+HERE = {"cores": 2, "memory_bytes": 4 << 30, "commit": "abc", "began": "today"}
+
+
+def git(top: Path, *words: str) -> None:
+    named = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *named, *words], cwd=top, check=True)
+
+
+def line(commit: str, machine: str = "2 cores", **ratios: list[float]) -> str:
+    return json.dumps({"commit": commit, "machine": machine, "when": "today", "ratios": ratios}) + "\n"
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> Path:
+    """A checkout of two commits; the first has lines of two machines, and the second, today's, one of its own."""
+    (tmp_path / "bench" / "out").mkdir(parents=True)
+    (tmp_path / ".gitignore").write_text("bench/out/\n")
+    kept = tmp_path / "bench" / "ratios.jsonl"
+    git(tmp_path, "init", "--quiet")
+    first = line("one", same=[1.0, 0.9, 1.1], slower=[1.0, 0.9, 1.1], gone=[2.0, 2.0, 2.0])
+    kept.write_text(first + line("two", "64 cores", same=[5.0, 4.0, 6.0]))
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "one")
+    with kept.open("a") as more:
+        more.write(line("three", slower=[9.0, 9.0, 9.0]))
+    git(tmp_path, "commit", "--quiet", "-a", "-m", "two")
+    return tmp_path
+
+
+def measured(top: Path, machine: str = "2 cores") -> None:
+    new = line("now", machine, same=[1.15, 1.05, 1.2], slower=[1.3, 1.2, 1.4], fresh=[0.5, 0.4, 0.6])
+    (top / "bench" / "out" / "ratios.json").write_text(new)
+
+
+def test_what_moved_since_the_parent(top: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured(top)
+    assert main([], top) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "ratios of now, today, 2 cores",
+        "beside    one, today, 2 cores",
+        "moved +30%  slower: 1 (0.9 - 1.1) -> 1.3 (1.2 - 1.4)",
+        "new          fresh: 0.5 (0.4 - 0.6)",
+        "not measured gone: was 2 (2 - 2)",
+        "1 of 2 moved beyond their spread",
+    ]
+
+
+def test_what_is_not_committed_has_this_commit_for_its_parent(
+    top: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured(top)
+    (top / ".gitignore").write_text("bench/out/\n# changed\n")
+    assert main([], top) == 0
+    assert "moved -86%  slower: 9 (9 - 9) -> 1.3 (1.2 - 1.4)" in capsys.readouterr().out
+
+
+def test_another_machine(top: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured(top, "8 cores")
+    assert main([], top) == 0
+    said = capsys.readouterr().out
+    assert "beside    two, today, 64 cores\n! another machine" in said
+
+
+def test_the_line_is_kept_when_asked_for(top: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured(top)
+    before = (top / "bench" / "ratios.jsonl").read_text()
+    assert main([], top) == 0
+    assert (top / "bench" / "ratios.jsonl").read_text() == before
+    assert main(["--keep", "--note", "busy"], top) == 0
+    *old, new = (top / "bench" / "ratios.jsonl").read_text().splitlines()
+    assert "".join(f"{one}\n" for one in old) == before
+    assert (json.loads(new)["commit"], json.loads(new)["note"]) == ("now", "busy")
+    assert main([], top) == 0  # there are uncommitted changes now: compared with what this commit has
+    assert "beside    three" in capsys.readouterr().out
+
+
+def test_nothing_to_compare(top: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([], top) == 1
+    assert "run `make bench QUICK=1` first" in capsys.readouterr().err
+    measured(top)
+    git(top, "rm", "--quiet", "--cached", "bench/ratios.jsonl")
+    git(top, "commit", "--quiet", "-m", "without")
+    git(top, "commit", "--quiet", "--allow-empty", "-m", "after that")
+    assert main([], top) == 0
+    assert "git has none to compare with" in capsys.readouterr().out
+
+
+# --- what benchmarks write ----------------------------------------------------------------------------------
+
+
+def test_spreads() -> None:
+    assert quartiles([1, 2, 3, 4, 5]) == (3, 2, 4)
+    assert quartiles([7]) == extremes([7]) == (7, 7, 7)
+    assert extremes([3, 1, 8]) == (3, 1, 8)
+    assert Spread(4, 2, 8).over(Spread(2, 1, 4)) == (2, 0.5, 8)
+    assert Spread(4, 2, 8).over(Spread(0, 0, 0)) is None
+    assert Spread(4, -1, 8).over(Spread(2, 1, 4)) is None
+
+
+def test_each_benchmark_has_its_own_ratios_on_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[str, Any] = dict(HERE)
+    monkeypatch.setattr(written, "facts", lambda: dict(known))
+
+    def after(benchmark: str, ratios: Mapping[str, Spread | None]) -> dict[str, Any]:
+        path = put(benchmark, ratios, tmp_path)
+        (only,) = path.read_text().splitlines()
+        found: dict[str, Any] = json.loads(only)["ratios"]
+        return found
+
+    third = Spread(1 / 3, 1 / 3, 1 / 3)
+    assert after("engine", {"old": third, "none": None}) == {"engine: old": [0.3333] * 3}
+    assert set(after("text", {"a": third})) == {"engine: old", "text: a"}
+    assert set(after("engine", {"new": third})) == {"text: a", "engine: new"}
+    known["commit"] = "def"
+    assert set(after("engine", {"new": third})) == {"engine: new"}
+    known["cores"] = 3
+    assert set(after("text", {"a": third})) == {"text: a"}
+
+
+def test_ratios_of_the_transports() -> None:
+    def record(label: str, *seconds: float, **more: Any) -> Record:
+        median, least, most = seconds
+        times: dict[str, Any] = {"median_s": median, "min_s": least, "max_s": most}
+        return Record("cost", label, None, None, label, 16 * MIB, 1, 1, 1, **times, **more)
+
+    view, cow = record("lane view", 1, 0.5, 2, memcpy_s=0.5), record("lane cow", 3, 3, 3, memcpy_s=0.5)
+    theirs = ("engine 0.5.23", 10, 5, 20)
+    assert ratios([view, record(*theirs), cow]) == {
+        "16 MiB, 1 reader: lane view over engine 0.5.23": (0.1, 0.025, 0.4),
+        "16 MiB, 1 reader: lane view over memcpy": (2, 1, 4),
+        "16 MiB, 1 reader: lane cow over engine 0.5.23": (0.3, 0.15, 0.6),
+    }
+    assert ratios([cow, record(*theirs, status="failed")]) == {}
+
+
+def test_ratios_of_the_engine() -> None:
+    def record(mode: str, figure: float, **case: int) -> engine.Record:
+        figures = {"latency_s": [figure] * 3, "send_s": [figure / 10] * 3}
+        return engine.Record("0.5.23", mode, 1, Case("image", 1, **case), figures=figures)
+
+    cases: list[dict[str, int]] = [{}, {"concurrency": 8}, {"n": 8}]
+    records = [record(mode, figure, **case) for case in cases for mode, figure in (("off", 2), ("arena", 1))]
+    assert engine.ratios(engine.Results(records=records)) == {
+        "0.5.23, 1 image, 1 at a time: latency, arena over off": (0.5, 0.5, 0.5),
+        "0.5.23, 1 image, 1 at a time: blocked, arena over off": (0.5, 0.5, 0.5),
+        "0.5.23, 1 image, 8 at a time: latency, arena over off": (0.5, 0.5, 0.5),
+    }
+
+
+def test_ratios_on_a_gpu() -> None:
+    results = gpu.Results(machine={"gpus": [{"name": "NVIDIA X"}]})
+    for way, rate in ((LANE_PINNED, 50.0), (TORCH_PINNED, 100.0)):
+        results.records.append(gpu.Record("h2d", "1 MiB", way, figures={"GB/s": [rate], "again": [1.0]}))
+    assert gpu.ratios(results) == {
+        f"NVIDIA X, h2d, 1 MiB: GB/s, {LANE_PINNED} over {TORCH_PINNED}": (0.5, 0.5, 0.5)
+    }

@@ -1,0 +1,141 @@
+"""Transcripts of unpatched releases: believed for the wheel, devkit and scenario they are of, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.engine import transcripts
+from tests.engine.transcripts import Changed, Refused, Scenario, Transcripts, differences
+
+RELEASE = "0.5.9"
+SEEN = {"status": 200, "tokens": [[1, 2], [3]], "near": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def no_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest of a wheel without the wheel."""
+    monkeypatch.setattr(transcripts, "wheel_digest", lambda version: f"wheel of {version}")
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    file = tmp_path / "code.py"
+    file.write_text('"""Says something."""\n\ndef ask():\n    return 1\n')
+    return file
+
+
+def never(version: str) -> Any:
+    raise AssertionError(f"{version} was run")
+
+
+def scenario_of(code: Path, run: Callable[[str], Any] = lambda version: SEEN) -> Scenario:
+    def asked(version: str) -> Any:
+        return run(version)
+
+    return Scenario(asked, (code,), lambda version: True)
+
+
+@pytest.fixture
+def directory(tmp_path: Path, code: Path) -> Path:
+    """With a transcript of one scenario on one release."""
+    found = tmp_path / "transcripts"
+    found.mkdir()
+    assert Transcripts(anew=True, directory=found).of(RELEASE, scenario_of(code)) == SEEN
+    return found
+
+
+def test_what_is_written_is_believed(directory: Path, code: Path) -> None:
+    assert Transcripts(directory=directory).of(RELEASE, scenario_of(code, never)) == SEEN
+
+
+def test_it_is_text_that_a_person_can_read(directory: Path) -> None:
+    text = (directory / f"{RELEASE}.yaml").read_text()
+    assert text.startswith(f"# What sglang {RELEASE} does without mmlane")
+    assert "\n    - [1, 2]\n" in text
+
+
+def test_no_transcript_is_refused(directory: Path, code: Path) -> None:
+    for version, scenario in (("0.5.10", scenario_of(code)), (RELEASE, replace(scenario_of(code), run=never))):
+        with pytest.raises(Refused, match=rf"no transcript of \w+ on {version}; run: make transcripts ONLY="):
+            Transcripts(directory=directory).of(version, scenario)
+
+
+def test_one_of_another_wheel_is_refused(directory: Path, code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transcripts, "wheel_digest", lambda version: "another")
+    refused(directory, code, "wheel")
+
+
+def test_one_of_another_devkit_is_refused(
+    directory: Path, code: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(transcripts, "DEVKIT", tmp_path)
+    monkeypatch.setattr(transcripts, "SHAPES_THE_ENGINE", ("code.py",))
+    refused(directory, code, "devkit")
+
+
+def test_one_of_another_scenario_is_refused(directory: Path, code: Path) -> None:
+    code.write_text(code.read_text().replace("return 1", "return 2"))
+    refused(directory, code, "scenario")
+
+
+def refused(directory: Path, code: Path, part: str) -> None:
+    with pytest.raises(Refused, match=f"made with another {part} .*; run: make transcripts ONLY={RELEASE}"):
+        Transcripts(directory=directory).of(RELEASE, scenario_of(code, never))
+
+
+def test_comments_and_layout_say_nothing(directory: Path, code: Path) -> None:
+    code.write_text('"""Says it in other words."""\n\n# why\ndef ask():\n    return (\n        1\n    )\n')
+    assert Transcripts(directory=directory).of(RELEASE, scenario_of(code, never)) == SEEN
+
+
+def test_anew_the_same_is_no_news_and_the_key_is_renewed(directory: Path, code: Path) -> None:
+    code.write_text("def ask():\n    return 2\n")
+    again = {**SEEN, "near": 0.500001}
+    assert Transcripts(anew=True, directory=directory).of(RELEASE, scenario_of(code, lambda _: again)) == again
+    assert Transcripts(directory=directory).of(RELEASE, scenario_of(code, never)) == again
+
+
+def test_anew_a_change_is_told_once_and_written(directory: Path, code: Path) -> None:
+    now = {**SEEN, "tokens": [[1, 2], [4]]}
+    runs = []
+
+    def run(version: str) -> Any:
+        runs.append(version)
+        return now
+
+    anew = Transcripts(anew=True, directory=directory)
+    with pytest.raises(Changed, match=r"/tokens/1/0: 3 before, 4 now; it has been written"):
+        anew.of(RELEASE, scenario_of(code, run))
+    assert anew.of(RELEASE, scenario_of(code, run)) == now
+    assert runs == [RELEASE]
+    assert yaml.safe_load((directory / f"{RELEASE}.yaml").read_text())["asked"]["seen"] == now
+
+
+def test_other_scenarios_stay_as_they_are_written(directory: Path, code: Path) -> None:
+    other = scenario_of(code)
+    Transcripts(anew=True, directory=directory).of(RELEASE, replace(other, run=run_of_another))
+    assert Transcripts(directory=directory).of(RELEASE, scenario_of(code, never)) == SEEN
+
+
+def run_of_another(version: str) -> Any:
+    return [version]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({"a": 1}, {"a": 1}, []),
+        ({"a": 1}, {"b": 1}, [": {'a': 1} before, {'b': 1} now"]),
+        ([1, 2], [1], [": [1, 2] before, [1] now"]),
+        ([1.0, "x"], [1.1, "y"], ["/0: 1.0 before, 1.1 now", "/1: x before, y now"]),
+        (1, True, [": 1 before, True now"]),
+    ],
+)
+def test_differences(before: Any, after: Any, told: list[str]) -> None:
+    assert list(differences(before, after)) == told
