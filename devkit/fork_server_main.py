@@ -138,6 +138,7 @@ class Server:
             self._selector.unregister(child.reply)
             child.kill()
             return
+        child.kill()  # what it has forked and left
         _, status = os.waitpid(child.pid, 0)
         self._selector.unregister(child.ended)
         if child.reply in self._selector.get_map():
@@ -200,8 +201,6 @@ def variables_read() -> Iterator[set[str]]:
 
 def run(order: Order, before: Mapping[str, str]) -> None:
     """Run the order's script in this forked process as if the process had been started for it."""
-    script = Path(order.argv[0])
-    code = compile(script.read_bytes(), script, "exec")  # now: a mount may hide the file
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (order.stdout, 1), (order.stderr, 2)):
         os.dup2(source, target)
@@ -212,6 +211,8 @@ def run(order: Order, before: Mapping[str, str]) -> None:
         if name in order.env:
             os.environ[name] = order.env[name]
     tempfile.tempdir = None  # it is chosen by the environment, once
+    script = Path(order.argv[0])
+    code = compile(script.read_bytes(), script, "exec")  # now: a mount may hide the file
     if order.mounts:
         mount(order.mounts)
     sys.argv[:] = order.argv
@@ -240,12 +241,13 @@ def main() -> None:
     _, number, *modules = sys.argv
     del sys.path[0]  # this file's directory, which no script has
     before = dict(os.environ)
+    gc.disable()
     with variables_read() as read:
         for module in modules:
             importlib.import_module(module)
-    # What has been imported is no garbage: no child needs to look through it, nor to copy its pages for that.
-    gc.collect()
+    # What has been imported is no garbage: nobody needs to look through it, nor to copy its pages for that.
     gc.freeze()
+    gc.enable()
     sys.stdout.flush()
     order = Server(socket.socket(fileno=int(number)), before, read).serve()
     if order is not None:

@@ -106,6 +106,17 @@ def test_a_script_that_hangs_is_killed_with_what_it_forked(
     assert server.start([script(tmp_path, "")], env=env).result(LIMIT_S).returncode == 0
 
 
+def test_what_a_script_leaves_running_ends_with_it(
+    server: ForkServer, tmp_path: Path, env: dict[str, str]
+) -> None:
+    os.mkfifo(tmp_path / "held")
+    leaves = script(tmp_path, HANGS.replace("os.fork()", "if os.fork(): sys.exit(7)"))
+    running = server.start([leaves, tmp_path / "held"], env=env)
+    with (tmp_path / "held").open() as pipe:
+        assert pipe.read() in ("held\n", "")  # it may be killed before it says so
+    assert running.result(LIMIT_S).returncode == 7
+
+
 def test_its_end_ends_the_scripts(server: ForkServer, tmp_path: Path, env: dict[str, str]) -> None:
     os.mkfifo(tmp_path / "held")
     running = server.start([script(tmp_path, HANGS), tmp_path / "held"], env=env)
@@ -156,6 +167,12 @@ def test_threads_before_a_fork_are_refused(tmp_path: Path, env: dict[str, str]) 
         running = server.start([script(tmp_path, "")], env=env)
         with pytest.raises(ForkServerDied, match="wanted one thread before a fork, found 2"):
             running.result(LIMIT_S)
+
+
+def test_a_script_that_is_not_there(server: ForkServer, tmp_path: Path, env: dict[str, str]) -> None:
+    done = server.start([tmp_path / "none.py"], env=env).result(LIMIT_S)
+    assert done.returncode == 1
+    assert "No such file" in done.stderr
 
 
 def test_a_module_that_cannot_be_imported(tmp_path: Path, env: dict[str, str]) -> None:
