@@ -74,6 +74,7 @@ class Traffic:
         self.lossy, self.late, self.comes_back = lossy, late, comes_back
         self.on_its_way: dict[Peer[Reading], list[Sent]] = {reader: [] for _, reader in readers}
         self.held: dict[Peer[Reading], int] = dict.fromkeys(self.on_its_way, 0)
+        self.joined: set[Peer[Reading]] = set()
         self.seeds = count(1)
 
     def run(self) -> None:
@@ -96,6 +97,7 @@ class Traffic:
             reader.call(join, self.address)
         except JoinRefused as error:
             raise Died(self.producer.exitcode()) from error
+        self.joined.add(reader)
 
     def _wait_until_it_is_open(self) -> None:
         """Raises Died where it never will be: a reader can die by itself of what it hears."""
@@ -221,6 +223,9 @@ def after_a_readers_death(company: Company, traffic: Traffic) -> None:
     producer, address = traffic.producer, traffic.address
     (file,) = kernel.lane_files(producer.pid)
     survivors = [reader for _, reader in traffic.readers if reader.is_alive()]
+    for reader in survivors:
+        if reader not in traffic.joined:  # it died before their turn
+            reader.call(Reading.join, address)
     eventually(lambda: not producer.call(Producing.is_open), "the lane shuts")
     why = refused(producer)
     assert why.cause == "not_open" and "1 of 2 in 'tp'" in why.detail

@@ -5,27 +5,35 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+from tests.lane.harness.child import run
 from tests.lane.harness.payloads import MODES, random
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, SEGMENT, Together
+from tests.lane.harness.together import PAGE, SEGMENT, Together, together
 
 
-def test_no_mapping_and_no_descriptor_is_left_by_many_takes(pair: Together) -> None:
-    tensor = random((3 * PAGE,))
-    pair.reader.take(pair.put(tensor), "cow")
+def mappings_and_descriptors() -> tuple[int, int]:
+    process = Path("/proc/self")
+    return (process / "maps").read_text().count("mmlane"), len(list((process / "fd").iterdir()))
 
-    def count() -> tuple[int, int]:
-        process = Path("/proc/self")
-        return (process / "maps").read_text().count("mmlane"), len(list((process / "fd").iterdir()))
 
-    before = count()
-    share = pair.lane.share(uses=300)
-    held = [pair.reader.take(pair.put(tensor, share=share), "cow") for _ in range(300)]
-    assert count()[0] > before[0]
-    held.clear()
-    for mode in MODES * 100:
-        pair.reader.take(pair.put(tensor), mode)
-    assert count() == before
+def take_many() -> tuple[tuple[int, int], ...]:
+    """What there is before, while many are held, and after them; where no other test has left anything to end."""
+    with together() as pair:
+        tensor = random((3 * PAGE,))
+        pair.reader.take(pair.put(tensor), "cow")
+        before = mappings_and_descriptors()
+        share = pair.lane.share(uses=300)
+        held = [pair.reader.take(pair.put(tensor, share=share), "cow") for _ in range(300)]
+        amid = mappings_and_descriptors()
+        held.clear()
+        for mode in MODES * 100:
+            pair.reader.take(pair.put(tensor), mode)
+        return before, amid, mappings_and_descriptors()
+
+
+def test_no_mapping_and_no_descriptor_is_left_by_many_takes() -> None:
+    before, amid, after = run(take_many)
+    assert before == after and before[0] < amid[0]
 
 
 def test_where_no_private_mapping_can_be_had_cow_is_a_copy() -> None:
