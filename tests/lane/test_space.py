@@ -307,6 +307,11 @@ def test_sizes_that_do_not_divide_each_other_are_refused(capacity: int, segment:
         Space(capacity, segment, page)
 
 
+def test_the_smallest_of_all() -> None:
+    space = Space(1, 1, 1)
+    assert taken(space, 1) == 0 and space.find(0) is None
+
+
 @pytest.mark.parametrize("pinned", [-64, 16, 320])
 def test_pinned_bytes_are_whole_segments_within_the_capacity(pinned: int) -> None:
     with pytest.raises(ValueError, match=f"{pinned} pinned bytes: whole segments of 64, 256 at most"):
