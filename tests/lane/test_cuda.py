@@ -231,6 +231,7 @@ def test_a_replacement_is_told_before_it_is_told_much_else(gpu: FakeGpu, pair: T
     with Reader("tp", device="cuda:0") as late:
         late.join(pair.lane.address, DEADLINE)
         assert late.wait_pinned(pair.lane.address, DEADLINE)
+        eventually(lambda: len(kinds) >= 3, "it is told what has memory")
     assert kinds[:3] == [wire.JOINED, wire.KEPT, wire.WARM]
 
 
