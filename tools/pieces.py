@@ -25,6 +25,8 @@ from devkit.server import dies_with_us
 from devkit.wheels import wheel_digest
 
 COUNTS = ("passed", "failed", "errors", "skipped", "xfailed")
+# Jobs in the background of a shell ignore Ctrl-C, and so would what they start.
+_INTERRUPTIBLE = ("env", "--default-signal=INT")
 _GRACE_S = 60.0  # for the fixtures of a run that is ended, which stop servers
 
 
@@ -128,7 +130,7 @@ def run(piece: Piece, tree: Path, log: Path, limit_s: float) -> Result:
     outcome = ""
     with log.open("wb") as written:
         process = subprocess.Popen(
-            [*dies_with_us(), *pytest],
+            [*dies_with_us(), *_INTERRUPTIBLE, *pytest],
             cwd=tree,
             stdin=subprocess.DEVNULL,
             stdout=written,

@@ -52,6 +52,11 @@ def failing(server: WatchedServer, *seams: str) -> Iterator[None]:
         file.unlink()
 
 
+def failed(server: WatchedServer, seam: str) -> int:
+    """How many processes have failed there."""
+    return sum(seam in file.read_text().splitlines() for file in server.notes.glob("*.failed"))
+
+
 def one(server: WatchedServer) -> Reply:
     return server.generate([asking.image(1)], asking.TEXT)
 
@@ -105,6 +110,8 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
         with failing(server, f"{take} StaleTicket"):
             server.loses()
             assert one(server).status == 500
+            # One rank answers; another may come to it only now, and must find it failing, too.
+            asking.wait_for(lambda: failed(server, take) == server.tp, "all ranks to fail")
         assert asking.tokens(three(server)) == wanted[1]
         scenarios.wait_for_baseline(server)
         ranks = server.find("sglang::scheduler")

@@ -591,29 +591,36 @@ def test_a_rank_without_a_lane_has_no_ticket(ends: Ends, wrap: Any, monkeypatch:
     assert pickle.loads(message).materialize().sum() == random().sum()
 
 
-def forgone(ends: Ends, ticket: bytes) -> None:
-    """It was asked after, when this rank had not seen it."""
+def forgone(ends: Ends, ticket: bytes) -> Callable[[], None]:
+    """It was asked after, when this rank had not seen it. The producer hears the answer by what is returned."""
     assert ends.rank._reader is not None
     content = read(ticket)
-    ends.rank._reader._links[content.address].forgo(content.slot, content.serial)
+    link = ends.rank._reader._links[content.address]
+    answers: list[tuple[int, int, int]] = []
+    with pytest.MonkeyPatch.context() as under_way:
+        under_way.setattr(link, "say", lambda *answer: answers.append(answer))
+        link.forgo(content.slot, content.serial)
+    return lambda: link.say(*answers[0])
 
 
-def not_joined(ends: Ends, ticket: bytes) -> None:
+def not_joined(ends: Ends, ticket: bytes) -> Callable[[], None]:
     """The lane was opened by somebody else in this rank's place."""
     lanes.rank = lanes.Rank("dp0")
     lanes.rank._heard[read(ticket).address] = inf
+    return lambda: None
 
 
 @pytest.mark.parametrize("happens", [forgone, not_joined])
 def test_what_only_this_rank_may_have_lost_is_no_lost_request(
-    ends: Ends, wrap: Any, happens: Callable[[Ends, bytes], None]
+    ends: Ends, wrap: Any, happens: Callable[[Ends, bytes], Callable[[], None]]
 ) -> None:
     """Its peers may take it, and would wait for this rank: it ends."""
     sent = wrap(random())
     received = request(through_pickle(sent))
-    happens(ends, sent.ticket)
+    go_on = happens(ends, sent.ticket)
     with pytest.raises(StaleHere):
         tickets.take([received])
+    go_on()
     lanes.rank = ends.rank
     received.mm_inputs = None
     pickle.loads(pickle.dumps(sent)).close_and_unlink()

@@ -1,7 +1,8 @@
 """Raises in functions of mmlane: in those that the file $NOTES/fail names while it is there.
 
 Its lines are `MODULE:NAME ERROR [TITLE]`: ERROR is the name of an error in mmlane.lane, or of a new one that
-nobody expects; with a TITLE, only processes of that title fail. The functions are those of SEAMS.
+nobody expects; with a TITLE, only processes of that title fail. The functions are those of SEAMS. A process writes
+each failure as a line to $NOTES/PID.failed before it raises.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def failing(seam: str, function: Callable[..., Any]) -> Callable[..., Any]:
         for line in wanted():
             name, error, title = f"{line} ".split(" ", 2)
             if name == seam and title.strip() in Path("/proc/self/cmdline").read_text():
+                with Path(os.environ["NOTES"], f"{os.getpid()}.failed").open("a") as failed:
+                    failed.write(f"{seam}\n")
                 raise kind(error)(f"in {seam}")
         return function(*args, **kwargs)
 
