@@ -12,7 +12,7 @@ pytest.importorskip("cosmic_ray", reason="not among what the tests need on every
 
 from cosmic_ray.mutating import mutate_code
 
-from tests.forkserver import in_child
+from tests.lane.harness import child
 from tools import mutants
 
 SOURCE = """
@@ -63,8 +63,8 @@ def codes(copy: Path, *conditions: str, timeout: float) -> list[int | None]:
 def test_a_run_of_tests_reads_the_copy(tmp_path: Path) -> None:
     """Though this process has modules of the same names."""
     conditions = ("lambda: True", "lambda: False", "lambda: True")
-    assert in_child(partial(codes, timeout=60), tmp_path, *conditions) == [0, 1, 0]
+    assert child.run(partial(codes, timeout=60), tmp_path, *conditions) == [0, 1, 0]
 
 
 def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    assert in_child(partial(codes, timeout=0.5), tmp_path, "None") == [None]
+    assert child.run(partial(codes, timeout=0.5), tmp_path, "None") == [None]

@@ -30,7 +30,7 @@ from mmlane_patches.pointer import (  # noqa: E402
     ShmPointerMMData,
     plain_bytes,
 )
-from tests.forkserver import in_child  # noqa: E402
+from tests.lane.harness.child import run  # noqa: E402
 
 SHM = Path("/dev/shm")
 QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
@@ -152,7 +152,7 @@ def _sum_and_scribble(received: SegmentPointer) -> float:
 
 
 def test_a_reader_in_another_process() -> None:
-    assert in_child(_sum_and_scribble, SegmentPointer(torch.full((1000,), 2.0))) == 2000.0
+    assert run(_sum_and_scribble, SegmentPointer(torch.full((1000,), 2.0))) == 2000.0
     assert segments() == set()
 
 
@@ -164,7 +164,7 @@ def _drop(message: list[SegmentPointer]) -> bool:
 
 
 def test_a_reader_that_drops_it_unread_removes_it() -> None:
-    assert in_child(_drop, [SegmentPointer(torch.zeros(9))])
+    assert run(_drop, [SegmentPointer(torch.zeros(9))])
 
 
 def _pass_on(message: list[SegmentPointer]) -> bytes:
@@ -174,7 +174,7 @@ def _pass_on(message: list[SegmentPointer]) -> bytes:
 
 
 def test_a_relay_that_drops_what_it_passed_on_leaves_it() -> None:
-    (received,) = pickle.loads(in_child(_pass_on, [SegmentPointer(torch.arange(3))]))
+    (received,) = pickle.loads(run(_pass_on, [SegmentPointer(torch.arange(3))]))
     assert received.materialize().tolist() == [0, 1, 2]
 
 

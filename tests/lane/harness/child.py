@@ -15,21 +15,18 @@ import os
 import signal
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from tests.forkserver import FORKED
 from tests.lane.harness import kernel
 from tests.lane.harness.libc import checked, libc
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-# A server that has imported torch forks the processes: each is there at once, and none inherits a thread.
-_context = get_context("forkserver")
-_context.set_forkserver_preload(["torch", "hypothesis", "pytest", "mmlane.lane", "tests.lane.harness.peers"])
 
 
 def start_server() -> None:
@@ -39,7 +36,7 @@ def start_server() -> None:
 
 def pipe(duplex: bool = True) -> tuple[Connection, Connection]:
     """Two ends, of which a child can have one. Not duplex: the first one only receives."""
-    ours, theirs = _context.Pipe(duplex)
+    ours, theirs = FORKED.Pipe(duplex)
     return ours, theirs
 
 
@@ -75,7 +72,7 @@ class Child:
 
     def __init__(self, function: Callable[Concatenate[Connection, P], Any], *args: P.args, **_: P.kwargs) -> None:
         self._pipe, there = pipe()
-        self._process = _context.Process(target=_live, args=(there, function, args))
+        self._process = FORKED.Process(target=_live, args=(there, function, args))
         self._process.start()
         there.close()
         pid = self._process.pid
@@ -159,7 +156,9 @@ def _alone(pipe: Connection, function: Callable[..., T], args: tuple[Any, ...]) 
 
 
 def run(function: Callable[P, T], *args: P.args, **_: P.kwargs) -> T:
-    """Call a function in a process of its own. Raises Died, Failed, TimeoutError."""
+    """Call a function in a process of its own. Raises Died, also after an answer, Failed, and TimeoutError."""
     with Child(_alone, function, args) as child:
         value: T = child.result()
+        if child.exitcode() != 0:
+            raise Died(child.exitcode())
         return value
