@@ -63,6 +63,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tree = tmp_path / "tree"
     for name in ("a", "b"):
         suite(tree, name, PASSES.format(name=name))
+    (tree / ".gitignore").write_text("__pycache__/\n.pytest_cache/\n")  # the user's own may not have them
     git(tree, "init", "--quiet")
     git(tree, "add", ".")
     monkeypatch.setenv("MMLANE_CACHE", str(tmp_path / "cache"))
