@@ -1,7 +1,7 @@
 """What a server is asked, and what is done to it meanwhile, with the plugin and without.
 
 A change of this file makes every transcript of an unpatched release out of date (transcripts.py): what concerns
-the plugin alone is in scenarios.py.
+the plugin alone is in looking.py.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def in_background(call: Callable[[], Any]) -> concurrent.futures.Future[Any]:
     return concurrent.futures.ThreadPoolExecutor(1).submit(call)
 
 
-def wait_for(condition: Callable[[], bool], what: str | Callable[[], str], seconds: float = WAIT_S) -> None:
+def wait_for(condition: Callable[[], object], what: str | Callable[[], str], seconds: float = WAIT_S) -> None:
     """Wait for something outside this process that gives no event, as a file or a process elsewhere."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -117,13 +117,24 @@ def ask_and_lose_the_segment(server: WatchedServer) -> Reply:
         for name in set(segments(server)) - set(before):
             Path("/proc", str(server.pid), "root/dev/shm", name).unlink()
     # From 0.5.14 on the main process outlives a scheduler by a minute, for core dumps, and answers nothing.
-    wait_for(lambda: answer.done() or not run(server, pids), "a reply, or the end of a scheduler")
-    return answer.result(WAIT_S) if run(server, pids) else Reply(0, {"error": "a scheduler has ended"})
+    wait_for(lambda: answer.done() or not all_run(server, pids), "a reply, or the end of a scheduler")
+    return answer.result(WAIT_S) if all_run(server, pids) else Reply(0, {"error": "a scheduler has ended"})
 
 
-def run(server: WatchedServer, pids: list[int]) -> bool:
+def all_run(server: WatchedServer, pids: list[int]) -> bool:
     """Whether all these processes of the server run."""
     return set(pids) <= {process.pid for process in server.processes()}
+
+
+def bytes_between_ranks(server: WatchedServer) -> int:
+    """What an image of 640x480 makes them send each other. The least of three, as others may send, too."""
+
+    def once() -> int:
+        before = loopback_bytes()
+        ANSWERED["larger image"](server)
+        return loopback_bytes() - before
+
+    return min(once() for _ in range(3))
 
 
 def loopback_bytes() -> int:
@@ -144,7 +155,7 @@ def burst(server: WatchedServer) -> Iterator[None]:
         yield
 
 
-def end(server: WatchedServer, victims: list[int]) -> None:
+def kill_all(server: WatchedServer, victims: list[int]) -> None:
     """Kill them, and then what the engine leaves running: nothing of it may need an orderly end."""
     for pid in victims:
         server.kill(pid, signal.SIGKILL)

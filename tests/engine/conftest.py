@@ -39,12 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _place(item: pytest.Item) -> tuple[int, ...]:
     assert isinstance(item, pytest.Function)
     parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
-    if "version" not in parameters:
+    releases = [str(version) for version in matrix().engines]
+    if parameters.get("version") not in releases:  # none, or one is skipped because none was chosen
         return (0,)
-    release = [str(version) for version in matrix().engines].index(parameters["version"])
+    release = releases.index(parameters["version"])
     mode = parameters.get("mode") or next((mode for mode in MODES if mode in item.fixturenames), None)
     if mode is None:
         return (1, release, 0)
+    if item.path.stem not in ON_A_SERVER:
+        raise pytest.UsageError(f"{item.nodeid} uses the server of other tests: name its file in ON_A_SERVER")
     return (1, release, 1 + MODES.index(mode), ON_A_SERVER.index(item.path.stem))
 
 

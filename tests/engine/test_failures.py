@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from packaging.version import Version
 
 from devkit.client import Reply
-from tests.engine import asking, scenarios
+from tests.engine import asking, looking
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -76,7 +77,7 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
         with failing(server, f"{join} Injected scheduler_TP1"):
             assert one(server).status == 200  # by segment
             asking.wait_for(lambda: said(server, "join failed", join) == 1, "the line of the rank")
-        scenarios.open_lanes(server)  # it tries again
+        looking.open_lanes(server)  # it tries again
         wanted = [asking.tokens(one(server)), asking.tokens(three(server))]
         seams = dict(SENDING)
         for seam, (line, newest) in OLDER.items():
@@ -84,13 +85,16 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
                 seams[seam] = line
         for number, (seam, line) in enumerate(seams.items()):
             error = f"Injected{number}"  # the same kind of error at the same place is said once
+            where = (line, seam, error)
             alone = seam.endswith("own_items")  # what it does is needed for n > 1 there
             with failing(server, f"{seam} {error}"):
                 replies = [one(server), *([] if alone else [three(server), three(server)])]
+                # A share is closed after the answer has gone.
+                asking.wait_for(partial(said, server, *where), f"the line of {where}")
             for reply, tokens in zip(replies, [wanted[0], wanted[1], wanted[1]], strict=False):
                 assert reply.status == 200, (seam, reply.body)
                 assert asking.tokens(reply) == tokens, seam
-            assert said(server, line, seam, error) == 1, seam
+            assert said(server, *where) == 1, seam
 
         # The way behind it fails as well: features go inline, or, from 0.5.21 on, by the engine's own class.
         with failing(server, "mmlane.lane.producer:Lane.put Injected", "mmlane_patches.pointer:_store Injected"):
@@ -101,8 +105,8 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
         with failing(server, f"{write} Injected"):
             asking.wait_for(lambda: said(server, "metrics failed", write) == 1, "the line of the metrics")
         counted = [f'mmlane_failures_total{{where="{where}"}}' for where in ("join", "put", "share", "metrics")]
-        asking.wait_for(lambda: scenarios.metrics(server).keys() >= set(counted), "the counts")
-        scenarios.wait_for_baseline(server)
+        asking.wait_for(lambda: looking.metrics(server).keys() >= set(counted), "the counts")
+        looking.wait_for_baseline(server)
         assert asking.tokens(one(server)) == wanted[0]
 
         # In a rank: a ticket's error fails its request, on all ranks; what nobody expects ends the rank.
@@ -113,7 +117,7 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
             # One rank answers; another may come to it only now, and must find it failing, too.
             asking.wait_for(lambda: failed(server, take) == server.tp, "all ranks to fail")
         assert asking.tokens(three(server)) == wanted[1]
-        scenarios.wait_for_baseline(server)
+        looking.wait_for_baseline(server)
         ranks = server.find("sglang::scheduler")
         server.breaks()
         with failing(server, f"{take} Injected scheduler_TP1"):
@@ -134,7 +138,7 @@ def test_at_start(release: str, plugin_wheel: Path) -> None:
         assert three(server).status == 200
         assert said(server, "start failed", seams[0]) == 1
         assert said(server, "sweep failed", seams[1]) == 1
-        assert scenarios.lanes(server) == []
+        assert looking.lanes(server) == []
 
 
 @RELEASES
@@ -144,6 +148,6 @@ def test_a_rank_that_cannot_join(release: str, plugin_wheel: Path) -> None:
         assert one(server).status == 200
         assert three(server).status == 200
         assert said(server, "start failed", "mmlane_patches.lanes:become_rank") == 1
-        asking.wait_for(lambda: scenarios.lane(server).readers.get("dp0") == 1, "the other rank")
+        asking.wait_for(lambda: looking.lane(server).readers.get("dp0") == 1, "the other rank")
         assert one(server).status == 200
-        assert not scenarios.lane(server).is_open
+        assert not looking.lane(server).is_open

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine import asking, scenarios
+from tests.engine import asking, looking
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.stages import (
+    RELEASES,
     answers,
-    bytes_between_ranks,
     stages,
     two_stages,
     wait_for_no_new_segments,
@@ -19,21 +19,20 @@ from tests.engine.unpatched.stages import (
 pytestmark = pytest.mark.engine
 
 
-# Before 0.5.11 the engine makes CUDA events in this loop, whatever the device.
-@pytest.mark.releases("0.5.12.post1", "0.5.11", "0.5.14", "0.5.16", "0.5.19", "0.5.23")
+@pytest.mark.releases(*RELEASES)
 def test_two_stages(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     unpatched = transcripts.of(release, stages)
     assert unpatched["tensors cross twice"]
     with two_stages(release, plugin_wheel, "arena") as server:
         before = set(asking.segments(server))
-        scenarios.open_lanes(server)  # of the first stage: the other has no use for it
-        assert scenarios.lane(server).readers == {"dp0": 2}
+        looking.open_lanes(server)  # of the first stage: the other has no use for it
+        assert looking.lane(server).readers == {"dp0": 2}
         assert answers(server) == unpatched["answers"]
         one = asking.tokens(server.generate([asking.image(4)], asking.TEXT))
         assert asking.tokens(asking.one_image_n3(server)) == one * 3
         assert asking.two_images_n2(server).status == 200
-        assert bytes_between_ranks(server) < asking.TENSOR
-        scenarios.wait_for_baseline(server)
+        assert asking.bytes_between_ranks(server) < asking.TENSOR
+        looking.wait_for_baseline(server)
         wait_for_no_new_segments(server, before)
 
 

@@ -11,7 +11,7 @@ from packaging.version import Version
 from tests.engine.digests import compare
 from tests.engine.faults import FANNED_OUT
 from tests.engine.transcripts import Transcripts
-from tests.engine.unpatched.refilling import SAMPLES, SCRIPT, refilled
+from tests.engine.unpatched.refilling import RELEASES, SAMPLES, SCRIPT, refilled
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -22,7 +22,7 @@ def same(answer: dict[str, Any], expected: dict[str, Any]) -> bool:
     return close and answer["tokens"] == expected["tokens"]
 
 
-@pytest.mark.releases("0.5.16", "0.5.10", "0.5.12.post1", "0.5.23")
+@pytest.mark.releases(*RELEASES)
 def test_a_tensor_that_is_refilled(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     """One sample and several, pixels and embeddings, whichever way the next picture is written."""
     survives = Version(release) >= FANNED_OUT  # several samples, without the plugin

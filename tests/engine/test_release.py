@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from devkit.images import jpeg
 from mmlane import __version__
-from tests.engine import asking, scenarios
+from tests.engine import asking, looking
 from tests.engine.conftest import MODES
 from tests.engine.faults import DEFERRED, FANNED_OUT
 from tests.engine.watching import WatchedServer
@@ -28,19 +28,19 @@ def by_its_way(server: WatchedServer, mode: str, *, images: bool = True) -> Iter
     if mode != "arena":
         yield
         return
-    scenarios.open_lanes(server)
-    before = scenarios.lane(server)
+    looking.open_lanes(server)
+    before = looking.lane(server)
     yield
-    after = scenarios.lane(server)
+    after = looking.lane(server)
     assert (after.puts > before.puts) == images
     assert after.refused == before.refused
 
 
 def test_metrics_before_the_first_image(arena: WatchedServer) -> None:
     """Who runs, and that no image has come yet. The first test on this server: others send some."""
-    found = scenarios.metrics(arena)
+    found = looking.metrics(arena)
     assert found[f'mmlane_info{{mode="arena",version="{__version__}"}}'] == 1
-    assert scenarios.states(arena) == {"unused": 1}
+    assert looking.states(arena) == {"unused": 1}
     assert found['mmlane_lane_bytes{kind="capacity"}'] == found["mmlane_puts_total"] == 0
 
 
@@ -110,22 +110,22 @@ def test_concurrent_requests_of_every_kind(mode: str, unpatched: Any, server: Wa
 def on_its_way(server: WatchedServer, mode: str, before: dict[str, int]) -> None:
     """Wait until the only request is between the tokenizer and the schedulers. before: the segments until then."""
     if mode == "arena":
-        asking.wait_for(lambda: scenarios.lane(server).tickets == 1, "the ticket")
+        asking.wait_for(lambda: looking.lane(server).tickets == 1, "the ticket")
     else:
         asking.wait_for(lambda: bool(asking.segments(server).keys() - before), "the segment")
 
 
 def nothing_under_way(server: WatchedServer, mode: str) -> None:
     if mode == "arena":
-        scenarios.wait_for_baseline(server)
-    scenarios.wait_for_no_features(server)
+        looking.wait_for_baseline(server)
+    looking.wait_for_no_features(server)
 
 
 @both
 def test_hanging_up_in_mid_flight(mode: str, server: WatchedServer) -> None:
     """A user who goes away at the first token, and one whose request is aborted on its way to the schedulers."""
     if mode == "arena":
-        scenarios.open_lanes(server)
+        looking.open_lanes(server)
     nothing_under_way(server, mode)
     events = server.stream([asking.image(9)], asking.TEXT, max_new_tokens=200)
     next(events)
@@ -148,7 +148,5 @@ def test_hanging_up_in_mid_flight(mode: str, server: WatchedServer) -> None:
 def test_tensors_do_not_cross_the_loopback(version: str, mode: str, unpatched: Any, server: WatchedServer) -> None:
     """0.5.9 pickles whole tensors to the other rank; with the plugin only pointers go, as on later releases."""
     with by_its_way(server, mode):
-        before = asking.loopback_bytes()
-        asking.ANSWERED["larger image"](server)
-        assert asking.loopback_bytes() - before < asking.TENSOR
+        assert asking.bytes_between_ranks(server) < asking.TENSOR
     assert unpatched["tensors cross the loopback"] == (Version(version) < DEFERRED)

@@ -17,7 +17,7 @@ from devkit.images import jpeg
 from mmlane import __version__, compat
 from mmlane.engine import Engine
 from mmlane.settings import Settings
-from tests.engine import asking, scenarios
+from tests.engine import asking, looking
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -28,8 +28,8 @@ STATES = ("off", "unused", "opening", "open", "failed")
 def test_the_first_feature_opens_the_lane(version: str, arena: WatchedServer) -> None:
     specs, _ = compat.contributed()
     decisions = compat.plan(specs, Engine(Version(version), None), Settings())
-    scenarios.open_lanes(arena)
-    assert scenarios.lane(arena).readers == {"dp0": 2}
+    looking.open_lanes(arena)
+    assert looking.lane(arena).readers == {"dp0": 2}
     assert len(re.findall("the lane is open", arena.log())) == 1
     (applied,) = re.findall("mmlane:   applied: (.*)", arena.log())
     assert applied == ", ".join(i for i, d in decisions.items() if d.state == "planned")
@@ -38,7 +38,7 @@ def test_the_first_feature_opens_the_lane(version: str, arena: WatchedServer) ->
 
 def test_ranks_wait_for_nothing(arena: WatchedServer) -> None:
     """Counted: the unpatched engine's ranks wait for each other at every image, ours at none that goes by lane."""
-    scenarios.open_lanes(arena)
+    looking.open_lanes(arena)
     before = arena.collectives()
     for ask in (*asking.ANSWERED.values(), asking.one_image_n3):
         assert ask(arena).status == 200
@@ -48,14 +48,14 @@ def test_ranks_wait_for_nothing(arena: WatchedServer) -> None:
 @pytest.mark.parametrize("held", [False, True])
 def test_eight_samples_share_one_copy(held: bool, arena: WatchedServer) -> None:
     """Also when each is sent only after all tickets before it, that of the warm-up first, have come back."""
-    scenarios.open_lanes(arena)
+    looking.open_lanes(arena)
     picture = jpeg(640, 480, seed=11 + held)
-    before = scenarios.lane(arena)
+    before = looking.lane(arena)
     one = arena.generate([picture], asking.TEXT)
-    between = scenarios.lane(arena)
-    with scenarios.flag(arena, "hold") if held else nullcontext():
+    between = looking.lane(arena)
+    with looking.flag(arena, "hold") if held else nullcontext():
         eight = arena.generate([picture], asking.TEXT, n=8)
-    after = scenarios.lane(arena)
+    after = looking.lane(arena)
     assert asking.tokens(eight) == asking.tokens(one) * 8
     assert between.copied - before.copied >= 640 * 480 * 3 * 4
     assert after.copied - between.copied == between.copied - before.copied
@@ -64,27 +64,27 @@ def test_eight_samples_share_one_copy(held: bool, arena: WatchedServer) -> None:
 
 def test_hanging_up_on_several_samples(arena: WatchedServer) -> None:
     """At the first token, and while the warm-up is under way: nothing is left, and no collector is waited for."""
-    scenarios.open_lanes(arena)
-    scenarios.wait_for_baseline(arena)
-    with scenarios.flag(arena, "uncollected"):
+    looking.open_lanes(arena)
+    looking.wait_for_baseline(arena)
+    with looking.flag(arena, "uncollected"):
         for seed in range(30, 33):
             events = arena.stream([asking.image(seed)], asking.TEXT, n=3, max_new_tokens=50)
             next(events)
             events.close()  # type: ignore[attr-defined]
-        scenarios.wait_for_baseline(arena)
+        looking.wait_for_baseline(arena)
         for seed in range(33, 36):
-            with asking.schedulers_stopped(arena), scenarios.asked_and_left(arena, asking.image(seed), n=3):
-                asking.wait_for(lambda: scenarios.lane(arena).tickets == 1, "the ticket")
-            scenarios.wait_for_baseline(arena)
+            with asking.schedulers_stopped(arena), looking.asked_and_left(arena, asking.image(seed), n=3):
+                asking.wait_for(lambda: looking.lane(arena).tickets == 1, "the ticket")
+            looking.wait_for_baseline(arena)
 
 
 def test_metrics(arena: WatchedServer) -> None:
     """In the engine's own /metrics, where numbers are written once a second."""
-    scenarios.open_lanes(arena)
+    looking.open_lanes(arena)
     assert asking.ANSWERED["one image"](arena).status == 200  # the first that surely goes by lane
 
     def now() -> dict[str, float]:
-        stats = scenarios.lane(arena)
+        stats = looking.lane(arena)
         return {
             'mmlane_lane_bytes{kind="capacity"}': stats.capacity,
             'mmlane_lane_bytes{kind="committed"}': stats.warm,
@@ -106,13 +106,13 @@ def test_metrics(arena: WatchedServer) -> None:
 
     assert now()["mmlane_puts_total"] > 0
     asking.wait_for(
-        lambda: scenarios.metrics(arena) == pytest.approx(now()),
-        lambda: f"{scenarios.metrics(arena)} to be {now()}",
+        lambda: looking.metrics(arena) == pytest.approx(now()),
+        lambda: f"{looking.metrics(arena)} to be {now()}",
     )
 
 
 def test_status(arena: WatchedServer) -> None:
     command = [str(Path(sys.executable).with_name("mmlane")), "status", "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    (found,) = [told for told in json.loads(shown.stdout) if told["pid"] == scenarios.lane(arena).pid]
-    assert found["stats"] == json.loads(json.dumps(asdict(scenarios.lane(arena))))
+    (found,) = [told for told in json.loads(shown.stdout) if told["pid"] == looking.lane(arena).pid]
+    assert found["stats"] == json.loads(json.dumps(asdict(looking.lane(arena))))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from devkit.client import Reply
-from tests.engine import asking, scenarios
+from tests.engine import asking, looking
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -71,7 +71,7 @@ def test_a_thousand_requests(version: str, arena: WatchedServer) -> None:
     """Of all kinds, with random aborts: the lane is empty after it, and no process has grown by what passed."""
     chance = random.Random(SEED)
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        scenarios.open_lanes(arena)
+        looking.open_lanes(arena)
 
         def some(count: int) -> Counter[str]:
             seeds = [chance.randrange(1 << 30) for _ in range(count)]
@@ -81,8 +81,8 @@ def test_a_thousand_requests(version: str, arena: WatchedServer) -> None:
         before = anonymous_memory(arena)
         outcomes += some(REQUESTS * 7 // 10)
         after = anonymous_memory(arena)
-    scenarios.wait_for_baseline(arena)
+    looking.wait_for_baseline(arena)
     grown = {pid: after[pid] - before[pid] for pid in before if after[pid] - before[pid] > GROWTH}
-    assert not grown, f"{grown}, with {scenarios.lane(arena).copied} bytes copied, {outcomes}"
-    assert scenarios.features(arena) == []
+    assert not grown, f"{grown}, with {looking.lane(arena).copied} bytes copied, {outcomes}"
+    assert looking.features(arena) == []
     assert arena.generate([asking.image()], asking.TEXT).status == 200

@@ -11,10 +11,10 @@ from packaging.version import Version
 from mmlane.compat import matrix
 from mmlane.lane.status import running
 from tests.conftest import SIX
-from tests.engine import asking, scenarios
+from tests.engine import asking, looking
 from tests.engine.faults import DEFERRED
 from tests.engine.transcripts import Transcripts
-from tests.engine.unpatched.killed import killed_in_a_burst
+from tests.engine.unpatched.killed import RELEASES, killed_in_a_burst
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -23,19 +23,19 @@ ENDS_S = 180.0  # from 0.5.14 on the main process waits a minute for core dumps
 
 
 def first_rank(server: WatchedServer) -> None:
-    asking.end(server, server.find("sglang::scheduler")[:1])
+    asking.kill_all(server, server.find("sglang::scheduler")[:1])
 
 
 def last_rank(server: WatchedServer) -> None:
-    asking.end(server, server.find("sglang::scheduler")[-1:])
+    asking.kill_all(server, server.find("sglang::scheduler")[-1:])
 
 
 def detokenizer(server: WatchedServer) -> None:
-    asking.end(server, server.find("sglang::detokenizer"))
+    asking.kill_all(server, server.find("sglang::detokenizer"))
 
 
 def main_process(server: WatchedServer) -> None:
-    asking.end(server, [server.pid])
+    asking.kill_all(server, [server.pid])
 
 
 def by_itself(server: WatchedServer) -> None:
@@ -47,8 +47,10 @@ def by_itself(server: WatchedServer) -> None:
 
 
 def orderly(server: WatchedServer) -> None:
+    """By SIGTERM to the main process, as from a container's runtime."""
     asking.resume(server)
-    server.stop()
+    server.stop(ENDS_S)
+    assert server.exit_signal() is None
 
 
 KILLED = (first_rank, last_rank, detokenizer, main_process)
@@ -62,8 +64,8 @@ def end_of(version: str) -> Callable[[WatchedServer], None]:
 
 def ends_in_a_burst(server: WatchedServer, end: Callable[[WatchedServer], None]) -> None:
     """With two images of each of several requests on their way to the schedulers."""
-    scenarios.open_lanes(server)
-    scenarios.wait_for_baseline(server)
+    looking.open_lanes(server)
+    looking.wait_for_baseline(server)
     # 0.5.9 sends the images of a request as one feature.
     tickets = asking.BURST * (1 if Version(server.version) < DEFERRED else 2)
     before = asking.segments(server)
@@ -71,21 +73,21 @@ def ends_in_a_burst(server: WatchedServer, end: Callable[[WatchedServer], None])
     server.verify()
     server.breaks()
     with asking.burst(server):
-        asking.wait_for(lambda: scenarios.lane(server).tickets >= tickets, "the tickets")
+        asking.wait_for(lambda: looking.lane(server).tickets >= tickets, "the tickets")
         assert asking.segments(server) == before
         end(server)
     assert server.processes() == []
-    assert scenarios.features(server) == []
+    assert looking.features(server) == []
     assert asking.segments(server).keys() <= before.keys()
     assert [address for address in running() if int(address.split("-")[1]) in pids] == []
 
 
 def test_nothing_is_left_of_what_was_asked(arena: WatchedServer) -> None:
     """After everything that other tests have asked of this server."""
-    scenarios.wait_for_baseline(arena)
-    assert scenarios.lane(arena).orphans == scenarios.lane(arena).strays == 0
-    assert list(scenarios.lane(arena).refused) == ["not_open"]
-    assert scenarios.features(arena) == []
+    looking.wait_for_baseline(arena)
+    assert looking.lane(arena).orphans == looking.lane(arena).strays == 0
+    assert list(looking.lane(arena).refused) == ["not_open"]
+    assert looking.features(arena) == []
 
 
 def test_nothing_is_left_of_the_server(version: str, arena: WatchedServer) -> None:
@@ -93,16 +95,16 @@ def test_nothing_is_left_of_the_server(version: str, arena: WatchedServer) -> No
 
 
 def test_nothing_is_left_by_the_backports(backport: WatchedServer) -> None:
-    """After everything above, while the engine still runs and when it has ended."""
-    scenarios.wait_for_no_features(backport)
+    """After everything that other tests have asked of this server, while it still runs and when it has ended."""
+    looking.wait_for_no_features(backport)
     backport.stop()
-    assert scenarios.features(backport) == []
+    assert looking.features(backport) == []
     assert backport.processes() == []
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("end", KILLED, ids=lambda end: end.__name__)
-@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
+@pytest.mark.releases(*RELEASES)
 def test_killed_in_a_burst(release: str, end: Callable[[WatchedServer], None], plugin_wheel: Path) -> None:
     with WatchedServer(release, plugin=plugin_wheel) as server:
         ends_in_a_burst(server, end)
@@ -118,7 +120,7 @@ def test_the_end_of_a_rank_ends_the_engine(release: str, plugin_wheel: Path) -> 
 # What a server without the plugin leaves is in the transcripts: tests/engine/unpatched/killed.py.
 
 
-@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
+@pytest.mark.releases(*RELEASES)
 def test_unpatched_killed_in_a_burst(release: str, transcripts: Transcripts) -> None:
     """It leaves the segments of every request that was under way."""
     assert transcripts.of(release, killed_in_a_burst) == {"leaves segments": True}

@@ -14,12 +14,10 @@ from packaging.version import Version
 from devkit.images import jpeg
 from devkit.server import free_port
 from mmlane.lane.status import LaneStats, running
-from tests.engine import asking, scenarios
+from tests.engine import asking, looking
 from tests.engine.asking import image
 from tests.engine.transcripts import Transcripts
-from tests.engine.unpatched.embeddings import AS_EMBEDDING, SEEDS, embedding, embeddings
-from tests.engine.unpatched.sessions import FEW_TOKENS, ask_in_a_session, session
-from tests.engine.unpatched.small_memory import SIZE, four_images, small_memory
+from tests.engine.unpatched import embeddings, sessions, small_memory
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -41,14 +39,14 @@ def everything_is_answered(server: WatchedServer) -> None:
 
 def goes_by_lane(server: WatchedServer, producers: int) -> None:
     """Every producer opens its lane, and from then on nothing goes another way."""
-    scenarios.open_lanes(server, producers)
-    before = scenarios.lanes(server)
+    looking.open_lanes(server, producers)
+    before = looking.lanes(server)
     everything_is_answered(server)
-    after = scenarios.lanes(server)
+    after = looking.lanes(server)
     assert [stats.refused for stats in after] == [stats.refused for stats in before]
     assert all(late.puts > early.puts for late, early in zip(after, before, strict=True))
-    scenarios.wait_for_baseline(server)
-    assert scenarios.features(server) == []
+    looking.wait_for_baseline(server)
+    assert looking.features(server) == []
 
 
 def survives_a_lost_segment(server: WatchedServer) -> None:
@@ -56,7 +54,7 @@ def survives_a_lost_segment(server: WatchedServer) -> None:
     lost = asking.ask_and_lose_the_segment(server)
     assert lost.status == 500, lost.body
     assert asking.ANSWERED["one image"](server).status == 200
-    scenarios.wait_for_no_features(server)
+    looking.wait_for_no_features(server)
 
 
 def modes(server: WatchedServer, mode: str, producers: int) -> None:
@@ -74,7 +72,7 @@ def test_data_parallel(release: str, mode: str, plugin_wheel: Path) -> None:
     with WatchedServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], env=env) as server:
         modes(server, mode, 1)
         assert roles(server) == ["detokenizer", "dp_controller", "main", "scheduler", "scheduler"]
-        assert mode == "backport" or scenarios.lane(server).readers == {"dp0": 1, "dp1": 1}
+        assert mode == "backport" or looking.lane(server).readers == {"dp0": 1, "dp1": 1}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -96,7 +94,7 @@ def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> N
 def a_worker_is_killed(server: WatchedServer) -> None:
     """Its lane goes with it; the other worker's lane is as before."""
     server.verify()
-    victim, survivor = scenarios.lanes(server)
+    victim, survivor = looking.lanes(server)
     server.kill(victim.pid)
     asking.wait_for(lambda: running_of(victim) == [], "the lane's end")
     assert running_of(survivor) == [survivor.address]
@@ -115,7 +113,7 @@ def test_an_address_for_the_ranks(release: str, plugin_wheel: Path) -> None:
         if Version(release) < Version("0.5.19"):
             assert asking.ANSWERED["one image"](server).status == 200
             assert server.log().count("mmlane: no lane with --dist-init-addr") == 1
-            assert scenarios.lanes(server) == [] and scenarios.states(server) == {"off": 1}
+            assert looking.lanes(server) == [] and looking.states(server) == {"off": 1}
         else:
             goes_by_lane(server, 1)
 
@@ -124,30 +122,32 @@ def test_a_lane_that_is_too_small(plugin_wheel: Path) -> None:
     """What does not fit goes by segment, with one warning, and is counted; what fits goes by lane."""
     small = {**DEBUG, "MMLANE_CAPACITY_MB": "4"}
     with WatchedServer("0.5.12.post1", plugin=plugin_wheel, env=small) as server:
-        scenarios.open_lanes(server)
+        looking.open_lanes(server)
         for seed in range(3):
             assert server.generate([jpeg(640, 480, seed=seed)], asking.TEXT).status == 200
-        assert scenarios.lane(server).refused["oversize"] == 3
+        assert looking.lane(server).refused["oversize"] == 3
         assert server.log().count("has no place for a feature (oversize)") == 1
-        before = scenarios.lane(server).puts
+        before = looking.lane(server).puts
         assert server.generate([asking.image()], asking.TEXT).status == 200
-        assert scenarios.lane(server).puts == before + 1
+        assert looking.lane(server).puts == before + 1
 
 
 def test_64_mib_of_shared_memory(plugin_wheel: Path, transcripts: Transcripts) -> None:
     """Docker's default: four 1280x720 images are a bus error without the plugin, and an answer with it."""
-    unpatched = transcripts.of("0.5.12.post1", small_memory)
+    unpatched = transcripts.of(small_memory.RELEASE, small_memory.small_memory)
     assert unpatched == {"answered": False, "ended by": "SIGBUS"}
     # With the lane, /dev/shm is not needed: the first request, which finds it too small, says where the lane is.
-    with WatchedServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=SIZE) as server:
-        assert four_images(server).status == 200
-        asking.wait_for(lambda: scenarios.lane(server).is_open, "the lane")
-        before = scenarios.lane(server).puts
-        assert four_images(server).status == 200
-        assert scenarios.lane(server).puts == before + 4
+    with WatchedServer(small_memory.RELEASE, plugin=plugin_wheel, shm_bytes=small_memory.SIZE) as server:
+        assert small_memory.four_images(server).status == 200
+        asking.wait_for(lambda: looking.lane(server).is_open, "the lane")
+        before = looking.lane(server).puts
+        assert small_memory.four_images(server).status == 200
+        assert looking.lane(server).puts == before + 4
     flags = ["--mmlane", "backport", "--mmlane-strict"]
-    with WatchedServer("0.5.12.post1", plugin=plugin_wheel, shm_bytes=SIZE, args=flags, env=DEBUG) as server:
-        reply = four_images(server)
+    with WatchedServer(
+        small_memory.RELEASE, plugin=plugin_wheel, shm_bytes=small_memory.SIZE, args=flags, env=DEBUG
+    ) as server:
+        reply = small_memory.four_images(server)
         assert reply.status == 200, reply.body
         # The flags did not disturb the engine's parser, and reached every process.
         assert set(re.findall(r"mmlane: \[\d+\] \w+: sglang \S+, mode (\w+)", server.log())) == {"backport"}
@@ -161,42 +161,42 @@ def collected(server: WatchedServer) -> bool:
     assert asking.ANSWERED["text only"](server).status == 200
     for pid in server.find("sglang::scheduler"):
         server.kill(pid, signal.SIGUSR2)
-    return scenarios.lane(server).tickets == 0
+    return looking.lane(server).tickets == 0
 
 
-@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
+@pytest.mark.releases(*sessions.RELEASES)
 def test_sessions_and_retraction(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     """A session keeps its image for the next turn; short of room for tokens, requests go and come back."""
-    expected = transcripts.of(release, session)
+    expected = transcripts.of(release, sessions.session)
     left_to_collector = Version(release) < Version("0.5.10")
     probes = ["collector"] if left_to_collector else []
-    with WatchedServer(release, probes=probes, plugin=plugin_wheel, args=FEW_TOKENS) as server:
-        scenarios.open_lanes(server)
-        assert ask_in_a_session(server) == expected
+    with WatchedServer(release, probes=probes, plugin=plugin_wheel, args=sessions.FEW_TOKENS) as server:
+        looking.open_lanes(server)
+        assert sessions.ask_in_a_session(server) == expected
         if left_to_collector:
             asking.wait_for(lambda: collected(server), "the session's image")
-        scenarios.wait_for_baseline(server)
+        looking.wait_for_baseline(server)
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
             asks = [
                 pool.submit(server.generate, [image(seed)], asking.TEXT, max_new_tokens=300) for seed in range(12)
             ]
             assert {ask.result().status for ask in asks} == {200}
         assert "retract" in server.log().lower()
-        scenarios.wait_for_baseline(server)
+        looking.wait_for_baseline(server)
 
 
-@pytest.mark.releases("0.5.23", "0.5.16")
+@pytest.mark.releases(*embeddings.RELEASES)
 def test_an_embedding_model(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     """Older releases send the inputs of embedding requests inside them; that stays so."""
     # A prompt that the engine has partly cached is computed in other shapes, and rounds otherwise.
     close = functools.partial(pytest.approx, rel=0, abs=1e-5)
-    expected = transcripts.of(release, embeddings)
+    expected = transcripts.of(release, embeddings.embeddings)
     assert expected[0] != close(expected[1])
-    with WatchedServer(release, plugin=plugin_wheel, args=AS_EMBEDDING) as server:
-        assert embedding(server, SEEDS[0]) == close(expected[0])
-        asking.wait_for(lambda: scenarios.lane(server).is_open, "the lane")
-        before = scenarios.lane(server).puts
-        for seed, wanted in zip(SEEDS, expected, strict=True):
-            assert embedding(server, seed) == close(wanted)
-        assert scenarios.lane(server).puts == before + 2
-        scenarios.wait_for_baseline(server)
+    with WatchedServer(release, plugin=plugin_wheel, args=embeddings.AS_EMBEDDING) as server:
+        assert embeddings.embedding(server, embeddings.SEEDS[0]) == close(expected[0])
+        asking.wait_for(lambda: looking.lane(server).is_open, "the lane")
+        before = looking.lane(server).puts
+        for seed, wanted in zip(embeddings.SEEDS, expected, strict=True):
+            assert embeddings.embedding(server, seed) == close(wanted)
+        assert looking.lane(server).puts == before + 2
+        looking.wait_for_baseline(server)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from devkit.environment import Environment, disposable_environment
-from tests.engine import asking, scenarios
+from tests.engine import asking, looking
 from tests.engine.asking import image
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.plain import plain
@@ -91,16 +91,16 @@ def test_under_a_running_engine(
         change(environment)  # before the first request: what that makes a process import is imported after this
         as_ever(server)
         if mode == "arena":
-            scenarios.open_lanes(server, 2 if "--tokenizer-worker-num" in TOPOLOGY.get(release, ()) else 1)
-        before = scenarios.lanes(server)
+            looking.open_lanes(server, 2 if "--tokenizer-worker-num" in TOPOLOGY.get(release, ()) else 1)
+        before = looking.lanes(server)
         with ThreadPoolExecutor(4) as pool:
             load = [pool.submit(server.generate, [image(seed)], asking.TEXT, n=2) for seed in range(16)]
             uninstall(environment)  # the other version, too
             assert {reply.result().status for reply in load} == {200}
         as_ever(server)
-        after = scenarios.lanes(server)
+        after = looking.lanes(server)
         assert [stats.refused for stats in after] == [stats.refused for stats in before]
         assert all(late.puts > early.puts for late, early in zip(after, before, strict=True))
-        scenarios.wait_for_baseline(server)
-        assert scenarios.features(server) == []
+        looking.wait_for_baseline(server)
+        assert looking.features(server) == []
         assert re.findall(r"mmlane: .*(?:skipped|could not).*", server.log()) == []

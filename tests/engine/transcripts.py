@@ -6,14 +6,16 @@
     transcripts.of("0.5.9", plain)["answers"]   # in a test, by the fixture of that name
 
 A transcript holds for one wheel of the engine, one devkit and one scenario; one that was made with another is
-refused. With `--transcripts anew` each is made again when a test first asks for it, and compared.
+refused. With `--transcripts anew` each is made again when a test first asks for it, and written.
+test_transcripts.py then compares it with what git has: a change is an error until a person has committed it.
 """
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,12 @@ from devkit.wheels import wheel_digest
 HERE = Path(__file__).parent
 DIRECTORY = HERE / "transcripts"
 DEVKIT = HERE.parents[1] / "devkit"
-# What decides how a server of the devkit behaves.
-SHAPES_THE_ENGINE = (
-    "checkpoint.py", "checkpoint_writer.py", "client.py", "cpu_engine", "environment.py", "images.py",
-    "requirements.txt", "server.py",
+# Parts of the devkit that start no engine for a test.
+_OTHERS = {"__main__.py", "container.py", "demo.py"}
+# What every scenario does is said here, too.
+_COMMON = (
+    "asking.py", "faults.py", "forks.py", "watching.py", "probes/probe_digests.py", "probes/sitecustomize.py",
+    "probes/when_imported.py", "probes/when_made.py",
 )  # fmt: skip
 NEAR = 1e-4  # two floating-point numbers are the same number if they differ by no more
 
@@ -39,17 +43,13 @@ class Refused(AssertionError):
     """There is no transcript for this wheel, devkit and scenario."""
 
 
-class Changed(AssertionError):
-    """Made anew, a transcript says something else."""
-
-
 @dataclass(frozen=True)
 class Scenario:
     """Something that is done to unpatched releases. `sources`: the files that say what is done."""
 
     run: Callable[[str], Any]
     sources: tuple[Path, ...]
-    on: Callable[[Version], bool]
+    is_for: Callable[[str], bool]
 
     @property
     def name(self) -> str:
@@ -57,49 +57,50 @@ class Scenario:
 
     def key(self, version: str) -> dict[str, str]:
         """What a transcript of it holds for."""
-        devkit = [file for name in SHAPES_THE_ENGINE for file in _files(DEVKIT / name)]
-        return {"wheel": wheel_digest(version), "devkit": _digest(devkit), "scenario": _digest(self.sources)}
+        return {
+            "wheel": wheel_digest(version),
+            "devkit": digest_of(_devkit()),
+            "scenario": digest_of([*self.sources, *(HERE / name for name in _COMMON)]),
+        }
+
+
+SCENARIOS: dict[str, Scenario] = {}
 
 
 def scenario(
-    *sources: str, on: Callable[[Version], bool] | Collection[str] | None = None
+    *sources: str, on: Sequence[str] | Callable[[Version], bool] | None = None
 ) -> Callable[[Callable[[str], Any]], Scenario]:
     """Makes a scenario of a function that takes a release and returns what that did.
 
-    What is done is said by the function's own file, by asking.py, and by these files of tests/engine. on: the
-    releases it is for, by name or by a condition; all if it is None.
+    What is done is said by the function's own file, and by these files of tests/engine. on: the releases it is
+    for, by name or by a condition; all if it is None.
     """
 
-    def holds(version: Version) -> bool:
-        return on is None or (on(version) if callable(on) else str(version) in on)
+    def is_for(version: str) -> bool:
+        return on is None or (on(Version(version)) if callable(on) else version in on)
 
     def make(function: Callable[[str], Any]) -> Scenario:
         own = Path(function.__code__.co_filename)
-        return Scenario(function, (own, HERE / "asking.py", *(HERE / name for name in sources)), holds)
+        made = Scenario(function, (own, *(HERE / name for name in sources)), is_for)
+        SCENARIOS[made.name] = made
+        return made
 
     return make
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+def _devkit() -> list[Path]:
+    code = (file for file in sorted(DEVKIT.rglob("*.py")) if file.name not in _OTHERS)
+    return [*code, DEVKIT / "requirements.txt"]
 
 
-def _digest(files: list[Path] | tuple[Path, ...]) -> str:
-    """Of what files say; comments and layout of Python code say nothing."""
-    return digest(*(part for file in files for part in (file.name, _meaning(file))))
+def digest_of(files: Sequence[Path]) -> str:
+    """Of what files say; lines that are comments say nothing."""
+    return digest(*(part for file in files for part in (file.name, _said(file))))
 
 
-def _meaning(file: Path) -> str | bytes:
-    if file.suffix != ".py":
-        return file.read_bytes()
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    tree = ast.parse(file.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node):
-            node.body[0] = ast.Pass()
-    return ast.unparse(tree)
+def _said(file: Path) -> str:
+    lines = (line.rstrip() for line in file.read_text().splitlines())
+    return "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
 
 
 @dataclass
@@ -111,50 +112,85 @@ class Transcripts:
     _seen: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def of(self, version: str, scenario: Scenario) -> Any:
-        """What a release does in a scenario.
-
-        Raises `Refused` if what is written is out of date, and `Changed`, once, if a new run gave something else;
-        that has been written then.
-        """
+        """What a release does in a scenario. Raises `Refused` if what is written is out of date, or not there."""
         place = (version, scenario.name)
         if place not in self._seen:
-            written = self._read(version).get(scenario.name)
-            key = scenario.key(version)
-            if self.anew:
-                self._seen[place] = json.loads(json.dumps(scenario.run(version)))
-                self._write(version, {**self._read(version), scenario.name: {**key, "seen": self._seen[place]}})
-                if written is not None and (
-                    difference := next(differences(written["seen"], self._seen[place]), None)
-                ):
-                    raise Changed(f"{scenario.name} on {version}: {difference}; it has been written: see git diff")
-            else:
-                self._seen[place] = self._believed(version, scenario.name, key, written)
-        return self._seen[place]
+            self._seen[place] = self._made(version, scenario) if self.anew else self._believed(version, scenario)
+        seen = self._seen[place]
+        if isinstance(seen, Exception):
+            raise seen
+        return seen
 
-    def _believed(self, version: str, name: str, key: dict[str, str], written: dict[str, Any] | None) -> Any:
-        remedy = f"run: make transcripts ONLY={version}"
+    def change(self, version: str, scenario: Scenario) -> str | None:
+        """How that differs from what git has; None if it does not, or git has nothing of it."""
+        committed = self._parsed(self._committed(version)).get(scenario.name)
+        if committed is None:
+            return None
+        return next(differences(committed["seen"], self.of(version, scenario)), None)
+
+    def _made(self, version: str, scenario: Scenario) -> Any:
+        try:
+            seen = json.loads(json.dumps(scenario.run(version)))
+        except Exception as error:  # noqa: BLE001 - each test that asks for it fails with it, without another run
+            return error
+        found = self._parsed(self._written(version))
+        key = scenario.key(version)
+        before = found.get(scenario.name, {})
+        if {name: before.get(name) for name in key} != key or next(differences(before["seen"], seen), None):
+            found[scenario.name] = {**key, "processor": processor(), "seen": seen}
+            self._write(version, found)
+        return seen
+
+    def _believed(self, version: str, scenario: Scenario) -> Any:
+        written = self._parsed(self._written(version)).get(scenario.name)
+        what, remedy = f"of {scenario.name} on {version}", f"run: make transcripts ONLY={version}"
         if written is None:
-            raise Refused(f"no transcript of {name} on {version}; {remedy}")
-        for part, wanted in key.items():
+            raise Refused(f"no transcript {what}; {remedy}")
+        for part, wanted in scenario.key(version).items():
             if written.get(part) != wanted:
+                found = written.get(part)
                 raise Refused(
-                    f"the transcript of {name} on {version} was made with another {part} "
-                    f"({written.get(part)}, here {wanted}); {remedy}"
+                    f"the transcript {what} was made with another {part} ({found}, here {wanted}); {remedy}"
                 )
         return written["seen"]
 
     def _file(self, version: str) -> Path:
         return self.directory / f"{version}.yaml"
 
-    def _read(self, version: str) -> dict[str, Any]:
+    def _written(self, version: str) -> str:
         file = self._file(version)
-        found: dict[str, Any] = yaml.safe_load(file.read_text()) if file.exists() else {}
+        return file.read_text() if file.exists() else ""
+
+    def _committed(self, version: str) -> str:
+        shown = subprocess.run(
+            ["git", "show", f"HEAD:./{version}.yaml"],
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return shown.stdout if shown.returncode == 0 else ""
+
+    @staticmethod
+    def _parsed(text: str) -> dict[str, Any]:
+        found: dict[str, Any] = yaml.safe_load(text) or {}
         return found
 
     def _write(self, version: str, content: dict[str, Any]) -> None:
         head = f"# What sglang {version} does without mmlane; written by `make transcripts` (../transcripts.py).\n"
         text = yaml.safe_dump(dict(sorted(content.items())), default_flow_style=None, sort_keys=False, width=115)
-        self._file(version).write_text(head + text)
+        beside = self._file(version).with_suffix(f".{os.getpid()}")  # whoever is killed here leaves no half
+        beside.write_text(head + text)
+        beside.replace(self._file(version))
+
+
+def processor() -> str:
+    """Its name: another one may round otherwise."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return "unknown"
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:

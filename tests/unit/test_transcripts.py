@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import yaml
 
 from tests.engine import transcripts
-from tests.engine.transcripts import Changed, Refused, Scenario, Transcripts, differences
+from tests.engine.transcripts import DIRECTORY, Refused, Scenario, Transcripts, differences
+from tests.engine.unpatched import every_scenario
 
 RELEASE = "0.5.9"
 SEEN = {"status": 200, "tokens": [[1, 2], [3]], "near": 0.5}
@@ -41,12 +43,24 @@ def scenario_of(code: Path, run: Callable[[str], Any] = lambda version: SEEN) ->
     return Scenario(asked, (code,), lambda version: True)
 
 
+def git(directory: Path, *words: str) -> None:
+    someone = ("-c", "user.name=someone", "-c", "user.email=someone@example.org")
+    subprocess.run(["git", *someone, *words], cwd=directory, check=True, capture_output=True)
+
+
+def commit(directory: Path) -> None:
+    git(directory, "add", ".")
+    git(directory, "commit", "--message", "transcripts")
+
+
 @pytest.fixture
 def directory(tmp_path: Path, code: Path) -> Path:
-    """With a transcript of one scenario on one release."""
+    """In git, with a transcript of one scenario on one release."""
     found = tmp_path / "transcripts"
     found.mkdir()
+    git(found, "init", "--quiet")
     assert Transcripts(anew=True, directory=found).of(RELEASE, scenario_of(code)) == SEEN
+    commit(found)
     return found
 
 
@@ -75,7 +89,7 @@ def test_one_of_another_devkit_is_refused(
     directory: Path, code: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(transcripts, "DEVKIT", tmp_path)
-    monkeypatch.setattr(transcripts, "SHAPES_THE_ENGINE", ("code.py",))
+    (tmp_path / "requirements.txt").write_text("torch==2.13.0\n")
     refused(directory, code, "devkit")
 
 
@@ -89,19 +103,30 @@ def refused(directory: Path, code: Path, part: str) -> None:
         Transcripts(directory=directory).of(RELEASE, scenario_of(code, never))
 
 
-def test_comments_and_layout_say_nothing(directory: Path, code: Path) -> None:
-    code.write_text('"""Says it in other words."""\n\n# why\ndef ask():\n    return (\n        1\n    )\n')
+def test_comments_and_empty_lines_say_nothing(directory: Path, code: Path) -> None:
+    code.write_text("# why\n\n\n" + code.read_text().replace("def ask", "    # what\ndef ask") + "\n")
     assert Transcripts(directory=directory).of(RELEASE, scenario_of(code, never)) == SEEN
 
 
-def test_anew_the_same_is_no_news_and_the_key_is_renewed(directory: Path, code: Path) -> None:
+def test_anew_the_same_is_no_change_and_the_key_is_renewed(directory: Path, code: Path) -> None:
     code.write_text("def ask():\n    return 2\n")
     again = {**SEEN, "near": 0.500001}
-    assert Transcripts(anew=True, directory=directory).of(RELEASE, scenario_of(code, lambda _: again)) == again
+    scenario = scenario_of(code, lambda version: again)
+    anew = Transcripts(anew=True, directory=directory)
+    assert anew.of(RELEASE, scenario) == again
+    assert anew.change(RELEASE, scenario) is None
     assert Transcripts(directory=directory).of(RELEASE, scenario_of(code, never)) == again
 
 
-def test_anew_a_change_is_told_once_and_written(directory: Path, code: Path) -> None:
+def test_anew_what_would_say_the_same_is_not_written(directory: Path, code: Path) -> None:
+    before = (directory / f"{RELEASE}.yaml").read_text()
+    Transcripts(anew=True, directory=directory).of(
+        RELEASE, scenario_of(code, lambda _: {**SEEN, "near": 0.500001})
+    )
+    assert (directory / f"{RELEASE}.yaml").read_text() == before
+
+
+def test_anew_a_change_is_written_and_stays_one_until_it_is_committed(directory: Path, code: Path) -> None:
     now = {**SEEN, "tokens": [[1, 2], [4]]}
     runs = []
 
@@ -109,12 +134,42 @@ def test_anew_a_change_is_told_once_and_written(directory: Path, code: Path) -> 
         runs.append(version)
         return now
 
+    scenario = scenario_of(code, run)
+    for _ in range(2):
+        anew = Transcripts(anew=True, directory=directory)
+        assert anew.of(RELEASE, scenario) == anew.of(RELEASE, scenario) == now
+        assert anew.change(RELEASE, scenario) == "/tokens/1/0: 3 before, 4 now"
+    assert runs == [RELEASE] * 2
+    read = Transcripts(directory=directory)
+    assert read.of(RELEASE, scenario_of(code, never)) == now
+    assert read.change(RELEASE, scenario) == "/tokens/1/0: 3 before, 4 now"
+    commit(directory)
+    assert Transcripts(anew=True, directory=directory).change(RELEASE, scenario) is None
+
+
+def test_one_that_git_does_not_have_is_no_change(directory: Path, code: Path) -> None:
     anew = Transcripts(anew=True, directory=directory)
-    with pytest.raises(Changed, match=r"/tokens/1/0: 3 before, 4 now; it has been written"):
-        anew.of(RELEASE, scenario_of(code, run))
-    assert anew.of(RELEASE, scenario_of(code, run)) == now
+    assert anew.change("0.5.10", scenario_of(code)) is None
+
+
+def test_anew_a_run_that_fails_is_not_run_again(directory: Path, code: Path) -> None:
+    runs = []
+
+    def run(version: str) -> Any:
+        runs.append(version)
+        raise OSError("no engine")
+
+    anew = Transcripts(anew=True, directory=directory)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no engine"):
+            anew.of(RELEASE, scenario_of(code, run))
     assert runs == [RELEASE]
-    assert yaml.safe_load((directory / f"{RELEASE}.yaml").read_text())["asked"]["seen"] == now
+
+
+def test_every_transcript_is_of_a_scenario_that_there_is() -> None:
+    names = {scenario.name for scenario in every_scenario()}
+    for file in DIRECTORY.glob("*.yaml"):
+        assert yaml.safe_load(file.read_text()).keys() <= names, file
 
 
 def test_other_scenarios_stay_as_they_are_written(directory: Path, code: Path) -> None:

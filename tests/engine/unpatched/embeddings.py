@@ -9,11 +9,12 @@ from tests.engine import asking
 from tests.engine.transcripts import scenario
 from tests.engine.watching import WatchedServer
 
+RELEASES = ("0.5.23", "0.5.16")
 AS_EMBEDDING = ("--is-embedding",)
 SEEDS = (13, 14)
 
 
-@scenario(on=("0.5.16", "0.5.23"))
+@scenario(on=RELEASES)
 def embeddings(version: str) -> Any:
     with WatchedServer(version, args=AS_EMBEDDING) as server:
         return [[round(number, 7) for number in embedding(server, seed)] for seed in SEEDS]

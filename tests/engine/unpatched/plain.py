@@ -16,9 +16,7 @@ def plain(version: str) -> Any:
     with WatchedServer(version, probes=["collectives"]) as server:
         answers = {name: answer(ask(server)) for name, ask in asking.ANSWERED.items()}
         waits = server.collectives() > 0
-        before = asking.loopback_bytes()
-        asking.ANSWERED["larger image"](server)
-        crossed = asking.loopback_bytes() - before
+        crossed = asking.bytes_between_ranks(server)
         pictures = {str(seed): answer(server.generate([asking.image(seed)], asking.TEXT)) for seed in (4, 8)}
         several = asking.two_images_n2(server)
         samples = asking.one_image_n3(server)

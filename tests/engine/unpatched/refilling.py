@@ -12,10 +12,11 @@ from tests.engine.transcripts import HERE, scenario
 from tests.engine.watching import WatchedServer
 
 SCRIPT = HERE / "refilled.py"
+RELEASES = ("0.5.16", "0.5.10", "0.5.12.post1", "0.5.23")
 SAMPLES = 4
 
 
-@scenario("refilled.py", on=("0.5.10", "0.5.12.post1", "0.5.16", "0.5.23"))
+@scenario("refilled.py", on=RELEASES)
 def refilled(version: str) -> Any:
     """What each picture is answered with, by one sample, and by several where that does not end the engine."""
     engine = WatchedServer(version)

@@ -9,10 +9,11 @@ from tests.engine import asking
 from tests.engine.transcripts import scenario
 from tests.engine.watching import WatchedServer
 
+RELEASES = ("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
 FEW_TOKENS = ("--max-total-tokens", "2048")
 
 
-@scenario(on=("0.5.9", "0.5.12.post1", "0.5.16", "0.5.23"))
+@scenario(on=RELEASES)
 def session(version: str) -> Any:
     with WatchedServer(version, args=FEW_TOKENS) as server:
         return ask_in_a_session(server)

@@ -9,6 +9,7 @@ from tests.engine import asking
 from tests.engine.transcripts import scenario
 from tests.engine.watching import WatchedServer
 
+RELEASE = "0.5.12.post1"
 SIZE = 64 << 20
 
 
@@ -17,7 +18,7 @@ def four_images(server: WatchedServer) -> Any:
     return server.generate([jpeg(1280, 720, seed=seed) for seed in range(4)], asking.TEXT)
 
 
-@scenario(on=("0.5.12.post1",))
+@scenario(on=(RELEASE,))
 def small_memory(version: str) -> Any:
     with WatchedServer(version, shm_bytes=SIZE) as server:
         reply = four_images(server)
