@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 _LARGEST_ORDER = 1 << 20
+_READ_AT_START = "MMLANE"  # variables that mmlane's .pth file may have read when the interpreter started
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWNS = 0x20000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
@@ -112,9 +113,13 @@ class Server:
 
     def _accept(self, order: Order) -> bool:
         """Fork a child for an order; True in the child."""
-        too_late = (order.changed(self._before) & self._read) - {*order.read_again}
+        too_late = {
+            name
+            for name in order.changed(self._before)
+            if (name in self._read and name not in order.read_again) or name.startswith(_READ_AT_START)
+        }
         if too_late:
-            _reply(order.reply, refused=f"read when the modules were imported: {', '.join(sorted(too_late))}")
+            _reply(order.reply, refused=f"read before the fork: {', '.join(sorted(too_late))}")
             order.close()
             return False
         refuse_threads()

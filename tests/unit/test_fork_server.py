@@ -188,10 +188,16 @@ def test_what_was_read_at_the_import_cannot_be_changed(
     """Neither to another value nor from nothing, unless the script reads it again; other variables can."""
     shows = script(tmp_path, "import heavy, os; print(heavy.choice, os.environ['CHOICE'], os.environ['OTHER'])")
     changed = {**env, "CHOICE": "red", "OTHER": "new"}
-    with pytest.raises(ValueError, match=r"read when the modules were imported: CHOICE$"):
+    with pytest.raises(ValueError, match=r"read before the fork: CHOICE$"):
         server.start([shows], env=changed).result(LIMIT_S)
     again = server.start([shows], env=changed, read_again=["CHOICE"]).result(LIMIT_S)
     assert again.stdout == "none red new\n"
+
+
+def test_what_a_pth_file_may_have_read(server: ForkServer, tmp_path: Path, env: dict[str, str]) -> None:
+    changed = {**env, "MMLANE_STRICT": "1"}
+    with pytest.raises(ValueError, match=r"read before the fork: MMLANE_STRICT$"):
+        server.start([script(tmp_path, "")], env=changed, read_again=["MMLANE_STRICT"]).result(LIMIT_S)
 
 
 @pytest.mark.skipif(not can_be_private(), reason="needs the right to make mount namespaces")
