@@ -37,6 +37,7 @@ S = TypeVar("S", bound="Producing | Reading", covariant=True)
 
 # Of the small lanes that many tests have.
 CAPACITY = 32 * SEGMENT
+LATE = 1800.0  # an `orphan` in seconds: no ticket is asked after in a test
 DIRECTORY = SLOTS * 8  # bytes of a lane that are always there
 SIZES = (5, 3_000, 70_000, 200_000)
 
@@ -78,6 +79,10 @@ class Producing:
 
     def withdraw(self, ticket: bytes) -> None:
         self.lane.withdraw(ticket)
+
+    def set_orphan(self, seconds: float) -> None:
+        """From now on the lane asks after tickets of this age."""
+        self.lane._orphan = seconds
 
     def drain(self) -> None:
         self.lane.drain()
