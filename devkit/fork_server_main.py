@@ -11,7 +11,8 @@ refuses to fork when it has more than one thread.
 
 What a module read from the environment while it was imported holds for all scripts. An order is refused when its
 environment has another value for such a variable. Not seen is what code in C reads, what is read while the
-interpreter itself starts, and a walk through all variables that looks for names of some form.
+interpreter itself starts, and a walk through all variables that looks for names of some form. mmlane's .pth file
+runs while the interpreter starts: an order is also refused when it has another value for a variable of mmlane's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 _LARGEST_ORDER = 1 << 20
+_READ_AT_START = "MMLANE"  # what the names of mmlane's variables begin with
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWNS = 0x20000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
@@ -112,9 +114,11 @@ class Server:
 
     def _accept(self, order: Order) -> bool:
         """Fork a child for an order; True in the child."""
-        too_late = (order.changed(self._before) & self._read) - {*order.read_again}
+        changed = order.changed(self._before) - {*order.read_again}
+        too_late = {name for name in changed if name in self._read or name.startswith(_READ_AT_START)}
         if too_late:
-            _reply(order.reply, refused=f"read when the modules were imported: {', '.join(sorted(too_late))}")
+            why = f"read when the server started or imported the modules: {', '.join(sorted(too_late))}"
+            _reply(order.reply, refused=why)
             order.close()
             return False
         refuse_threads()

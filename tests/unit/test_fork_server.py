@@ -188,10 +188,23 @@ def test_what_was_read_at_the_import_cannot_be_changed(
     """Neither to another value nor from nothing, unless the script reads it again; other variables can."""
     shows = script(tmp_path, "import heavy, os; print(heavy.choice, os.environ['CHOICE'], os.environ['OTHER'])")
     changed = {**env, "CHOICE": "red", "OTHER": "new"}
-    with pytest.raises(ValueError, match=r"read when the modules were imported: CHOICE$"):
+    with pytest.raises(ValueError, match=r"read when the server started or imported the modules: CHOICE$"):
         server.start([shows], env=changed).result(LIMIT_S)
     again = server.start([shows], env=changed, read_again=["CHOICE"]).result(LIMIT_S)
     assert again.stdout == "none red new\n"
+
+
+@pytest.mark.parametrize("server_has", [{}, {"MMLANE_LOG": "debug"}])
+def test_mmlanes_variables_cannot_be_changed(
+    tmp_path: Path, env: dict[str, str], server_has: dict[str, str]
+) -> None:
+    """Its .pth file reads them before the server can see what is read. The same values are fine."""
+    with ForkServer(Path(sys.executable), [], {**env, **server_has}) as server:
+        for other in ("MMLANE", "MMLANE_LOG"):
+            with pytest.raises(ValueError, match=rf"imported the modules: {other}$"):
+                changed = {**env, **server_has, other: "off"}
+                server.start([script(tmp_path, "")], env=changed).result(LIMIT_S)
+        assert server.start([script(tmp_path, "")], env={**env, **server_has}).result(LIMIT_S).returncode == 0
 
 
 @pytest.mark.skipif(not can_be_private(), reason="needs the right to make mount namespaces")
