@@ -37,9 +37,10 @@ S = TypeVar("S", bound="Producing | Reading", covariant=True)
 
 # Of the small lanes that many tests have.
 CAPACITY = 32 * SEGMENT
-LATE = 1800.0  # an `orphan` in seconds: no ticket is asked after in a test
 DIRECTORY = SLOTS * 8  # bytes of a lane that are always there
 SIZES = (5, 3_000, 70_000, 200_000)
+
+FOREVER = 1800.0  # seconds that no test lasts
 
 
 # --- in the processes --------------------------------------------------------------------------------------
