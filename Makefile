@@ -76,15 +76,16 @@ table: $(READY)
 	$(RUN) -m tools.compat_table
 
 # Which lines of the plugin the tests without an engine run, child processes included; a report to read, no limit.
+# It comes in any case; the exit status is that of the tests.
 # What a process ran that was killed with SIGKILL is not counted. The page is build/coverage/html/index.html.
 coverage: $(READY)
 	rm -rf build/coverage
-	-$(RUN) -m coverage run -m pytest tests/unit $(PARALLEL)
-	-$(RUN) -m coverage run -m pytest tests/lane
-	-$(RUN) -m coverage run -m pytest tests/contract
-	$(RUN) -m coverage combine --quiet
-	$(RUN) -m coverage html --quiet
-	$(RUN) -m coverage report
+	trap 'exit 130' INT; status=0; \
+	$(RUN) -m coverage run -m pytest tests/unit $(PARALLEL) || status=1; \
+	$(RUN) -m coverage run -m pytest tests/lane || status=1; \
+	$(RUN) -m coverage run -m pytest tests/contract || status=1; \
+	$(RUN) -m coverage combine --quiet && $(RUN) -m coverage html --quiet && $(RUN) -m coverage report || status=1; \
+	exit $$status
 
 # The unit tests on the other Pythons that are supported, where they are installed. TORCH=no leaves out what needs it.
 pythons: $(READY)

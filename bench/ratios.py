@@ -2,6 +2,9 @@
 
 `tools.ratios` compares that line with the last that git has. A ratio's spread is what its two sides allow at most:
 the least of ours over the most of theirs, and the other way round.
+
+`bench.startup` and `bench.text` put theirs in every run: a quick one measures the same there as a whole one. All
+trees with uncommitted changes on one commit share a line, so `tools.ratios` does not keep such a line.
 """
 
 from __future__ import annotations

@@ -68,9 +68,9 @@ class ForkServer:
     ) -> Running:
         """Run a script (the first of the words) in a process of its own.
 
-        Variables that the modules read while they were imported must be in `env` as they were in the server's,
-        except for those that the script is known to read again. `mounts` gives the process a mount namespace of
-        its own with a new tmpfs in each place: its options, by place.
+        Variables that the modules read while they were imported, and all of mmlane's, must be in `env` as they
+        were in the server's, except for those that the script is known to read again. `mounts` gives the process
+        a mount namespace of its own with a new tmpfs in each place: its options, by place.
         """
         order = {
             "argv": [str(word) for word in argv],

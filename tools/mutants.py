@@ -1,8 +1,9 @@
 """`python -m tools.mutants [MODULE ...]`: change the lane in one place after another, and list what no test minds.
 
-cosmic-ray makes the changes (mutants), in a copy of the checkout in the cache, and keeps the results. The next run
-tries what has not been tried, then again what survived, since tests may have been added. Ours are the choice of
-changes, and how tests start: in a fork of this process, which has imported torch.
+cosmic-ray makes the changes (mutants), in a copy of the checkout in the cache, and keeps the results. As long as
+the module and its tests are the same, the next run tries what has not been tried, then again what took too long,
+since the machine may have been busy. Ours are the choice of changes, and how tests start: in a fork of this
+process, which has imported torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import inspect
 import os
 import re
 import select
@@ -17,8 +19,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +184,11 @@ def annotated(source: str) -> Callable[[tuple[int, ...]], bool]:
     return lambda place: any(start <= place < end for start, end in ranges)
 
 
+_OUTCOMES = {0: TestOutcome.SURVIVED, None: TestOutcome.INCOMPETENT}
+
+
 def try_out(item: WorkItem, copy: Path, tests: tuple[str, ...], timeout: float) -> WorkResult:
-    """Make one change and run the tests; too long is a failure too."""
+    """Make one change and run the tests. INCOMPETENT: they took too long."""
     (mutation,) = item.mutations
     operator = plugins.get_operator(mutation.operator_name)()
     with use_mutation(mutation.module_path, operator, mutation.occurrence) as (before, after):
@@ -190,20 +196,20 @@ def try_out(item: WorkItem, copy: Path, tests: tuple[str, ...], timeout: float) 
     diff = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=2)
     return WorkResult(
         worker_outcome=WorkerOutcome.NORMAL,
-        test_outcome=TestOutcome.SURVIVED if done.code == 0 else TestOutcome.KILLED,
+        test_outcome=_OUTCOMES.get(done.code, TestOutcome.KILLED),
         output=done.output,
         diff="\n".join(list(diff)[2:]),
     )
 
 
 def try_all(module: str, copy: Path, database: WorkDB, until: float) -> None:
-    """Try what has not been tried, in random order, then what has survived so far."""
-    tests = TESTS.get(module, ("tests/lane",))
+    """Try what has not been tried, in random order, then what took too long."""
+    tests = tests_of(module)
     usual = run_tests(copy, tests, timeout=3600)
     if usual.code != 0:
         raise SystemExit(f"{module}: {' '.join(tests)} fail on the copy as it is:\n{usual.output}")
-    survivors = [item for item, result in database.completed_work_items if _survived(result)]
-    todo = [*database.pending_work_items, *survivors]
+    late = [item for item, result in database.completed_work_items if result.test_outcome == _OUTCOMES[None]]
+    todo = [*database.pending_work_items, *late]
     for number, item in enumerate(todo):
         if time.monotonic() > until:
             print(f"\n{module}: the time is over, {len(todo) - number} not tried")
@@ -213,23 +219,67 @@ def try_all(module: str, copy: Path, database: WorkDB, until: float) -> None:
     print()
 
 
-def _survived(result: WorkResult) -> bool:
-    return bool(result.test_outcome == TestOutcome.SURVIVED)
-
-
 def report(module: str, database: WorkDB, file: Path) -> None:
-    """The share killed, and every survivor as a diff."""
+    """The share killed; the changes that survived, as diffs; then those with which the tests took too long."""
     tried = [(i, r) for i, r in database.completed_work_items if r.worker_outcome == WorkerOutcome.NORMAL]
     left = len(database.pending_work_items)
-    survivors = [(item.mutations[0], result) for item, result in tried if _survived(result)]
-    killed = len(tried) - len(survivors)
+    by_outcome: dict[Any, list[tuple[Any, WorkResult]]] = {outcome: [] for outcome in TestOutcome}
+    for item, result in tried:
+        by_outcome[result.test_outcome].append((item.mutations[0], result))
+    killed, survived, late = (len(by_outcome[one]) for one in (TestOutcome.KILLED, *_OUTCOMES.values()))
     share = f"{100 * killed / len(tried):.1f} %" if tried else "none"
-    lines = [f"{module}: {killed} of {len(tried)} killed ({share}), {len(survivors)} survived, {left} not tried"]
-    for mutation, result in sorted(survivors, key=lambda survivor: tuple(survivor[0].start_pos)):
-        line, _ = mutation.start_pos
-        lines += ["", f"{module}.py:{line} {mutation.operator_name} in {mutation.definition_name}", result.diff]
+    counts = f"{survived} survived, {late} took too long, {left} not tried"
+    lines = [f"{module}: {killed} of {len(tried)} killed ({share}), {counts}"]
+    for outcome, word in zip(_OUTCOMES.values(), ("survived", "took too long"), strict=True):
+        for mutation, result in sorted(by_outcome[outcome], key=lambda found: tuple(found[0].start_pos)):
+            line, _ = mutation.start_pos
+            where = f"{module}.py:{line} {mutation.operator_name} in {mutation.definition_name}"
+            lines += ["", f"{word}: {where}", result.diff or ""]
     file.write_text("\n".join(lines) + "\n")
     print(f"{lines[0]}; see {file}")
+
+
+def tests_of(module: str) -> tuple[str, ...]:
+    """Files or directories of tests, as pytest takes them."""
+    return TESTS.get(module, ("tests/lane",))
+
+
+def made_from(module: str, checkout: Path = CHECKOUT) -> str:
+    """A hash of what decides the results of a module: itself, its tests, and which changes are made."""
+    tests = tests_of(module)
+    files = {checkout / LANE / f"{module}.py", *files_of(tests, checkout)}
+    sources = [part for path in sorted(files) for part in (str(path.relative_to(checkout)), path.read_bytes())]
+    changes = [WANTED.pattern, inspect.getsource(RemoveStatement), version("cosmic-ray")]
+    return digest(*tests, *changes, *sources)
+
+
+def files_of(tests: Sequence[str], checkout: Path) -> set[Path]:
+    """The files of these tests, and what they import below tests/, conftest.py and __init__.py included."""
+    found: set[Path] = set()
+    todo = [checkout / test for test in tests]
+    todo += [path for test in tests for path in (checkout / test).rglob("*.py")]  # of a directory
+    while todo:
+        path = todo.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        above = [parent for parent in path.parents if parent.is_relative_to(checkout / "tests")]
+        todo += [parent / name for parent in above for name in ("conftest.py", "__init__.py")]
+        imported = [checkout / name.replace(".", "/") for name in _imported(path)]
+        todo += [*(path.with_suffix(".py") for path in imported), *(path / "__init__.py" for path in imported)]
+    return found
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Names that may be modules below tests/, of all that a file imports."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in names if name.startswith("tests."))
 
 
 def copied(copy: Path) -> None:
@@ -254,8 +304,7 @@ def main() -> None:
     with locked(root):
         for module in chosen.modules:
             copied(root / "checkout")
-            made_from = digest((CHECKOUT / LANE / f"{module}.py").read_bytes(), WANTED.pattern)
-            with use_db(root / f"{module}-{made_from}.sqlite") as database:
+            with use_db(root / f"{module}-{made_from(module)}.sqlite") as database:
                 if not database.num_work_items:
                     mutants(module, root / "checkout", database)
                 try_all(module, root / "checkout", database, until)

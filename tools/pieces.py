@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -46,14 +47,15 @@ class Piece:
     def key(self, tree: Path) -> str:
         """A hash of all that decides the result.
 
-        Raises InstallError where a wheel cannot be had, and FileNotFoundError for a file.
+        Raises InstallError where a wheel cannot be had, FileNotFoundError for a file, and OSError where git fails.
         """
         for name in self.files:
             if not name.startswith(":") and not (tree / name).exists():
                 raise FileNotFoundError(f"{tree / name}: listed as deciding a result, and not there")
         wheels = [wheel_digest(release) for release in self.releases]
         form = ",".join(Result.__dataclass_fields__)  # one kept in another form is not read
-        return digest(form, self.name, *self.arguments, tree_digest(tree, self.files), *wheels)
+        python = f"{platform.python_implementation()} {platform.python_version()}"  # `run` has it run pytest
+        return digest(form, python, self.name, *self.arguments, tree_digest(tree, self.files), *wheels)
 
     def wrote(self, tree: Path) -> str:
         """A hash of what its tests have written."""
@@ -79,16 +81,16 @@ class Result:
 
 
 def tree_digest(tree: Path, files: Sequence[str]) -> str:
-    """A hash of the content of these files of a checkout, as they are now: committed or not."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *files],
-        cwd=tree,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
+    """A hash of the content of these files of a checkout, as they are now: committed or not.
+
+    Raises OSError where git does not list them.
+    """
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *files]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(f"`git ls-files` failed in {tree}: {done.stderr.strip()}")
     parts: list[str | bytes] = []
-    for name in sorted(set(listed.split("\0")) - {""}):
+    for name in sorted(set(done.stdout.split("\0")) - {""}):
         path = tree / name
         if path.is_file():  # git still lists what was deleted and not committed
             parts += [name, path.read_bytes(), str(os.access(path, os.X_OK))]
@@ -150,7 +152,6 @@ def run(piece: Piece, tree: Path, log: Path, limit_s: float) -> Result:
         minutes=(time.monotonic() - began) / 60,
         log=str(log),
         when=time.strftime("%Y-%m-%d %H:%M"),
-        wrote=piece.wrote(tree),
     )
 
 

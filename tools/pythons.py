@@ -1,6 +1,7 @@
 """`python -m tools.pythons [VERSION ...]`: the unit tests on the other Pythons that mmlane supports.
 
-A Python that this machine does not have is skipped, with a line that says so. Each has an environment in the cache
+A Python that this machine does not have is skipped, with a line that says so. One whose environment cannot be made
+does not stop the others; the exit status is 1 then, as where tests fail. Each has an environment in the cache
 with what the tests need, made once; mmlane itself is installed from this checkout every time.
 
 Where pip finds no torch for CPUs only, torch takes gigabytes for each Python. Without torch, the tests that need
@@ -22,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 
 from devkit.cache import build_once, cache_root, digest, locked
-from devkit.installer import pip, run, venv_python
+from devkit.installer import InstallError, pip, run, venv_python
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 VERSIONS = ("3.10", "3.12", "3.13")
@@ -74,11 +75,11 @@ def unit_tests(version: str, python: Path, *, with_torch: bool) -> bool:
     return done.returncode == 0
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.pythons", description=__doc__)
     parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION")
     parser.add_argument("--without-torch", action="store_true", help="skip the tests that need it")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     console = Console(highlight=False)
     results: dict[str, str] = {}
     for version in chosen.versions:
@@ -88,12 +89,17 @@ def main() -> int:
             continue
         console.rule(f"Python {version}: {python}")
         began = time.monotonic()
-        passed = unit_tests(version, python, with_torch=not chosen.without_torch)
+        try:
+            passed = unit_tests(version, python, with_torch=not chosen.without_torch)
+        except InstallError as error:
+            console.print(str(error), markup=False)
+            results[version] = "NOT RUN: its environment could not be made, see above"
+            continue
         results[version] = f"{'passed' if passed else 'FAILED'} in {time.monotonic() - began:.0f} s"
     console.rule("unit tests")
     for version, result in results.items():
-        console.print(f"{version:6}{result}")
-    return 1 if any(result.startswith("FAILED") for result in results.values()) else 0
+        console.print(f"{version:6}{result}", markup=False)
+    return 1 if any(result.startswith(("FAILED", "NOT RUN")) for result in results.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """`python -m tools.ratios`: which ratios of the last `make bench QUICK=1` moved beyond their spread.
 
 The line in bench/out is compared with the last of the same machine that bench/ratios.jsonl had before: in git at
-the parent of this commit, or at this commit where there are uncommitted changes. `--keep` adds it to that file.
-A ratio has moved where its spread and that of before have nothing in common. Exit status 0, whatever moved.
+the parent of this commit, or at this commit where there are uncommitted changes. A ratio has moved where its
+spread and that of before have nothing in common; exit status 0, whatever moved. `--keep` adds the line to that
+file, if it was measured at this commit without uncommitted changes; else the exit status is 1.
 """
 
 from __future__ import annotations
@@ -50,6 +51,17 @@ def before(checkout: Path, machine: str) -> Line | None:
     return next((line for line in reversed(lines) if line.machine == machine), lines[-1] if lines else None)
 
 
+def why_not_kept(checkout: Path, commit: str) -> str:
+    """What is wrong with a line of that commit (as `git describe --dirty` names it); "" where it is this one's."""
+    if commit.endswith("-dirty"):
+        return f"the line is of {commit}, so with uncommitted changes; commit them, run `make bench QUICK=1` again"
+    this, named = (_git(checkout, "rev-parse", "--verify", f"{name}^{{commit}}") for name in ("HEAD", commit))
+    if this is None or this != named:
+        here = (this or "unknown").strip()
+        return f"the line is of {commit}, and this commit is {here}; run `make bench QUICK=1` again"
+    return ""
+
+
 def _git(checkout: Path, *words: str) -> str | None:
     """What git says; None where it fails, such as for a file that a commit does not have."""
     done = subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True, check=False)
@@ -94,6 +106,9 @@ def main(arguments: list[str] | None = None, checkout: Path = CHECKOUT) -> int:
     old = before(checkout, new.machine)
     print(*(report(new, old) if old else [f"ratios of {new}", "git has none to compare with"]), sep="\n")
     if options.keep:
+        if problem := why_not_kept(checkout, new.commit):
+            print(f"not kept: {problem}", file=sys.stderr)
+            return 1
         with (checkout / KEPT).open("a", encoding="utf-8") as kept:
             kept.write(json.dumps(found) + "\n")
     return 0

@@ -207,10 +207,13 @@ def test_a_crowd_that_says_nothing_is_sent_away(lane: Lane, monkeypatch: pytest.
 
 def test_a_greeting_alone_does_not_keep_a_place(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has the memory and never says MAPPED is sent away too."""
-    monkeypatch.setattr(control, "_PATIENCE", 1.0)  # enough to greet, also on a busy machine
+    monkeypatch.setattr(control, "_PATIENCE", 1800.0)
     with visit(lane.address) as connection:
         connection.send(wire.hello("tp"))
         os.close(*receive(connection)[1])
+        (guest,) = lane._control._guests.values()
+        guest.deadline = 0.0  # its time is over
+        lane._control._ring()
         assert wire.kind(receive(connection)[0]) == wire.SORRY
     assert lane.stats().readers == {}
 

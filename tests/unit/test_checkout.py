@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.conftest import SIX
@@ -27,3 +29,23 @@ def test_engine_tests_of_one_release_can_be_asked_for(checkout: Path) -> None:
     for release in (other, SIX[0]):
         found = subprocess.run([*command, release], cwd=checkout, capture_output=True, text=True, check=True)
         assert f"test_metrics_before_the_first_image[{release}]" in found.stdout
+
+
+@pytest.mark.parametrize(("failing", "status"), [("none", 0), ("tests/unit", 2), ("report", 2)])
+def test_coverage_reports_in_any_case_and_ends_as_the_tests_do(
+    checkout: Path, tmp_path: Path, failing: str, status: int
+) -> None:
+    shutil.copy(checkout / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "requirements-dev.txt", "requirements-test.txt", "installed", "ready"):
+        (tmp_path / name).touch()
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "ran $*"\ncase "$*" in *{failing}*) exit 1;; esac\n')
+    python.chmod(0o755)
+    variables = [f"RUN={python}", "INSTALLED=installed", "READY=ready"]
+    done = subprocess.run(
+        ["make", "--silent", "coverage", *variables], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    ran = [line.split()[3:] for line in done.stdout.splitlines() if line.startswith("ran -m coverage")]
+    assert [words[3] for words in ran if words[0] == "run"] == ["tests/unit", "tests/lane", "tests/contract"]
+    assert [words[0] for words in ran[3:]] == ["combine", "html", "report"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import select
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from rich.console import Console
@@ -122,6 +125,15 @@ def test_what_has_passed_is_not_run_again_unless_asked(tree: Path, tmp_path: Pat
     assert ran(tmp_path) == "abab"
 
 
+def test_the_minutes_at_the_end_are_of_what_ran_now(tree: Path) -> None:
+    go(tree, "a")
+    (kept,) = cache_root().glob("matrix/a-*.json")
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "minutes": 60.0}))
+    _, printed = go(tree, "a")
+    assert row(printed, "a")[7] == "60.0"
+    assert row(printed, "1 of 1")[7] == "0.0"
+
+
 def test_another_tree_or_engine_is_another_result(tree: Path, tmp_path: Path) -> None:
     go(tree, "a", "b")
     (tree / "a" / "new.py").write_text("")  # not committed, as little as the rest
@@ -145,6 +157,29 @@ def test_what_decides_a_result_has_to_be_there(tree: Path) -> None:
     executable = tree_digest(tree, ["a", "b"])
     (tree / "a" / "test_a.py").unlink()  # git lists it all the same
     assert len({before, executable, tree_digest(tree, ["a", "b"])}) == 3
+
+
+def test_what_the_tests_run_in_decides_the_result(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for piece in matrix.pieces():
+        assert {"requirements-test.txt", "requirements-dev.txt"} < {*piece.files}
+    (piece,) = pieces("a")
+    before = piece.key(tree)
+    monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
+    assert piece.key(tree) != before
+
+
+def test_a_git_that_fails_is_a_line_and_the_table_still_comes(tree: Path) -> None:
+    shutil.rmtree(tree / ".git")
+    status, printed = go(tree, "a")
+    assert (status, row(printed, "a")[1]) == (1, "not run")
+    assert "a: not run: `git ls-files` failed in" in printed
+
+
+def test_a_git_that_fails_after_the_run(tree: Path) -> None:
+    suite(tree, "a", PASSES.format(name="a") + '    __import__("shutil").rmtree(".git")\n')
+    status, printed = go(tree, "a")
+    assert (status, row(printed, "a")[1]) == (0, "pass")
+    assert ": the result is not kept" in printed
 
 
 def test_a_piece_that_fails_does_not_stop_the_others(tree: Path, tmp_path: Path) -> None:
@@ -227,6 +262,27 @@ def test_a_hang_ends_at_the_limit(tree: Path, tmp_path: Path) -> None:
     assert (result.outcome, result.passed) == ("time limit", 0)
 
 
+@contextmanager
+def writes(process: subprocess.Popen[str], fifo: Path) -> Iterator[IO[str]]:
+    """What a process or its children write into a fifo, as soon as they do; fails if it ends before that."""
+    ended = os.pidfd_open(process.pid)
+    try:
+        with os.fdopen(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)) as pipe:
+            ready, _, _ = select.select([pipe.fileno(), ended], [], [])
+            assert pipe.fileno() in ready, f"it ended too early:\n{process.communicate()[0]}"
+            os.set_blocking(pipe.fileno(), True)
+            yield pipe
+    finally:
+        os.close(ended)
+
+
+def test_who_waits_for_a_process_that_ends_is_told_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    process = subprocess.Popen(["echo", "no room"], stdout=subprocess.PIPE, text=True)
+    with pytest.raises(AssertionError, match="no room"), writes(process, tmp_path / "fifo"):
+        pass
+
+
 def test_a_run_that_is_killed_keeps_what_passed(tree: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "hangs")
     suite(tree, "hanging", HANGS)
@@ -240,11 +296,13 @@ sys.exit(main([], found, Path({str(tree)!r})))
 """
 
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         process = start()
-        with (tmp_path / "hangs").open() as told:
+        with writes(process, tmp_path / "hangs") as told:
             assert told.read(5) == "hangs"
             second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
             assert second.returncode == 1
@@ -275,6 +333,12 @@ def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     for made in ("base-0", "engines/0.5.9", "engines/0.5.23"):
         (cache_root() / made).mkdir(parents=True)
     assert matrix.room(["0.5.9", "0.5.23"]).startswith("0 engines to build")
+
+
+def test_no_room_is_needed_where_nothing_is_to_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(cache_root())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    assert matrix.room([]).startswith("0 engines to build")
 
 
 # --- the pieces of the real matrix --------------------------------------------------------------------------

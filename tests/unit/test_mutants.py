@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("cosmic_ray", reason="not among what the tests need on every Python")
 
+from cosmic_ray import work_item
 from cosmic_ray.mutating import mutate_code
+from cosmic_ray.work_db import use_db
 
 from tests.lane.harness import child
 from tools import mutants
@@ -68,3 +71,41 @@ def test_a_run_of_tests_reads_the_copy(tmp_path: Path) -> None:
 
 def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     assert child.run(partial(codes, timeout=0.5), tmp_path, "None") == [None]
+
+
+def test_results_hold_for_one_module_its_tests_and_what_they_import(tmp_path: Path, checkout: Path) -> None:
+    shutil.copytree(checkout / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(checkout / mutants.LANE, tmp_path / mutants.LANE)
+    before = mutants.made_from("space", tmp_path)
+    assert before == mutants.made_from("space", checkout)
+    for changed, counts in (
+        ("plugin/mmlane/lane/space.py", True),
+        ("tests/lane/test_space.py", True),
+        ("tests/lane/harness/breakpoints.py", True),  # by way of the conftest.py beside the tests
+        ("tests/lane/harness/sockets.py", False),
+    ):
+        text = (tmp_path / changed).read_text()
+        (tmp_path / changed).write_text(text + "\n")
+        assert (mutants.made_from("space", tmp_path) != before) == counts, changed
+        (tmp_path / changed).write_text(text)
+    (tmp_path / "tests" / "lane" / "test_ring.py").write_text("")
+    assert mutants.made_from("space", tmp_path) == before
+    # That one has all tests of the lane.
+    assert mutants.made_from("reader", tmp_path) != mutants.made_from("reader", checkout)
+
+
+def test_what_took_too_long_is_no_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = (work_item.TestOutcome.KILLED, work_item.TestOutcome.SURVIVED, work_item.TestOutcome.INCOMPETENT)
+    with use_db(tmp_path / "results.sqlite") as database:
+        for line, outcome in enumerate(outcomes, 1):
+            change = work_item.MutationSpec("space.py", "core/AddNot", 0, (line, 0), (line, 1))
+            database.add_work_item(work_item.WorkItem.single(str(line), change))
+            database.set_result(
+                str(line), work_item.WorkResult(work_item.WorkerOutcome.NORMAL, "", outcome, f"diff of {line}")
+            )
+        mutants.report("space", database, tmp_path / "space.txt")
+    counts = "space: 1 of 3 killed (33.3 %), 1 survived, 1 took too long, 0 not tried"
+    assert capsys.readouterr().out.startswith(counts)
+    survived, late = (tmp_path / "space.txt").read_text().split("\n\n")[1:]
+    assert survived == "survived: space.py:2 core/AddNot in None\ndiff of 2"
+    assert late == "took too long: space.py:3 core/AddNot in None\ndiff of 3\n"

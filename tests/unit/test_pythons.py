@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from devkit.installer import InstallError
 from tools import pythons
 
 
@@ -39,3 +40,24 @@ def test_what_does_not_run_or_is_another_version_is_not_taken(tmp_path: Path) ->
 def test_what_pyenv_or_uv_has_installed_is_found(tmp_path: Path, place: str) -> None:
     python = program(tmp_path / place, "echo 9.9")
     assert pythons.interpreter("9.9") == python
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_an_environment_that_cannot_be_made_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for version in ("9.8", "9.9"):
+        program(tmp_path / "pyenv" / "versions" / f"{version}.1" / "bin" / "python", f"echo {version}")
+
+    def unit_tests(version: str, python: Path, *, with_torch: bool) -> bool:
+        if version == "9.8":
+            raise InstallError("no such wheel")
+        return True
+
+    monkeypatch.setattr(pythons, "unit_tests", unit_tests)
+    assert pythons.main(["9.8", "9.9", "9.7"]) == 1
+    printed = capsys.readouterr().out
+    assert "no such wheel" in printed
+    assert "9.8   NOT RUN: its environment could not be made, see above\n9.9   passed in " in printed
+    assert "9.7   skipped: no Python 9.7" in printed
+    assert pythons.main(["9.9", "9.7"]) == 0

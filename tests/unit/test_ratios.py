@@ -50,8 +50,8 @@ def top(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def measured(top: Path, machine: str = "2 cores") -> None:
-    new = line("now", machine, same=[1.15, 1.05, 1.2], slower=[1.3, 1.2, 1.4], fresh=[0.5, 0.4, 0.6])
+def measured(top: Path, machine: str = "2 cores", commit: str = "now") -> None:
+    new = line(commit, machine, same=[1.15, 1.05, 1.2], slower=[1.3, 1.2, 1.4], fresh=[0.5, 0.4, 0.6])
     (top / "bench" / "out" / "ratios.json").write_text(new)
 
 
@@ -84,17 +84,38 @@ def test_another_machine(top: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "beside    two, today, 64 cores\n! another machine" in said
 
 
+def head(top: Path) -> str:
+    command = ["git", "describe", "--always"]
+    return subprocess.run(command, cwd=top, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def test_the_line_is_kept_when_asked_for(top: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    measured(top)
+    measured(top, commit=head(top))
     before = (top / "bench" / "ratios.jsonl").read_text()
     assert main([], top) == 0
     assert (top / "bench" / "ratios.jsonl").read_text() == before
     assert main(["--keep", "--note", "busy"], top) == 0
     *old, new = (top / "bench" / "ratios.jsonl").read_text().splitlines()
     assert "".join(f"{one}\n" for one in old) == before
-    assert (json.loads(new)["commit"], json.loads(new)["note"]) == ("now", "busy")
+    assert (json.loads(new)["commit"], json.loads(new)["note"]) == (head(top), "busy")
     assert main([], top) == 0  # there are uncommitted changes now: compared with what this commit has
     assert "beside    three" in capsys.readouterr().out
+
+
+def test_a_line_of_another_tree_is_not_kept(top: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (top / "bench" / "ratios.jsonl").read_text()
+    second = head(top)
+    git(top, "commit", "--quiet", "--allow-empty", "-m", "three")
+    for commit, problem in (
+        (f"{head(top)}-dirty", "uncommitted changes; commit them"),
+        (second, f"and this commit is {head(top)}"),
+        ("unknown", f"and this commit is {head(top)}"),
+    ):
+        measured(top, commit=commit)
+        assert main(["--keep"], top) == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"not kept: the line is of {commit}, ") and problem in said
+    assert (top / "bench" / "ratios.jsonl").read_text() == before
 
 
 def test_nothing_to_compare(top: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,8 @@ CAPACITY = 32 * SEGMENT
 DIRECTORY = SLOTS * 8  # bytes of a lane that are always there
 SIZES = (5, 3_000, 70_000, 200_000)
 
+FOREVER = 1800.0  # seconds that no test lasts
+
 
 # --- in the processes --------------------------------------------------------------------------------------
 
@@ -78,6 +80,10 @@ class Producing:
 
     def withdraw(self, ticket: bytes) -> None:
         self.lane.withdraw(ticket)
+
+    def set_orphan(self, seconds: float) -> None:
+        """From now on the lane asks after tickets of this age."""
+        self.lane._orphan = seconds
 
     def drain(self) -> None:
         self.lane.drain()
