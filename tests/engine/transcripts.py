@@ -12,6 +12,7 @@ test_transcripts.py then compares it with what git has: a change is an error unt
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -36,6 +37,7 @@ _COMMON = (
     "asking.py", "faults.py", "forks.py", "watching.py", "probes/probe_digests.py", "probes/sitecustomize.py",
     "probes/when_imported.py", "probes/when_made.py",
 )  # fmt: skip
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 NEAR = 1e-4  # two floating-point numbers are the same number if they differ by no more
 
 
@@ -94,13 +96,25 @@ def _devkit() -> list[Path]:
 
 
 def digest_of(files: Sequence[Path]) -> str:
-    """Of what files say; lines that are comments say nothing."""
+    """Of what files do: lines of comments and docstrings do nothing."""
     return digest(*(part for file in files for part in (file.name, _said(file))))
 
 
 def _said(file: Path) -> str:
-    lines = (line.rstrip() for line in file.read_text().splitlines())
+    """By lines, not by tokens or syntax trees: these differ from one Python to the next."""
+    text = file.read_text()
+    documents = _lines_of_docstrings(text) if file.suffix == ".py" else set()
+    lines = (line.rstrip() for number, line in enumerate(text.splitlines(), 1) if number not in documents)
     return "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
+
+
+def _lines_of_docstrings(code: str) -> set[int]:
+    found: set[int] = set()
+    for node in ast.walk(ast.parse(code)):
+        for statement in getattr(node, "body", [])[:1] if isinstance(node, _DOCUMENTED) else ():
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                found.update(range(statement.lineno, (statement.end_lineno or statement.lineno) + 1))
+    return found
 
 
 @dataclass

@@ -103,8 +103,9 @@ def refused(directory: Path, code: Path, part: str) -> None:
         Transcripts(directory=directory).of(RELEASE, scenario_of(code, never))
 
 
-def test_comments_and_empty_lines_say_nothing(directory: Path, code: Path) -> None:
-    code.write_text("# why\n\n\n" + code.read_text().replace("def ask", "    # what\ndef ask") + "\n")
+def test_comments_docstrings_and_empty_lines_do_nothing(directory: Path, code: Path) -> None:
+    other = code.read_text().replace("Says something.", "Says it\nin other words.")
+    code.write_text("# why\n\n\n" + other.replace("def ask():", "    # what\ndef ask():\n    'Asks.'") + "\n")
     assert Transcripts(directory=directory).of(RELEASE, scenario_of(code, never)) == SEEN
 
 
