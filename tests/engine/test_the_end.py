@@ -50,7 +50,13 @@ def orderly(server: WatchedServer) -> None:
     """By SIGTERM to the main process, as from a container's runtime."""
     asking.resume(server)
     server.stop(ENDS_S)
+    has_ended(server)
     assert server.exit_signal() is None
+
+
+def has_ended(server: WatchedServer) -> None:
+    """Wait for its last thread: until then the kernel keeps what they share, though the first shows as ended."""
+    asking.wait_for(lambda: not server.alive(), "the main process's last thread to end")
 
 
 KILLED = (first_rank, last_rank, detokenizer, main_process)
@@ -76,6 +82,7 @@ def ends_in_a_burst(server: WatchedServer, end: Callable[[WatchedServer], None])
         asking.wait_for(lambda: looking.lane(server).tickets >= tickets, "the tickets")
         assert asking.segments(server) == before
         end(server)
+    has_ended(server)
     assert server.processes() == []
     assert looking.features(server) == []
     assert asking.segments(server).keys() <= before.keys()
@@ -84,6 +91,7 @@ def ends_in_a_burst(server: WatchedServer, end: Callable[[WatchedServer], None])
 
 def test_nothing_is_left_of_what_was_asked(arena: WatchedServer) -> None:
     """After everything that other tests have asked of this server."""
+    looking.open_lanes(arena)
     looking.wait_for_baseline(arena)
     assert looking.lane(arena).orphans == looking.lane(arena).strays == 0
     assert list(looking.lane(arena).refused) == ["not_open"]
