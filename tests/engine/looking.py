@@ -68,7 +68,12 @@ def wait_for_no_features(server: WatchedServer) -> None:
 def lanes(server: WatchedServer) -> list[LaneStats]:
     """The lanes of a server's processes, as they are now."""
     pids = {process.pid for process in server.processes()}
-    return [ask(address, WAIT_S) for address in running() if int(address.split("-")[1]) in pids]
+    return [ask(address, WAIT_S) for address in addresses(pids)]
+
+
+def addresses(pids: set[int]) -> list[str]:
+    """Of the lanes that are there of these processes."""
+    return [address for address in running() if int(address.split("-")[1]) in pids]
 
 
 def lane(server: WatchedServer) -> LaneStats:

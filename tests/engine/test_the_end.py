@@ -9,7 +9,6 @@ import pytest
 from packaging.version import Version
 
 from mmlane.compat import matrix
-from mmlane.lane.status import running
 from tests.conftest import SIX
 from tests.engine import asking, looking
 from tests.engine.faults import DEFERRED
@@ -86,7 +85,7 @@ def ends_in_a_burst(server: WatchedServer, end: Callable[[WatchedServer], None])
     assert server.processes() == []
     assert looking.features(server) == []
     assert asking.segments(server).keys() <= before.keys()
-    assert [address for address in running() if int(address.split("-")[1]) in pids] == []
+    assert looking.addresses(pids) == []
 
 
 def test_nothing_is_left_of_what_was_asked(arena: WatchedServer) -> None:

@@ -13,7 +13,6 @@ from packaging.version import Version
 
 from devkit.images import jpeg
 from devkit.server import free_port
-from mmlane.lane.status import LaneStats, running
 from tests.engine import asking, looking
 from tests.engine.asking import image
 from tests.engine.transcripts import Transcripts
@@ -96,12 +95,8 @@ def a_worker_is_killed(server: WatchedServer) -> None:
     server.verify()
     victim, survivor = looking.lanes(server)
     server.kill(victim.pid)
-    asking.wait_for(lambda: running_of(victim) == [], "the lane's end")
-    assert running_of(survivor) == [survivor.address]
-
-
-def running_of(lane: LaneStats) -> list[str]:
-    return [address for address in running() if int(address.split("-")[1]) == lane.pid]
+    asking.wait_for(lambda: looking.addresses({victim.pid}) == [], "the lane's end")
+    assert looking.addresses({survivor.pid}) == [survivor.address]
 
 
 @pytest.mark.matrix
