@@ -313,3 +313,14 @@ def test_leaving_python_with_tensors_held_is_quiet() -> None:
         """
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_leaving_python_waits_for_no_lock() -> None:
+    """Threads stand still once Python ends, with the locks that they hold; `scope` closes all after that."""
+    ended = run_beside_a_lane(
+        """
+        for lock in (pair.lane._lock, *(reader._joining for reader in pair.readers)):
+            lock.acquire()
+        """
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -298,9 +299,13 @@ class Lane:
                 degraded=tuple(self._backing.degraded),
             )
 
-    def close(self) -> None:
-        """End the lane. Tensors that readers hold stay valid; tickets on their way can be taken for a while."""
-        if os.getpid() != self._pid:
+    def close(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """End the lane. Tensors that readers hold stay valid; tickets on their way can be taken for a while.
+
+        Does nothing in a forked child, and nothing while Python itself ends: other threads stand still by then,
+        with whatever locks they hold, and the kernel tells the readers.
+        """
+        if _ending() or os.getpid() != self._pid:
             return
         with self._lock:
             if not self._closed:

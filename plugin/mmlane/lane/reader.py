@@ -351,9 +351,12 @@ class Reader:
             raise UnknownLane(f"lane {address} is not joined")
         return link.pinning.wait(timeout) and link.pinned is not None
 
-    def close(self) -> None:
-        """Leave all lanes. Tensors that are held stay valid; a lane is left when its last tensor is let go."""
-        if os.getpid() != self._pid:
+    def close(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Leave all lanes. Tensors that are held stay valid; a lane is left when its last tensor is let go.
+
+        Does nothing in a forked child, and nothing while Python itself ends (see `Lane.close`).
+        """
+        if _ending() or os.getpid() != self._pid:
             return
         with self._joining:
             self._closed = True
