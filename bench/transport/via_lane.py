@@ -28,7 +28,7 @@ class Producer(contract.Producer):
         self._puts = 0
         self._shares: list[lane.Share | None] = [None] * case.items
         self._lane = lane.Lane(readers={_GROUP: case.readers}, idle=_IDLE_S)
-        return self._lane.address
+        return bytes(self._lane.invitation).hex()
 
     def ready(self) -> None:
         if not self._lane.wait_open(timeout=_PATIENCE_S):
@@ -57,8 +57,8 @@ class Producer(contract.Producer):
 
 class Reader(contract.Reader):
     def open(self, address: str, rank: int, case: Case) -> None:
-        self._reader = lane.Reader(group=_GROUP)
-        self._reader.join(address, timeout=_PATIENCE_S)
+        self._reader = lane.Reader(_GROUP, rank)
+        self._reader.join(lane.Invitation.parse(bytes.fromhex(address)), timeout=_PATIENCE_S)
 
     def take(self, message: bytes) -> Sequence[Tensor]:
         mode = cast(lane.Mode, self.mode)

@@ -121,6 +121,17 @@ def is_alive(pid: int) -> bool:
 # --- processes and mounts ----------------------------------------------------------------------------------
 
 
+def max_map_count() -> int | None:
+    """How many mappings a process can have; None where the kernel does not tell."""
+    return _integer(_text(Path("/proc/sys/vm/max_map_count")).strip())
+
+
+def overflow_uid() -> int:
+    """The user id that stands for all users without one in this user namespace; 65534 by default."""
+    uid = _integer(_text(Path("/proc/sys/kernel/overflowuid")).strip())
+    return 65534 if uid is None else uid
+
+
 def pid_namespace() -> int | None:
     """The number of this process's pid namespace; None when it cannot be had."""
     try:

@@ -133,7 +133,7 @@ class Pinned(memory.Mapping):
         self.offset = offset
         writable = memory.Descriptor(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
         super().__init__(writable.fd, nbytes, offset=offset, writable=True)
-        self.populate(0, nbytes, write=True)
+        self.populate(0, nbytes)
         cuda.register(self.address, nbytes)
         self._cuda = cuda
         self.protect()

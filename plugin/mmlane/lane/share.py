@@ -2,63 +2,57 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import torch
 
-from mmlane.lane.ledger import Extent
+from mmlane.lane.bookkeeping import Extent, Hold
 
 
-class Held:
-    """What a lane knows of a share. Guarded by the lane's lock.
+class Shared(Hold):
+    """What a lane knows of a share, and the hold on its copy. Guarded by the lane's lock.
 
     uses: puts that are left. content: dtype and shape of what was put. extent: where its copy is; None before the
     first put, and once the share has ended.
     """
 
-    __slots__ = ("content", "extent", "lane", "uses")
+    __slots__ = ("content", "lane", "uses")
 
-    def __init__(self, lane: object, uses: int) -> None:
+    def __init__(self, lane: object, uses: int, end: Callable[[Extent], None]) -> None:
+        super().__init__(end)
         self.lane = lane
         self.uses = uses
         self.content: tuple[torch.dtype, torch.Size] | None = None
-        self.extent: Extent | None = None
 
 
 class Share:
     """Stands for one tensor that will be put a number of times; made by `Lane.share`, a context manager.
 
     The first `Lane.put(tensor, share=share)` copies, the others issue tickets on that copy: all of them carry the
-    bytes that the tensor had at the first put. The copy is held until the uses are spent or the share is closed
-    or dropped, whatever becomes of the tickets. A put that is refused, or raises what interrupted it, spends a use
-    as well; a put beyond the uses, or with a closed share, copies.
+    bytes that the tensor had at the first put. The lane keeps the copy until the uses are spent or the share is
+    closed or dropped, whatever becomes of the tickets. A put that is refused, or raises what interrupted it,
+    spends a use as well; a put beyond the uses, or with a closed share, copies.
     """
 
-    closed = True  # until it is made
+    def __init__(self, shared: Shared) -> None:
+        self.shared: Shared | None = shared  # lets go of the copy when nobody has it any more
 
-    def __init__(self, held: Held, end: Callable[[Held], None]) -> None:
-        self.held = held
-        self._end = end
-        self.closed = False
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.shared is None
 
     @property
     def is_spent(self) -> bool:
-        """Whether all uses are spent, so that nothing is held any more."""
-        return self.held.uses < 1
+        """Whether all uses are spent, or given up, so that nothing is kept any more."""
+        return self.shared is None or self.shared.uses < 1
 
     def close(self) -> None:
-        """Hold the copy no longer: it is free with its last ticket. Can be called wherever Python runs."""
-        if not self.closed:
-            self._end(self.held)  # only noted, the lane's next drain does it: twice, after an interrupt, is well
-            self.closed = True
+        """Keep the copy no longer: it is free with its last ticket. Can be called wherever Python runs."""
+        self.shared = None
 
     def __enter__(self) -> Share:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not ending():
-            self.close()

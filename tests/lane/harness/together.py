@@ -43,7 +43,7 @@ class Together:
         refused = self.lane.put(tensor, share=share)
         assert isinstance(refused, Refused)
         after = self.lane.stats()
-        assert after.refused.get(refused.cause, 0) == before.refused.get(refused.cause, 0) + 1
+        assert after.fallbacks.get(refused.cause, 0) == before.fallbacks.get(refused.cause, 0) + 1
         assert books(after) == books(before)
         return refused
 
@@ -54,10 +54,10 @@ class Together:
     def nothing_is_out(self) -> bool:
         """Whether all tickets have ended, and no extent is held."""
         stats = self.lane.stats()
-        return (stats.tickets, stats.extents, stats.taken) == (0, 0, 0)
+        return (stats.tickets, stats.extents, stats.used_bytes) == (0, 0, 0)
 
     def wait_until_nothing_is_out(self) -> None:
-        """Give-backs may wait for a device."""
+        """Releases may wait for a device or a reader's thread."""
         eventually(self.nothing_is_out, "all extents are back")
 
 
@@ -66,13 +66,13 @@ def books(stats: LaneStats) -> dict[str, Any]:
     return {
         "tickets": stats.tickets,
         "extents": stats.extents,
-        "taken": stats.taken,
-        "readers": stats.readers,
+        "used_bytes": stats.used_bytes,
+        "joined": stats.joined,
         "puts": stats.puts,
         "shared": stats.shared,
-        "orphans": stats.orphans,
-        "strays": stats.strays,
-        "strangers": stats.strangers,
+        "lost_tickets": stats.lost_tickets,
+        "malformed_messages": stats.malformed_messages,
+        "rejected_peers": stats.rejected_peers,
     }
 
 
@@ -85,12 +85,12 @@ def together(
     options = {"capacity": 16 * SEGMENT, "segment": SEGMENT, **options}
     pair = Together(Lane({"tp": readers}, **options))
     try:
-        for _ in range(readers):
-            pair.readers.append(Reader("tp", linger=linger, device=device))
-            pair.readers[-1].join(pair.lane.address, DEADLINE)
+        for number in range(readers):
+            pair.readers.append(Reader("tp", number, linger=linger, device=device))
+            pair.readers[-1].join(pair.lane.invitation, DEADLINE)
         assert pair.lane.wait_open(DEADLINE)
         yield pair
-        assert pair.lane.stats().strays == 0
+        assert pair.lane.stats().malformed_messages == 0
     finally:
         for reader in pair.readers:
             reader.close()
@@ -101,7 +101,7 @@ def together(
 
 def held(stats: LaneStats) -> tuple[int, int, int]:
     """What is out: tickets, extents, pages."""
-    return stats.tickets, stats.extents, stats.taken // PAGE
+    return stats.tickets, stats.extents, stats.used_bytes // PAGE
 
 
 def offset(ticket: bytes) -> int:
@@ -111,7 +111,7 @@ def offset(ticket: bytes) -> int:
 
 def uses_left(share: Share) -> int:
     """How many puts a share is for, of those that are yet to be made."""
-    return share.held.uses
+    return 0 if share.shared is None else share.shared.uses
 
 
 # --- a lane alone ------------------------------------------------------------------------------------------
@@ -136,9 +136,9 @@ def serves(lane: Lane, *readers: Reader) -> None:
     with ExitStack() as scope:
         if not readers:
             readers = (scope.enter_context(Reader("tp")),)
-            readers[0].join(lane.address)
+            readers[0].join(lane.invitation)
         tensor = new_tensor()
         ticket = put(lane, tensor)
         for reader in readers:
             assert torch.equal(reader.take(ticket), tensor)
-        assert lane.stats().tickets == 0
+        eventually(lambda: lane.stats().tickets == 0, "the tensor is released")

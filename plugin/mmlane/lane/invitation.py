@@ -1,0 +1,45 @@
+"""What a process needs to join a lane: the lane's public name, and a secret that proves the right to join."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+from mmlane.lane.errors import MalformedInvitation
+
+_MAGIC = b"mmlane3 "  # with the version of the protocol
+_SECRET = 32  # bytes
+_NAME = 100  # bytes at most: what a socket's address holds
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """Names a lane and proves the right to join it. Send `bytes(invitation)` to the lane's own readers alone.
+
+    name: public; it stands in logs, tickets, thread names and /proc/net/unix. secret: 32 bytes, which `repr`
+    hides. Whoever has it and runs as the same user can read the lane's tensors and fill its memory.
+    """
+
+    name: str
+    secret: bytes = field(repr=False)
+
+    @classmethod
+    def make(cls, name: str) -> Invitation:
+        """An invitation with a new secret."""
+        return cls(name, secrets.token_bytes(_SECRET))
+
+    def __bytes__(self) -> bytes:
+        return _MAGIC + self.secret + self.name.encode()
+
+    @classmethod
+    def parse(cls, data: object) -> Invitation:
+        """The invitation that `bytes` made. Raises MalformedInvitation, which quotes nothing of it."""
+        if not isinstance(data, bytes) or not data.startswith(_MAGIC):
+            raise MalformedInvitation(
+                f"no invitation of protocol {_MAGIC[6:].decode().strip()}, which this mmlane speaks: run one"
+                " version of mmlane in all processes of the engine"
+            )
+        secret, name = data[len(_MAGIC) :][:_SECRET], data[len(_MAGIC) + _SECRET :]
+        if len(secret) < _SECRET or not name.isascii() or not 0 < len(name) <= _NAME:
+            raise MalformedInvitation("an invitation that was damaged on its way")
+        return cls(name.decode(), secret)

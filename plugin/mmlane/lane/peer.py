@@ -1,0 +1,42 @@
+"""Who is at the other end of a Unix connection, as the kernel knows it, and how to notice its end."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from functools import cache
+from typing import NamedTuple
+
+from mmlane import host
+
+_CREDENTIALS = struct.Struct("iII")
+
+
+class Peer(NamedTuple):
+    """The process at the other end. pid: 0 when it is out of sight, in a PID namespace that ours does not hold."""
+
+    pid: int
+    uid: int
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """The process at the other end, in the numbers of this process's namespaces."""
+    pid, uid, _ = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    return Peer(pid, uid)
+
+
+@cache
+def uid_is_proof() -> bool:
+    """Whether a peer with our user id is of our user: not if that id stands for all users without one here."""
+    return os.geteuid() != host.overflow_uid()
+
+
+def has_ended(connection: socket.socket) -> bool:
+    """Whether the other end is closed; an empty message alone does not say so."""
+    end = select.poll()
+    end.register(connection, select.POLLRDHUP)
+    return bool(end.poll(0))
