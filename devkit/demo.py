@@ -295,7 +295,7 @@ def features(run: Run) -> str:
     copies = lane.puts - lane.shared
     rest = sum(lane.fallbacks.values())
     return (
-        f"{lane.puts} by lane, with {copies} copies: {size(lane.copied_bytes)} in {lane.copy_seconds * 1e3:.1f} ms;"
+        f"{lane.puts} by lane with {copies} copies: {size(lane.copied_bytes)} in {lane.copy_seconds * 1e3:.1f} ms;"
         f" {rest} by segment, while the lane opened"
     )
 

@@ -96,6 +96,6 @@ def wait_for_baseline(server: WatchedServer) -> None:
     """Wait until every ticket has come back, and nothing is kept for anybody."""
 
     def at_baseline() -> bool:
-        return all((stats.tickets, stats.extents, stats.taken) == (0, 0, 0) for stats in lanes(server))
+        return all((stats.tickets, stats.extents, stats.used_bytes) == (0, 0, 0) for stats in lanes(server))
 
     wait_for(at_baseline, lambda: f"the lanes to be empty: {lanes(server)}")

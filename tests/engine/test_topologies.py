@@ -42,7 +42,7 @@ def goes_by_lane(server: WatchedServer, producers: int) -> None:
     before = looking.lanes(server)
     everything_is_answered(server)
     after = looking.lanes(server)
-    assert [stats.refused for stats in after] == [stats.refused for stats in before]
+    assert [stats.fallbacks for stats in after] == [stats.fallbacks for stats in before]
     assert all(late.puts > early.puts for late, early in zip(after, before, strict=True))
     looking.wait_for_baseline(server)
     assert looking.features(server) == []
@@ -120,7 +120,7 @@ def test_a_lane_that_is_too_small(plugin_wheel: Path) -> None:
         looking.open_lanes(server)
         for seed in range(3):
             assert server.generate([jpeg(640, 480, seed=seed)], asking.TEXT).status == 200
-        assert looking.lane(server).refused["oversize"] == 3
+        assert looking.lane(server).fallbacks["oversize"] == 3
         assert server.log().count("has no place for a feature (oversize)") == 1
         before = looking.lane(server).puts
         assert server.generate([asking.image()], asking.TEXT).status == 200

@@ -130,7 +130,7 @@ def test_a_process_ends_well_with_memory_pinned() -> None:
         from mmlane.lane import Lane, Reader
 
         lane, reader = Lane({"tp": 1}, capacity=64 << 20, pinned=64 << 20), Reader("tp", device="cuda:0")
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         assert reader.wait_pinned(lane.address, 60)
         held = reader.take(lane.put(torch.ones(1 << 20)))
         on_device = held.to("cuda", non_blocking=True)

@@ -36,7 +36,7 @@ from tests.lane.harness.waiting import DEADLINE, eventually
 def test_readers_keep_what_they_hold_when_the_producer_ends(company: Company, how: str) -> None:
     """(4) And get what is on its way for as long as they linger; then its memory goes from them."""
     producer = company.producer({"tp": 2}, capacity=CAPACITY, segment=SEGMENT)
-    address = company.address(producer)
+    address = company.invitation(producer)
     (file,) = kernel.lane_files(producer.pid)
     reader, short = company.reader("tp", address), company.reader("tp", address, linger=0.2)
     sent = [producer.call(Producing.put, seed, 100_000) for seed in range(4)]
@@ -97,7 +97,7 @@ def put_amid_close(producing: Producing, point: str) -> tuple[Sent | Refused, in
     return answer, written
 
 
-@pytest.mark.parametrize("point", ["put.allocated", "grow.populated", "put.reserved", "put.copied"])
+@pytest.mark.parametrize("point", ["put.allocated", "commit.populated", "put.committed", "put.copied"])
 def test_a_lane_closed_amid_a_put(company: Company, point: str) -> None:
     """The memory stays until the put is through with it, and nobody rings a bell that is gone."""
     producer, (reader,) = company.open(["tp"])
@@ -184,7 +184,7 @@ def test_a_reader_that_closes_keeps_what_it_holds_and_the_producer_leaves_it_alo
                 use(sent)
         pair.readers[1].discard(sent)
         with pytest.raises(LaneError, match="closed"):
-            pair.reader.join(pair.lane.address)
+            pair.reader.join(pair.lane.invitation)
         for number in range(20):
             pair.lane.withdraw(pair.put(torch.full((4 * SEGMENT,), number, dtype=torch.uint8)))
         assert same(view, tensor) and same(cow, tensor)

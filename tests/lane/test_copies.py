@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmlane.lane import points
+from mmlane.lane import failpoints
 from tests.lane.harness.payloads import inferred, random, same
 from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset
 from tests.lane.writes import SMALL, WRITES
@@ -24,7 +24,7 @@ def test_the_same_tensor_twice_is_two_copies(wide: Together) -> None:
     first, second = wide.put(tensor), wide.put(tensor)
     assert offset(first) != offset(second)
     stats = wide.lane.stats()
-    assert held(stats) == (2, 2, 6) and (stats.puts, stats.shared, stats.copied) == (2, 0, 6 * PAGE)
+    assert held(stats) == (2, 2, 6) and (stats.puts, stats.shared, stats.copied_bytes) == (2, 0, 6 * PAGE)
     assert same(wide.reader.take(first), tensor) and same(wide.reader.take(second), tensor)
 
 
@@ -76,7 +76,7 @@ def test_inference_tensors_are_copied_like_others(wide: Together) -> None:
     assert same(wide.reader.take(wide.put(tensor)), tensor) and same(wide.reader.take(first), before)
 
 
-@pytest.mark.parametrize("point", ["put.allocated", "put.reserved", "put.copied"])
+@pytest.mark.parametrize("point", ["put.allocated", "put.committed", "put.copied"])
 def test_a_tensor_that_is_changed_while_it_is_put(
     wide: Together, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:

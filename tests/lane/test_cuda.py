@@ -128,7 +128,7 @@ def test_nothing_is_registered_that_is_not_kept(gpu: FakeGpu) -> None:
 
 def test_a_reader_without_a_device_registers_nothing(gpu: FakeGpu) -> None:
     with together(pinned=PINNED) as pair:
-        eventually(lambda: pair.lane.stats().pinned == PINNED, "the memory is kept")
+        eventually(lambda: pair.lane.stats().pinned_bytes == PINNED, "the memory is kept")
         assert same(pair.reader.take(pair.put(random((9,)))), random((9,)))
         assert not gpu.registered
 
@@ -149,15 +149,15 @@ def test_kept_memory_stays_and_other_memory_goes(gpu: FakeGpu) -> None:
     with together(device="cuda:0", pinned=PINNED, idle=0.05) as pair:
         assert pair.reader.wait_pinned(pair.lane.address, DEADLINE)
         pair.reader.discard(pair.put(random((8 * SEGMENT,))))
-        assert pair.lane.stats().warm > PINNED
-        eventually(lambda: pair.lane.stats().warm == PINNED, "what was idle is handed back")
+        assert pair.lane.stats().committed_bytes > PINNED
+        eventually(lambda: pair.lane.stats().committed_bytes == PINNED, "what was idle is handed back")
         eventually(lambda: pair.lane._control._next_look is None, "nobody looks any more")
-        assert list(gpu.registered.values()) == [PINNED] and pair.lane.stats().pinned == PINNED
+        assert list(gpu.registered.values()) == [PINNED] and pair.lane.stats().pinned_bytes == PINNED
 
 
 def test_one_that_joins_later_pins_too(gpu: FakeGpu, pair: Together) -> None:
     late = Reader("tp", device="cuda:0")
-    late.join(pair.lane.address, DEADLINE)
+    late.join(pair.lane.invitation, DEADLINE)
     assert late.wait_pinned(pair.lane.address, DEADLINE)
     assert list(gpu.registered.values()) == [PINNED, PINNED]
     late.close()
@@ -179,7 +179,7 @@ def test_no_memory_to_keep(
         eventually(lambda: "no memory for" in caplog.text, "it is said")
         tensor = random((SEGMENT,))
         assert same(pair.reader.take(pair.put(tensor)), tensor)
-        assert not gpu.registered and pair.lane.stats().pinned == 0
+        assert not gpu.registered and pair.lane.stats().pinned_bytes == 0
         pair.wait_until_nothing_is_out()
     assert caplog.text.count("no memory for") == 1 and "make `pinned` smaller" in caplog.text
 
@@ -189,9 +189,9 @@ def test_nonsense_to_keep_is_ignored(gpu: FakeGpu, kept: tuple[int, int], monkey
     with together(device="cuda:0") as pair:
         asked: list[Any] = []
         monkeypatch.setattr(pair.reader._device, "pin", lambda *args: asked.append(args))
-        pair.lane._control.send(wire.KEPT, [kept])
-        pair.lane._control.send(wire.REVOKE, [(9, 9)])  # what is never seen is answered
-        eventually(lambda: pair.lane.stats().strays, "it has been heard")
+        pair.lane._control.send(protocol.PINNED, [kept])
+        pair.lane._control.send(protocol.RECALL, [(9, 9)])  # what is never seen is answered
+        eventually(lambda: pair.lane.stats().malformed_messages, "it has been heard")
         assert not asked
         pair.lane._strays = 0  # the answer, to a question that the lane does not know of
 
@@ -205,7 +205,7 @@ def test_who_could_not_be_told_is_told_later_and_nobody_twice(
     send = Control.send
 
     def sending(self: Control, kind: int, items: Any, readers: Any = None) -> bool:
-        if kind == wire.KEPT:
+        if kind == protocol.PINNED:
             told.append(list(readers))
             if deaf and len(told) % 2:
                 return False
@@ -220,7 +220,7 @@ def test_who_could_not_be_told_is_told_later_and_nobody_twice(
         for _ in range(3):
             pair.lane.drain()
         assert len(told) == before and len(gpu.registered) == 2
-        assert pair.lane.stats().warm == pair.lane.stats().pinned == PINNED
+        assert pair.lane.stats().committed_bytes == pair.lane.stats().pinned_bytes == PINNED
 
 
 def test_a_replacement_is_told_before_it_is_told_much_else(gpu: FakeGpu, pair: Together) -> None:
@@ -229,10 +229,10 @@ def test_a_replacement_is_told_before_it_is_told_much_else(gpu: FakeGpu, pair: T
     send = pair.lane._control.send
     pair.lane._control.send = lambda kind, *rest: [kinds.append(kind), send(kind, *rest)][1]  # type: ignore
     with Reader("tp", device="cuda:0") as late:
-        late.join(pair.lane.address, DEADLINE)
+        late.join(pair.lane.invitation, DEADLINE)
         assert late.wait_pinned(pair.lane.address, DEADLINE)
         eventually(lambda: len(kinds) >= 3, "it is told what has memory")
-    assert kinds[:3] == [wire.JOINED, wire.KEPT, wire.WARM]
+    assert kinds[:3] == [protocol.JOINED, protocol.PINNED, protocol.WARM]
 
 
 def test_closing_does_not_wait_for_what_is_to_be_kept(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +468,7 @@ def test_a_reader_that_is_closed_unregisters_when_the_device_has_read(gpu: FakeG
 def test_a_producer_that_ends_is_unregistered(gpu: FakeGpu) -> None:
     reader = Reader("tp", device="cuda:0", linger=0.05)
     with Lane({"tp": 1}, capacity=16 * SEGMENT, segment=SEGMENT, pinned=PINNED) as lane:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         assert reader.wait_pinned(lane.address, DEADLINE)
         ticket = lane.put(random((SEGMENT,)))
         assert isinstance(ticket, bytes)
@@ -494,7 +494,7 @@ from tests.lane.harness.fake_cuda import FakeGpu
 cuda.Cuda = gpu = FakeGpu()
 atexit.register(lambda: print(len(gpu.registered)))  # after what was registered later
 lane, reader = Lane({"tp": 1}, capacity=1 << 20, pinned=1 << 20), Reader("tp", device="cuda:0")
-reader.join(lane.address)
+reader.join(lane.invitation)
 assert reader.wait_pinned(lane.address, 60)
 held = reader.take(lane.put(torch.ones(9)))
 print(len(gpu.registered))

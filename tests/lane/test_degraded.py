@@ -78,14 +78,14 @@ def confined(denials: tuple[Deny, ...], place: str) -> tuple[tuple[str, ...], li
     if denials:
         forbid(*denials)
     with Lane({"tp": 2}, capacity=32 * MIB, idle=0.1) as lane, Reader("tp") as one, Reader("tp") as two:
-        one.join(lane.address)
-        two.join(lane.address)
+        one.join(lane.invitation)
+        two.join(lane.invitation)
         travel(lane, [one, two])
         # And so it goes when memory has been idle.
-        eventually(lambda: not lane.stats().warm or lane._never_cools, "memory that is handed back or kept")
+        eventually(lambda: not lane.stats().committed_bytes or lane._never_cools, "memory that is handed back or kept")
         travel(lane, [one, two])
         stats = lane.stats()
-        assert stats.is_open and not stats.strays and not stats.strangers
+        assert stats.is_open and not stats.malformed_messages and not stats.rejected_peers
         return stats.degraded, log.lines
 
 
@@ -138,12 +138,12 @@ def commit_by_hand() -> tuple[int, int]:
     """Where there is no fallocate, glibc writes a byte to each page."""
     forbid(NO_FALLOCATE)
     with Lane({"tp": 1}, capacity=64 * MIB) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         assert isinstance(lane.put(torch.ones(20 * MIB, dtype=torch.uint8)), bytes)
         eventually(
-            lambda: blocks(lane._backing.fd) == BASE + lane.stats().warm, "memory that is as large as it says"
+            lambda: blocks(lane._backing.fd) == BASE + lane.stats().committed_bytes, "memory that is as large as it says"
         )
-        return blocks(lane._backing.fd) - BASE, lane.stats().warm
+        return blocks(lane._backing.fd) - BASE, lane.stats().committed_bytes
 
 
 def test_without_fallocate_memory_is_committed_all_the_same() -> None:
@@ -157,7 +157,7 @@ def fill_without_fallocate() -> tuple[str, str, bool]:
     mount_over("/dev/shm", "size=16m")
     forbid(NO_MEMFD, NO_FALLOCATE)
     with Lane({"tp": 1}, capacity=256 * MIB) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         tensor = torch.ones(MIB, dtype=torch.uint8)
         tickets = []
         while isinstance(ticket := lane.put(tensor), bytes):
@@ -178,12 +178,12 @@ def keep_what_cannot_be_handed_back() -> tuple[int, int, int]:
     forbid(NO_HOLES)
     found = []
     with Lane({"tp": 1}, capacity=64 * MIB, idle=0.05) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         for _ in range(3):
             travel(lane, [reader])
             eventually(lambda: lane._control._next_look is None, "the end of looking")  # it does not look for ever
             found.append(blocks(lane._backing.fd))
-            assert found[-1] == BASE + lane.stats().warm
+            assert found[-1] == BASE + lane.stats().committed_bytes
         return found[0], found[1], found[2]
 
 
@@ -202,12 +202,12 @@ def join_by_path(pipe: Connection, address: str) -> list[str]:
     limits: list[int] = []
 
     def probe(point: str) -> None:
-        if point == "hello.sent":
+        if point == "join.greeted":
             limits.append(limit_descriptors(0))
-        elif point == "map.received":
+        elif point == "join.received":
             limit(resource.RLIMIT_NOFILE, limits.pop())
 
-    points.probe = probe
+    failpoints.probe = probe
     with Reader("tp") as reader:
         reader.join(address)
         pipe.send("joined")
@@ -238,15 +238,15 @@ def join_without_proc(address: str) -> str:
             numbers.append(number)
 
         def probe(point: str) -> None:
-            if point == "hello.sent":
+            if point == "join.greeted":
                 limit(resource.RLIMIT_NOFILE, number + 1)
-            elif point == "map.received":
+            elif point == "join.received":
                 limit(resource.RLIMIT_NOFILE, before)
 
-        points.probe = probe
+        failpoints.probe = probe
         with pytest.raises(JoinRefused) as refusal:
             reader.join(address)
-        points.probe = None
+        failpoints.probe = None
         reader.join(address)  # the next time all is there
         return str(refusal.value)
 
@@ -256,7 +256,7 @@ def test_no_descriptor_and_no_proc_is_a_refusal() -> None:
     with Lane({"tp": 1}, capacity=4 * MIB) as lane:
         text = run(join_without_proc, lane.address)
         assert "could not be mapped" in text and f"/proc/{os.getpid()}/fd/" in text
-        assert lane.stats().strangers == 1
+        assert lane.stats().rejected_peers == 1
 
 
 # --- what there is no lane without -------------------------------------------------------------------------
@@ -341,14 +341,14 @@ def meet_a_full_file_system_ahead_of_need() -> tuple[bool, int]:
     mount_over("/dev/shm", "size=8m")
     forbid(NO_MEMFD)
     with Lane({"tp": 1}, capacity=64 * MIB, segment=MIB) as lane, Reader("tp") as first:
-        first.join(lane.address)
+        first.join(lane.invitation)
         tensor = torch.ones(3 * MIB, dtype=torch.uint8)
         old = lane.put(tensor)
-        eventually(lambda: lane.stats().warm == 6 * MIB, "as much memory again ahead of need")
+        eventually(lambda: lane.stats().committed_bytes == 6 * MIB, "as much memory again ahead of need")
         assert isinstance(lane.put(tensor), bytes)
-        eventually(lambda: lane.stats().warm == 7 * MIB and lane._starved, "an attempt that fails")
+        eventually(lambda: lane.stats().committed_bytes == 7 * MIB and lane._starved, "an attempt that fails")
         with Reader("tp") as second:
-            second.join(lane.address)
+            second.join(lane.invitation)
             assert isinstance(old, bytes)
             first.discard(old)
             ticket = lane.put(tensor)
@@ -380,10 +380,10 @@ def break_the_thread(pipe: Connection, point: str) -> tuple[list[str], str, str,
         held = lane.put(torch.ones(10))
         pipe.send(held)
         pipe.recv()
-        points.probe = probe
+        failpoints.probe = probe
         pipe.send("set")
         eventually(lambda: not lane.is_open, "the end of the lane")
-        points.probe = None
+        failpoints.probe = None
         refused = lane.put(torch.ones(10))
         assert isinstance(refused, Refused)
         lane._control.join()
@@ -393,7 +393,7 @@ def break_the_thread(pipe: Connection, point: str) -> tuple[list[str], str, str,
         return log.lines, refused.cause, refused.detail, lane._backing.fd == -1
 
 
-@pytest.mark.parametrize("point", ["hand_back.announced", "drain.received"])
+@pytest.mark.parametrize("point", ["decommit.chosen", "drain.received"])
 def test_a_control_thread_that_fails_says_so(point: str) -> None:
     """The lane is closed with the error; readers keep what they hold, and learn that it has ended (4)."""
     with Child(break_the_thread, point) as child, ExitStack() as scope:
@@ -420,7 +420,7 @@ def test_a_control_thread_that_fails_says_so(point: str) -> None:
 def travel_beside_a_mount_without_a_source() -> tuple[bool, int | None, tuple[str, str], list[sweeping.Segment]]:
     mount_over("/dev/shm", "size=64m", source="")
     with Lane({"tp": 1}) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         travel(lane, [reader])
     mounted = " - tmpfs  rw" in Path("/proc/self/mountinfo").read_text()
     return mounted, host.memory().limit, sweeping._mounted(host.SHM), sweeping._sweep(private=True)[0]

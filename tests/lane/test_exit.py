@@ -66,7 +66,7 @@ import torch
 from mmlane.lane import Lane, Reader
 lane = Lane({"tp": 1}, capacity=64 << 20)
 reader = Reader("tp")
-reader.join(lane.address)
+reader.join(lane.invitation)
 assert lane.wait_open(60)
 """
 POINTER = """
@@ -262,7 +262,7 @@ ENDS = ["as it is", "close", "raise", "fork", "fork and close"]
 def test_a_reader_ends_with_tensors_held(company: Company, how: str) -> None:
     """Without a word, and what it held is free (4)."""
     producer = company.producer({"tp": 1})
-    address = company.address(producer)
+    address = company.invitation(producer)
     other = company.reader("tp", address)
     assert producer.call(Producing.wait_open)
     with program(READER, address, how) as process:

@@ -123,7 +123,7 @@ def fork_a_reader(reading: Reading, address: str, sent: Sent, how: How) -> tuple
 def test_a_child_forked_from_a_reader_is_none(company: Company, how: How) -> None:
     """It can do nothing, says nothing, and hides its parent's death from nobody (4)."""
     producer, (reader, other) = company.open(["tp", "tp"])
-    address = company.address(producer)
+    address = company.invitation(producer)
     held, untaken = (producer.call(Producing.put, seed, 10_000) for seed in range(2))
     reader.call(Reading.take, held, "view")
     reader.call(Reading.take, producer.call(Producing.put, 3, 10_000), "cow")
@@ -135,7 +135,7 @@ def test_a_child_forked_from_a_reader_is_none(company: Company, how: How) -> Non
     for answer in tried.values():
         assert answer.startswith(f"LaneError: this reader belongs to process {reader.pid}")
     stats = producer.call(Producing.stats)
-    assert (stats.tickets, stats.strays, stats.readers) == (3, 0, {"tp": 2})
+    assert (stats.tickets, stats.malformed_messages, stats.readers) == (3, 0, {"tp": 2})
     assert reader.call(Reading.check) == 2
     assert set(kernel.sleeps(reader.pid)) == set(before)  # no thread has ended
 
@@ -184,7 +184,7 @@ def test_a_child_forked_from_a_producer_is_none(company: Company, how: How) -> N
     carries(producer, reader)
     assert producer.call(reap, pid) == 0
     carries(producer, reader)
-    carries(producer, company.reader("tp", company.address(producer)), reader)
+    carries(producer, company.reader("tp", company.invitation(producer)), reader)
 
     pid, tried = producer.call(fork_a_producer, how)
     producer.kill()
@@ -200,7 +200,7 @@ def fork_for_a_lane_of_its_own(producing: Producing) -> tuple[int, list[int]]:
 
     def live() -> list[int]:
         with Lane({"own": 1}, capacity=CAPACITY) as lane, Reader("own") as reader:
-            reader.join(lane.address)
+            reader.join(lane.invitation)
             ticket = lane.put(torch.arange(4))
             assert isinstance(ticket, bytes)
             numbers: list[int] = reader.take(ticket).tolist()
@@ -240,11 +240,11 @@ def test_a_child_forked_while_another_thread_is_in_the_lane_does_not_hang(compan
 
 def fork_amid_giving_back(reading: Reading, sent: Sent) -> tuple[int, dict[str, str]]:
     """Fork while another thread is sending what it gives back."""
-    gate = Gate("give_back.sent")
+    gate = Gate("release.sent")
     with ThreadPoolExecutor(1) as pool:
         letting_go = pool.submit(reading.let_go, 1)
         gate.wait()
-        points.probe = None  # nothing in the child is to wait
+        failpoints.probe = None  # nothing in the child is to wait
         result = fork_a_reader(reading, "mmlane-0-0", sent, "os.fork")
         gate.open()
         letting_go.result(DEADLINE)
@@ -258,7 +258,7 @@ def test_a_child_forked_while_another_thread_gives_back_says_nothing(company: Co
         reader.call(Reading.take, one)
     pid, _ = reader.call(fork_amid_giving_back, sent[2])
     stats = producer.call(Producing.stats)
-    assert (stats.tickets, stats.strays) == (2, 0)
+    assert (stats.tickets, stats.malformed_messages) == (2, 0)
     assert reader.call(reap, pid) == 0
     reader.call(Reading.take, sent[2])
     reader.call(Reading.let_go)
@@ -278,13 +278,13 @@ def fork_amid_joining(reading: Reading, address: str, point: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "point", ["hello.connected", "hello.sent", "map.received", "map.mapped", "map.acknowledged"]
+    "point", ["join.connected", "join.greeted", "join.received", "join.mapped", "join.acknowledged"]
 )
 def test_a_child_forked_while_another_thread_joins_hides_no_death(company: Company, point: str) -> None:
     """(4)"""
     producer = company.producer({"tp": 1})
     reader = company.reader("tp")
-    pid = reader.call(fork_amid_joining, company.address(producer), point)
+    pid = reader.call(fork_amid_joining, company.invitation(producer), point)
     assert producer.call(Producing.wait_open)
     carries(producer, reader)
     reader.kill()
@@ -308,7 +308,7 @@ def test_a_child_forked_while_a_reader_is_let_in_hides_no_death(company: Company
     producer = company.producer({"tp": 1})
     reader = company.reader("tp")
     producer.call(shut_gate, point)
-    reader.start(Reading.join, company.address(producer))
+    reader.start(Reading.join, company.invitation(producer))
     pid = producer.call(fork_at_gate)
     reader.answer()
     carries(producer, reader)

@@ -46,30 +46,30 @@ WELCOMES: dict[str, Answer] = {
     "an empty message": (b"", None),
     "random bytes": (b"\xf3\x00\x91garbage", None),
     "a long message": (b"\x02" * 100_000, None),
-    "a welcome cut short": (bytes((wire.WELCOME,)) + b"\x01\x00", None),
-    "a welcome whose path is no text": (wire.welcome(SIZE, 65536, "") + b"\xff", None),
-    "another version": (bytes((wire.WELCOME,)) + struct.pack("<HQI", 99, SIZE, 65536), lambda: file_of(SIZE)),
-    "sorry, in no language": (bytes((wire.SORRY,)) + b"\xff\xfe", None),
+    "a welcome cut short": (bytes((protocol.WELCOME,)) + b"\x01\x00", None),
+    "a welcome whose path is no text": (protocol.welcome(SIZE, 65536, "") + b"\xff", None),
+    "another version": (bytes((protocol.WELCOME,)) + struct.pack("<HQI", 99, SIZE, 65536), lambda: file_of(SIZE)),
+    "sorry, in no language": (bytes((protocol.REJECT,)) + b"\xff\xfe", None),
     "mapped": (MAPPED, lambda: file_of(SIZE)),
-    "no descriptor, and a path to nothing": (wire.welcome(SIZE, 65536, NONE), None),
-    "no descriptor, and no path": (wire.welcome(SIZE, 65536, ""), None),
-    "no descriptor, and half a path": (wire.welcome(SIZE, 65536, "/dev/\0null"), None),
-    "no descriptor, and a directory": (wire.welcome(SIZE, 65536, "/tmp"), None),
-    "no descriptor, and a device": (wire.welcome(SIZE, 65536, "/dev/null"), None),
-    "no descriptor, and another file": (wire.welcome(SIZE, 65536, __file__), None),
-    "a directory": (wire.welcome(SIZE, 65536, NONE), lambda: os.open("/tmp", os.O_RDONLY)),
-    "a device": (wire.welcome(SIZE, 65536, NONE), lambda: os.open("/dev/zero", os.O_RDONLY)),
-    "a descriptor that cannot be read": (wire.welcome(SIZE, 65536, NONE), lambda: os.open("/", os.O_PATH)),
-    "an event": (wire.welcome(SIZE, 65536, NONE), lambda: os.eventfd(0)),
-    "an empty file": (wire.welcome(SIZE, 65536, NONE), lambda: file_of(0)),
-    "too small a file": (wire.welcome(SIZE, 65536, NONE), lambda: file_of(BASE // 2)),
-    "a file that is one page too small": (wire.welcome(SIZE, 65536, NONE), lambda: file_of(SIZE - 4096)),
-    "another file, which is too large": (wire.welcome(SIZE, 65536, NONE), lambda: file_of(SIZE + 4096)),
-    "size 0": (wire.welcome(0, 65536, NONE), lambda: file_of(0)),
-    "size 0, slots 0": (wire.welcome(0, 0, NONE), lambda: file_of(0)),
-    "a size beyond all": (wire.welcome(HUGE, 65536, NONE), lambda: file_of(SIZE)),
-    "a directory larger than the file": (wire.welcome(4096, 65536, NONE), lambda: file_of(4096)),
-    "a directory beyond all": (wire.welcome(SIZE, (1 << 32) - 1, NONE), lambda: file_of(SIZE)),
+    "no descriptor, and a path to nothing": (protocol.welcome(SIZE, 65536, NONE), None),
+    "no descriptor, and no path": (protocol.welcome(SIZE, 65536, ""), None),
+    "no descriptor, and half a path": (protocol.welcome(SIZE, 65536, "/dev/\0null"), None),
+    "no descriptor, and a directory": (protocol.welcome(SIZE, 65536, "/tmp"), None),
+    "no descriptor, and a device": (protocol.welcome(SIZE, 65536, "/dev/null"), None),
+    "no descriptor, and another file": (protocol.welcome(SIZE, 65536, __file__), None),
+    "a directory": (protocol.welcome(SIZE, 65536, NONE), lambda: os.open("/tmp", os.O_RDONLY)),
+    "a device": (protocol.welcome(SIZE, 65536, NONE), lambda: os.open("/dev/zero", os.O_RDONLY)),
+    "a descriptor that cannot be read": (protocol.welcome(SIZE, 65536, NONE), lambda: os.open("/", os.O_PATH)),
+    "an event": (protocol.welcome(SIZE, 65536, NONE), lambda: os.eventfd(0)),
+    "an empty file": (protocol.welcome(SIZE, 65536, NONE), lambda: file_of(0)),
+    "too small a file": (protocol.welcome(SIZE, 65536, NONE), lambda: file_of(BASE // 2)),
+    "a file that is one page too small": (protocol.welcome(SIZE, 65536, NONE), lambda: file_of(SIZE - 4096)),
+    "another file, which is too large": (protocol.welcome(SIZE, 65536, NONE), lambda: file_of(SIZE + 4096)),
+    "size 0": (protocol.welcome(0, 65536, NONE), lambda: file_of(0)),
+    "size 0, slots 0": (protocol.welcome(0, 0, NONE), lambda: file_of(0)),
+    "a size beyond all": (protocol.welcome(HUGE, 65536, NONE), lambda: file_of(SIZE)),
+    "a directory larger than the file": (protocol.welcome(4096, 65536, NONE), lambda: file_of(4096)),
+    "a directory beyond all": (protocol.welcome(SIZE, (1 << 32) - 1, NONE), lambda: file_of(SIZE)),
 }
 
 
@@ -98,7 +98,7 @@ def test_a_welcome_that_is_none_is_refused(lane: Lane, answer: Answer) -> None:
     heard: list[bytes] = []
 
     def behave(connection: socket.socket) -> None:
-        assert receive(connection) == (wire.hello("tp"), [])
+        assert receive(connection) == (protocol.hello("tp"), [])
         with ExitStack() as scope:
             fds = [] if make is None else [make()]
             for fd in fds:
@@ -112,7 +112,7 @@ def test_a_welcome_that_is_none_is_refused(lane: Lane, answer: Answer) -> None:
         problem, total, left = child.result()
     assert problem.startswith(f"JoinRefused: lane {address}"), problem
     assert (total, left) == (100.0, [])
-    assert all(wire.kind(message) == wire.SORRY for message in heard), "it did not say MAPPED"
+    assert all(protocol.kind(message) == protocol.REJECT for message in heard), "it did not say MAPPED"
 
 
 def refusal(address: str, timeout: float = DEADLINE) -> str:
@@ -134,7 +134,7 @@ def test_a_path_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
 
     def behave(connection: socket.socket) -> None:
         receive(connection)
-        connection.send(wire.welcome(SIZE, 65536, str(tmp_path / "pipe")))
+        connection.send(protocol.welcome(SIZE, 65536, str(tmp_path / "pipe")))
         until_it_hangs_up(connection)
 
     with impostor(behave, visitors=2) as address:
@@ -143,7 +143,7 @@ def test_a_path_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
 
 @given(
     message=st.binary(max_size=300)
-    | st.builds(bytes.__add__, st.just(bytes((wire.WELCOME,))), st.binary(max_size=80))
+    | st.builds(bytes.__add__, st.just(bytes((protocol.WELCOME,))), st.binary(max_size=80))
 )
 @settings(max_examples=examples(100, 1000))
 def test_random_answers_to_a_greeting(message: bytes) -> None:
@@ -196,7 +196,7 @@ def test_a_reader_waits_in_a_full_queue() -> None:
             with connection:
                 connection.settimeout(DEADLINE)
                 if place >= crowd:
-                    connection.send(wire.sorry("it is your turn"))
+                    connection.send(protocol.reject("it is your turn"))
                     until_it_hangs_up(connection)
         reader.join(DEADLINE)
     assert ["it is your turn" in reason for reason in said] == [True]
@@ -209,14 +209,14 @@ def test_a_producer_that_does_not_let_one_in(last: str) -> None:
     def behave(connection: socket.socket) -> None:
         receive(connection)
         fd = file_of(SIZE)
-        socket.send_fds(connection, [wire.welcome(SIZE, 65536, NONE)], [fd])
+        socket.send_fds(connection, [protocol.welcome(SIZE, 65536, NONE)], [fd])
         assert receive(connection)[0] == MAPPED
         if last == "nothing":
             until_it_hangs_up(connection)
         elif last == "a descriptor":
-            socket.send_fds(connection, [bytes((wire.WARM,))], [fd])
+            socket.send_fds(connection, [bytes((protocol.WARM,))], [fd])
         elif last != "its end":
-            connection.send(wire.sorry("no more") if last == "sorry" else b"\xf3garbage")
+            connection.send(protocol.reject("no more") if last == "sorry" else b"\xf3garbage")
         os.close(fd)
 
     before = open_files()
@@ -229,21 +229,21 @@ def test_a_producer_that_does_not_let_one_in(last: str) -> None:
 # What a producer may say, and whether it makes sense.
 WORDS_FOR_A_READER: dict[str, tuple[bytes, bool]] = {
     "random bytes": (b"\xf3\x00\x91garbage", False),
-    "a longer message than there are": (wire.pairs(wire.WARM, [(0, 4096)] * 1000), False),
+    "a longer message than there are": (protocol.pairs(protocol.WARM, [(0, 4096)] * 1000), False),
     "an empty message": (b"", False),
-    "half a pair": (bytes((wire.WARM,)) + b"12345678", False),
-    "memory beyond the end": (wire.pairs(wire.WARM, [(SIZE - 4096, 8192)]), False),
-    "memory beyond all": (wire.pairs(wire.WARM, [(HUGE, HUGE)]), False),
-    "more memory than there is": (wire.pairs(wire.WARM, [(0, HUGE)]), False),
-    "memory far away": (wire.pairs(wire.WARM, [(1 << 63, 4096)]), False),
-    "memory between pages": (wire.pairs(wire.WARM, [(BASE + 7, 100)]), True),
-    "no memory": (wire.pairs(wire.WARM, [(BASE, 0)]), True),
-    "cold memory beyond all": (wire.pairs(wire.COLD, [(HUGE, HUGE)]), True),
-    "tickets beyond all revoked": (wire.pairs(wire.REVOKE, [(HUGE, HUGE), (0, 0)]), True),
+    "half a pair": (bytes((protocol.WARM,)) + b"12345678", False),
+    "memory beyond the end": (protocol.pairs(protocol.WARM, [(SIZE - 4096, 8192)]), False),
+    "memory beyond all": (protocol.pairs(protocol.WARM, [(HUGE, HUGE)]), False),
+    "more memory than there is": (protocol.pairs(protocol.WARM, [(0, HUGE)]), False),
+    "memory far away": (protocol.pairs(protocol.WARM, [(1 << 63, 4096)]), False),
+    "memory between pages": (protocol.pairs(protocol.WARM, [(BASE + 7, 100)]), True),
+    "no memory": (protocol.pairs(protocol.WARM, [(BASE, 0)]), True),
+    "cold memory beyond all": (protocol.pairs(protocol.COLD, [(HUGE, HUGE)]), True),
+    "tickets beyond all revoked": (protocol.pairs(protocol.RECALL, [(HUGE, HUGE), (0, 0)]), True),
     **{
-        name: (wire.pairs(kind, [(1, 1)]), False)
+        name: (protocol.pairs(kind, [(1, 1)]), False)
         for name, kind in KINDS.items()
-        if kind not in (wire.WARM, wire.COLD, wire.REVOKE)
+        if kind not in (protocol.WARM, protocol.COLD, protocol.RECALL)
     },
 }
 
@@ -258,18 +258,18 @@ def test_a_producer_that_talks_nonsense_is_heard_on(
 
     def behave(connection: socket.socket) -> None:
         receive(connection)
-        socket.send_fds(connection, [wire.welcome(SIZE, 65536, NONE)], [fd])
+        socket.send_fds(connection, [protocol.welcome(SIZE, 65536, NONE)], [fd])
         assert receive(connection)[0] == MAPPED
-        connection.send(wire.pairs(wire.JOINED, [(0, 0)]))
+        connection.send(protocol.pairs(protocol.JOINED, [(0, 0)]))
         socket.send_fds(connection, [word], [fd] * 100)
-        connection.send(wire.pairs(wire.REVOKE, [(7, 7)]))
-        while (answer := receive(connection)[0]) != wire.pairs(wire.FORGONE, [(7, 7)]):
+        connection.send(protocol.pairs(protocol.RECALL, [(7, 7)]))
+        while (answer := receive(connection)[0]) != protocol.pairs(protocol.NOT_SEEN, [(7, 7)]):
             assert answer, "it hung up"
         heard.set()
         until_it_hangs_up(connection)
 
     with Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         before = open_files()
         with impostor(behave) as address:
             reader.join(address)
@@ -289,9 +289,9 @@ def test_more_descriptors_than_one_are_closed() -> None:
 
     def behave(connection: socket.socket) -> None:
         receive(connection)
-        socket.send_fds(connection, [wire.welcome(SIZE, 65536, NONE)], [fd] * 100)
+        socket.send_fds(connection, [protocol.welcome(SIZE, 65536, NONE)], [fd] * 100)
         receive(connection)
-        connection.send(wire.pairs(wire.JOINED, [(0, 0)]))
+        connection.send(protocol.pairs(protocol.JOINED, [(0, 0)]))
         until_it_hangs_up(connection)
 
     with Reader("tp") as reader:

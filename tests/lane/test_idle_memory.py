@@ -25,8 +25,8 @@ from tests.lane.harness.waiting import eventually
 
 def looks(producer: Peer[Producing], count: int) -> None:
     """Wait until the control thread has looked after memory this many times more."""
-    producer.arm("hand_back.announced", count, "stop")
-    assert producer.last_words() == "hand_back.announced"
+    producer.arm("decommit.chosen", count, "stop")
+    assert producer.last_words() == "decommit.chosen"
     producer.wait_stopped()
     producer.go_on()
     producer.disarm()
@@ -52,13 +52,13 @@ def test_memory_is_committed_up_to_the_capacity_and_no_further(company: Company)
     for seed in range(32):
         reader.call(Reading.take, producer.call(Producing.put, seed, SEGMENT - seed), "view")
     stats = producer.call(Producing.stats)
-    assert (stats.warm, stats.taken, stats.capacity) == (CAPACITY, CAPACITY, CAPACITY)
+    assert (stats.committed_bytes, stats.used_bytes, stats.capacity_bytes) == (CAPACITY, CAPACITY, CAPACITY)
     assert kernel.committed(producer.pid, file) == DIRECTORY + CAPACITY
     assert refused(producer).cause == "full"
     assert refused(producer, CAPACITY + 1).cause == "oversize"
     assert reader.call(Reading.check) == 32
 
-    late = company.reader("tp", company.address(producer))  # to one that joins now, all of it is announced
+    late = company.reader("tp", company.invitation(producer))  # to one that joins now, all of it is announced
     eventually(lambda: kernel.in_page_tables(late.pid, file) >= CAPACITY, "the late reader's page tables fill")
     reader.call(Reading.let_go)
     whole = producer.call(Producing.put, 99, CAPACITY)
@@ -124,7 +124,7 @@ def test_a_reader_that_dies_standing_still_keeps_no_memory(company: Company) -> 
 def test_a_reader_that_joins_while_memory_goes_does_not_bring_it_back(company: Company) -> None:
     """To touch a page that has gone is to commit it, behind the producer's back."""
     producer, (stopped, reader) = company.open(["tp", "vit"], capacity=CAPACITY, segment=SEGMENT, idle=0.1)
-    address = company.address(producer)
+    address = company.invitation(producer)
     (file,) = kernel.lane_files(producer.pid)
     large = producer.call(Producing.put, 1, CAPACITY // 2)
     reader.call(Reading.let_go, reader.call(Reading.take, large))
@@ -132,9 +132,9 @@ def test_a_reader_that_joins_while_memory_goes_does_not_bring_it_back(company: C
     baseline(producer)
     looks(producer, 4)  # the reader has agreed, the stopped one has been asked
     late = company.reader("vit")
-    late.arm("map.acknowledged", action="stop")
+    late.arm("join.acknowledged", action="stop")
     late.start(Reading.join, address)
-    assert late.last_words() == "map.acknowledged"
+    assert late.last_words() == "join.acknowledged"
     late.wait_stopped()
     eventually(lambda: producer.call(Producing.stats).readers == {"tp": 1, "vit": 2}, "the late one is in")
     stopped.go_on()
@@ -160,13 +160,13 @@ def test_an_agreement_to_an_earlier_question_is_none_to_the_last(company: Compan
 
     use_all_memory()
     slow.arm("hand_back.heard", action="stop")
-    slow.arm("give_back.sent", count, action="stop")
+    slow.arm("release.sent", count, action="stop")
     assert slow.last_words() == "hand_back.heard"
     slow.wait_stopped()
     use_all_memory()
     looks(producer, 5)  # it is told that the memory is in use, and asked again
     slow.go_on()
-    assert slow.last_words() == "give_back.sent"  # the answers to the first question
+    assert slow.last_words() == "release.sent"  # the answers to the first question
     slow.wait_stopped()
     looks(producer, 2)
     assert kernel.committed(producer.pid, file) == DIRECTORY + CAPACITY

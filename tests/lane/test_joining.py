@@ -16,7 +16,7 @@ from tests.lane.harness.waiting import eventually
 def test_a_lane_opens_when_all_have_joined(company: Company) -> None:
     """(1)"""
     producer = company.producer({"tp": 2, "vit": 1})
-    address = company.address(producer)
+    address = company.invitation(producer)
     assert refused(producer).cause == "not_open"
     readers = [company.reader("tp", address)]
     assert refused(producer).detail.startswith("readers that have joined: 1 of 2 in 'tp', 0 of 1 in 'vit'")
@@ -34,7 +34,7 @@ def test_a_late_reader_owes_and_gets_only_what_comes_after_it(company: Company) 
     """(1, 2)"""
     producer, early = company.open(["tp", "tp"])
     before = producer.call(Producing.put, 1, 1000)
-    late = company.reader("tp", company.address(producer))
+    late = company.reader("tp", company.invitation(producer))
     after = producer.call(Producing.put, 2, 1000)
     for reader in early:
         reader.call(Reading.take, before)
@@ -57,7 +57,7 @@ def test_a_late_reader_owes_and_gets_only_what_comes_after_it(company: Company) 
 
 def test_a_reader_leaves_and_comes_back(company: Company) -> None:
     producer, (stays, leaves) = company.open(["tp", "tp"])
-    address = company.address(producer)
+    address = company.invitation(producer)
     on_its_way = producer.call(Producing.put, 1, 1000)
     leaves.call(Reading.close)
     eventually(lambda: not producer.call(Producing.is_open), "the lane shuts")
@@ -78,7 +78,7 @@ def test_a_reader_leaves_and_comes_back(company: Company) -> None:
 def test_a_reader_that_leaves_keeps_what_it_holds(company: Company, mode: Mode) -> None:
     """(2) It owes it as before, and memory under it is not used again, also when it has come back meanwhile."""
     producer, (stays, leaves) = company.open(["tp", "tp"], capacity=CAPACITY, segment=SEGMENT)
-    address = company.address(producer)
+    address = company.invitation(producer)
     held = [producer.call(Producing.put, seed, CAPACITY // 4) for seed in range(2)]
     for sent in held:
         leaves.call(Reading.take, sent, mode)
@@ -100,7 +100,7 @@ def test_a_reader_that_leaves_keeps_what_it_holds(company: Company, mode: Mode) 
 
 def test_coming_and_going_leaks_nothing(company: Company) -> None:
     producer, (stays, leaves) = company.open(["tp", "tp"])
-    address = company.address(producer)
+    address = company.invitation(producer)
 
     def there_is() -> list[int]:
         peers = (producer, stays, leaves)
@@ -124,7 +124,7 @@ def join_for(reading: Reading, address: str, seconds: float) -> None:
 
 def test_joining_a_producer_that_stands_still_ends(company: Company) -> None:
     producer = company.producer({"tp": 1})
-    address = company.address(producer)
+    address = company.invitation(producer)
     reader = company.reader("tp")
     before = len(kernel.descriptors(reader.pid))
     producer.stop()
@@ -132,7 +132,7 @@ def test_joining_a_producer_that_stands_still_ends(company: Company) -> None:
         reader.call(join_for, address, 0.2)
     assert not kernel.lane_files(reader.pid) and len(kernel.descriptors(reader.pid)) == before
     producer.go_on()
-    eventually(lambda: producer.call(Producing.stats).strangers == 1, "the producer sees that it has gone")
+    eventually(lambda: producer.call(Producing.stats).rejected_peers == 1, "the producer sees that it has gone")
     reader.call(Reading.join, address)
     assert producer.call(Producing.wait_open)
     carries(producer, reader)
@@ -162,7 +162,7 @@ def test_a_ticket_belongs_to_the_group_that_first_gives_it_back(company: Company
     first.call(Reading.discard, sent)
     assert tickets(producer) == 1
     second.call(Reading.discard, sent)
-    assert baseline(producer).strays == 0
+    assert baseline(producer).malformed_messages == 0
 
 
 def test_another_group_dies_before_and_after_a_ticket_has_found_its_own(company: Company) -> None:
@@ -183,7 +183,7 @@ def test_one_reader_and_many_lanes(company: Company) -> None:
     """One lane's death is nothing to the others (4)."""
     reader, other = company.reader("tp"), company.reader("tp")
     producers = [company.producer({"tp": 2}, capacity=CAPACITY, segment=SEGMENT) for _ in range(4)]
-    addresses = [company.address(producer) for producer in producers]
+    addresses = [company.invitation(producer) for producer in producers]
     stranger, _ = company.open(["tp"])
     for address in addresses:
         reader.call(Reading.join, address)

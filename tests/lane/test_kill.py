@@ -40,7 +40,7 @@ TIMES = (1, 3)  # a first time and one amid everything
 Case = tuple[str, int, Where]
 # Points that the main thread comes past first, and another one too.
 BESIDE = tuple(
-    name for name in (*points.PRODUCER, *points.READER) if name.startswith(("grow.", "drain.", "give_back."))
+    name for name in (*failpoints.PRODUCER, *failpoints.READER) if name.startswith(("grow.", "drain.", "give_back."))
 )
 
 
@@ -175,7 +175,7 @@ def producer_and_readers(company: Company, *, lossy: bool = False) -> Traffic:
         {"tp": 2}, capacity=CAPACITY, segment=SEGMENT, idle=0.1, orphan=0.2 if lossy else FOREVER
     )
     readers = [("tp", company.reader("tp")) for _ in range(2)]
-    return Traffic(producer, company.address(producer), readers, lossy=lossy, late=company.reader("tp"))
+    return Traffic(producer, company.invitation(producer), readers, lossy=lossy, late=company.reader("tp"))
 
 
 def after_a_producers_death(company: Company, traffic: Traffic) -> None:
@@ -190,7 +190,7 @@ def after_a_producers_death(company: Company, traffic: Traffic) -> None:
 
     other = company.producer({"tp": 2}, capacity=CAPACITY, segment=SEGMENT)
     for reader in readers:
-        reader.call(Reading.join, company.address(other))
+        reader.call(Reading.join, company.invitation(other))
     carries(other, *readers)
     for reader in readers:
         traffic.all_arrives(reader)
@@ -198,7 +198,7 @@ def after_a_producers_death(company: Company, traffic: Traffic) -> None:
     baseline(other)
 
 
-@pytest.mark.parametrize("case", cases(points.PRODUCER), ids=case_id)
+@pytest.mark.parametrize("case", cases(failpoints.PRODUCER), ids=case_id)
 def test_a_producer_killed_at(company: Company, case: Case) -> None:
     traffic = producer_and_readers(company, lossy=case[0].startswith("revoke."))
     traffic.producer.arm(case[0], case[1], where=case[2])
@@ -216,7 +216,7 @@ def producer_and_groups(company: Company, groups: tuple[str, ...], *, lossy: boo
         orphan=0.2 if lossy else FOREVER,
     )
     readers = [(group, company.reader(group)) for group in groups]
-    return Traffic(producer, company.address(producer), readers, lossy=lossy, comes_back=readers[1][1])
+    return Traffic(producer, company.invitation(producer), readers, lossy=lossy, comes_back=readers[1][1])
 
 
 def after_a_readers_death(company: Company, traffic: Traffic) -> None:
@@ -244,21 +244,21 @@ def after_a_readers_death(company: Company, traffic: Traffic) -> None:
         traffic.all_arrives(reader)
         traffic.let_go(reader)
     stats = baseline(producer)
-    assert stats.strays == 0
+    assert stats.malformed_messages == 0
     eventually(lambda: kernel.committed(producer.pid, file) == DIRECTORY, "idle memory goes")
 
     other, (another,) = company.open(["tp"])
-    survivors[0].call(Reading.join, company.address(other))
+    survivors[0].call(Reading.join, company.invitation(other))
     carries(other, another, survivors[0])
     baseline(other)
 
 
 @pytest.mark.parametrize(
     ("case", "groups"),
-    [(case, ("tp", "tp")) for case in cases(points.READER)]
+    [(case, ("tp", "tp")) for case in cases(failpoints.READER)]
     + [
         (case, ("tp", "tp", "vit"))
-        for case in cases(points.READER)
+        for case in cases(failpoints.READER)
         if case[0].startswith(("take.", "give_back.", "revoke."))
     ],
     ids=case_id,
@@ -300,7 +300,7 @@ def test_a_reader_killed_anywhere(company: Company, seed: int) -> None:
     after_a_readers_death(company, traffic)
 
 
-@pytest.mark.parametrize("point", ["take.claimed", "take.mapped", "give_back.queued"])
+@pytest.mark.parametrize("point", ["take.claimed", "take.mapped", "release.queued"])
 def test_the_only_reader_of_a_group_killed_at(company: Company, point: str) -> None:
     """Nobody is left who knows whose ticket it was: it is an orphan, since the other group never saw it (3, 4)."""
     producer, (alone, other) = company.open(["tp", "vit"], idle=0.1, orphan=FOREVER)
@@ -313,17 +313,17 @@ def test_the_only_reader_of_a_group_killed_at(company: Company, point: str) -> N
     baseline(producer)
     producer.call(Producing.set_orphan, FOREVER)
 
-    replacement = company.reader("tp", company.address(producer))
+    replacement = company.reader("tp", company.invitation(producer))
     assert producer.call(Producing.wait_open)
     carries(producer, replacement)
     carries(producer, other)
     baseline(producer)
 
 
-@pytest.mark.parametrize("point", points.READER[:5])
+@pytest.mark.parametrize("point", failpoints.READER[:5])
 def test_a_reader_whose_producer_is_killed_while_it_joins_keeps_nothing(company: Company, point: str) -> None:
     producer = company.producer({"tp": 1})
-    address = company.address(producer)
+    address = company.invitation(producer)
     reader = company.reader("tp")
     reader.arm(point, action="stop")
     reader.start(Reading.join, address)
@@ -336,22 +336,22 @@ def test_a_reader_whose_producer_is_killed_while_it_joins_keeps_nothing(company:
     except JoinRefused as error:
         assert address in str(error)
     else:
-        assert point == "map.acknowledged"  # it was in, and learns of the death as any reader does
+        assert point == "join.acknowledged"  # it was in, and learns of the death as any reader does
         hears_of_the_end(reader)
         return
     assert reader.call(Reading.lanes) == ()
     assert not kernel.lane_files(reader.pid)
 
     other = company.producer({"tp": 1})
-    reader.call(Reading.join, company.address(other))
+    reader.call(Reading.join, company.invitation(other))
     carries(other, reader)
     baseline(other)
 
 
-@pytest.mark.parametrize("point", points.PRODUCER[5:8])
+@pytest.mark.parametrize("point", failpoints.PRODUCER[5:8])
 def test_a_producer_whose_reader_is_killed_while_it_joins_keeps_nothing(company: Company, point: str) -> None:
     producer = company.producer({"tp": 1})
-    address = company.address(producer)
+    address = company.invitation(producer)
     reader = company.reader("tp")
     before = len(list(kernel.descriptors(producer.pid)))
     producer.arm(point, action="stop")
@@ -372,8 +372,8 @@ def test_all_killed_at_once_leave_nothing(company: Company) -> None:
     """With tensors held, tickets on their way, a reader in mid-join and memory being committed (4)."""
     producer, readers = company.open(["tp", "tp"], capacity=CAPACITY, segment=SEGMENT)
     joining = company.reader("tp")
-    joining.arm("hello.sent", action="stop")
-    joining.start(Reading.join, company.address(producer))
+    joining.arm("join.greeted", action="stop")
+    joining.start(Reading.join, company.invitation(producer))
     joining.wait_stopped()
     for seed in range(3):
         sent = producer.call(Producing.put, seed, 70_000)

@@ -179,7 +179,7 @@ def test_a_lane_that_a_reader_cannot_map_stays_shut(caplog: pytest.LogCaptureFix
     with Lane({"tp": 1}, capacity=1 << 30) as lane, Child(join_with_little_address_space, lane.address) as child:
         text = child.hear()
         assert f"{(1 << 30) + BASE} bytes could not be mapped" in text and "`ulimit -v`" in text
-        eventually(lambda: lane.stats().strangers == 1, "its leaving")
+        eventually(lambda: lane.stats().rejected_peers == 1, "its leaving")
         refused = lane.put(torch.ones(10))
         assert isinstance(refused, Refused) and refused.cause == "not_open"
         assert "0 of 1 in 'tp'" in refused.detail and not lane.is_open
@@ -288,7 +288,7 @@ def test_readers_wait_while_the_producer_has_no_descriptors_left() -> None:
 def test_as_many_tickets_as_there_are_slots() -> None:
     """One more is refused, and what was copied for it is free again (2)."""
     with Lane({"tp": 1}, capacity=8 * MIB) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         tensor, other = torch.ones(10), torch.ones(20)
         share = lane.share(uses=producer.SLOTS + 3)
         tickets = [lane.put(tensor, share=share) for _ in range(producer.SLOTS)]
@@ -301,7 +301,7 @@ def test_as_many_tickets_as_there_are_slots() -> None:
                 assert "65536 tickets are out" in refused.detail
             assert lane.stats().extents == 2  # the copy is there for the use that is left
         stats = lane.stats()
-        assert (stats.taken, stats.tickets, stats.extents) == (before.taken, producer.SLOTS, 1)
+        assert (stats.used_bytes, stats.tickets, stats.extents) == (before.taken, producer.SLOTS, 1)
         for ticket in tickets:
             assert isinstance(ticket, bytes)
             reader.discard(ticket)

@@ -101,7 +101,7 @@ def put_at_the_same_time(pipe: Connection, group: Group, nbytes: int) -> list[bo
     with Lane({"tp": 1}, capacity=1 << 30) as lane:
         pipe.send(lane.address)
         assert lane.wait_open(DEADLINE)
-        points.probe = probe
+        failpoints.probe = probe
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lane.put, [tensor] * 4))
         return [isinstance(ticket, bytes) for ticket in found]
@@ -136,7 +136,7 @@ def put_more_than_there_is(pipe: Connection, group: Group) -> tuple[str | bytes,
         refused = lane.put(tensor)
         stats = lane.stats()
         put(lane, tensor[:MIB])
-        return refused.cause if isinstance(refused, Refused) else refused, stats.warm, stats.taken
+        return refused.cause if isinstance(refused, Refused) else refused, stats.committed_bytes, stats.used_bytes
 
 
 def test_a_tensor_for_which_there_is_no_memory_commits_none(group: Group) -> None:
@@ -150,7 +150,7 @@ def test_a_tensor_for_which_there_is_no_memory_commits_none(group: Group) -> Non
 def capacity_in_a_group(group: Group) -> tuple[int, int, int]:
     group.enter()
     with Lane({"tp": 1}) as lane:
-        return memory.default_capacity(), lane.stats().capacity, host.memory().available
+        return memory.default_capacity(), lane.stats().capacity_bytes, host.memory().available
 
 
 def test_the_default_capacity_follows_the_control_group(group: Group) -> None:
@@ -187,29 +187,29 @@ def committed(lane: Lane) -> int:
 
 def test_nothing_is_committed_before_use() -> None:
     with Lane({"tp": 1}, capacity=64 << 30) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         stats = lane.stats()
-        assert (stats.capacity, stats.warm, stats.taken) == (64 << 30, 0, 0)
+        assert (stats.capacity_bytes, stats.committed_bytes, stats.used_bytes) == (64 << 30, 0, 0)
         assert blocks(lane._backing.fd) == BASE
         held = reader.take(put(lane, torch.ones(10)))
         eventually(
-            lambda: blocks(lane._backing.fd) == BASE + lane.stats().warm, "memory that is as large as it says"
+            lambda: blocks(lane._backing.fd) == BASE + lane.stats().committed_bytes, "memory that is as large as it says"
         )
-        assert lane.stats().warm <= 3 * producer.SEGMENT, "one that was needed, and 8 MiB ahead"
+        assert lane.stats().committed_bytes <= 3 * producer.SEGMENT, "one that was needed, and 8 MiB ahead"
         assert held.sum() == 10
 
 
 def test_more_than_the_machine_has_is_address_room_only() -> None:
     """What cannot be had is refused when it is wanted, not before."""
     with Lane({"tp": 1}, capacity=1 << 40) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         refused = lane.put(torch.empty(1 << 39, dtype=torch.uint8, device="meta"))
         assert isinstance(refused, Refused) and refused.cause == "unsupported"
         there_is = host.memory().total
         refused = lane.put(torch.zeros(1, dtype=torch.uint8).expand(there_is))
         assert isinstance(refused, Refused) and refused.cause == "full", refused
         assert f"no memory for {there_is} bytes" in refused.detail
-        assert lane.stats().taken == 0 and blocks(lane._backing.fd) <= BASE + 2 * producer._AHEAD
+        assert lane.stats().used_bytes == 0 and blocks(lane._backing.fd) <= BASE + 2 * producer._AHEAD
         reader.discard(put(lane, torch.ones(10)))
 
 
@@ -220,7 +220,7 @@ def travel_beside_a_small_shm(nbytes: int) -> tuple[bool, int]:
     mount_over("/dev/shm", "size=64m")
     tensor = torch.arange(nbytes // 8)
     with Lane({"tp": 1}, capacity=nbytes) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         arrived = reader.take(put(lane, tensor))
         shm = os.statvfs("/dev/shm")
         return torch.equal(arrived, tensor), (shm.f_blocks - shm.f_bfree) * shm.f_frsize

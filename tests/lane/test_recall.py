@@ -18,7 +18,7 @@ def test_a_recalled_ticket_comes_back_and_is_refused_from_then_on() -> None:
         assert isinstance(ticket, bytes)
         pair.lane.recall(ticket)
         eventually(lambda: pair.lane.stats().tickets == 0, "the ticket is back")
-        assert pair.lane.stats().orphans == 1
+        assert pair.lane.stats().lost_tickets == 1
         for reader in pair.readers:
             with pytest.raises(StaleTicket):
                 reader.take(ticket)
@@ -57,7 +57,7 @@ def test_what_is_no_ticket_or_is_not_out_is_left_alone() -> None:
             pair.lane.recall(b"no ticket")
         marker = pair.put(random((5000,), seed=3))
         pair.lane.recall(marker)
-        eventually(lambda: pair.lane.stats().orphans == 1, "the marker is back")
+        eventually(lambda: pair.lane.stats().lost_tickets == 1, "the marker is back")
         assert same(pair.reader.take(again), random((5000,)))
         assert elsewhere.lane.stats().tickets == 1
         elsewhere.reader.discard(foreign)

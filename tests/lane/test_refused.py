@@ -33,7 +33,7 @@ def test_room_in_pieces_that_are_too_small_is_full_as_well(pair: Together) -> No
     for ticket in tickets[::2]:
         pair.reader.discard(ticket)
     assert pair.refused(random((SEGMENT + 1,))).cause == "full"
-    assert pair.lane.stats().taken == 8 * SEGMENT
+    assert pair.lane.stats().used_bytes == 8 * SEGMENT
     for ticket in tickets[1::2]:
         pair.reader.discard(ticket)
     pair.reader.discard(pair.put(random((16 * SEGMENT,))))
@@ -54,12 +54,12 @@ def test_a_tensor_that_looks_larger_than_any_memory_is_refused(pair: Together) -
 def test_not_open_says_who_is_missing() -> None:
     lane = Lane({"tp": 2, "dp": 1}, capacity=SEGMENT, segment=SEGMENT)
     with lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         refused = lane.put(random((5,)))
         assert isinstance(refused, Refused) and refused.cause == "not_open"
         assert "1 of 2 in 'tp'" in refused.detail and "0 of 1 in 'dp'" in refused.detail
         assert not lane.is_open and not lane.wait_open(0.0)
-        assert lane.stats().refused == {"not_open": 1} and lane.stats().taken == 0
+        assert lane.stats().fallbacks == {"not_open": 1} and lane.stats().used_bytes == 0
 
 
 def test_unsupported_says_what_it_was(pair: Together) -> None:
@@ -77,43 +77,43 @@ def test_closed_says_so_and_closing_twice_is_nothing() -> None:
         assert not pair.lane.is_open and not pair.lane.wait_open(DEADLINE)
         pair.lane.withdraw(ticket)
         pair.lane.drain()
-        assert pair.lane.stats().refused == {"closed": 1}
+        assert pair.lane.stats().fallbacks == {"closed": 1}
 
 
-@pytest.mark.parametrize("point", ["put.allocated", "put.reserved", "put.copied"])
+@pytest.mark.parametrize("point", ["put.allocated", "put.committed", "put.copied"])
 def test_a_lane_that_is_closed_while_something_is_put(monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     """Its memory stays until the copy is done, and the tensor is refused."""
     with together() as pair:
 
         def probe(name: str) -> None:
             if name == point:
-                points.probe = None
+                failpoints.probe = None
                 pair.lane.close()
 
         monkeypatch.setattr(points, "probe", probe)
         refused = pair.lane.put(random((3 * SEGMENT,)))
         assert isinstance(refused, Refused) and refused.cause == "closed"
-        assert pair.lane.stats().taken == 0
+        assert pair.lane.stats().used_bytes == 0
 
 
-@pytest.mark.parametrize("point", ["put.allocated", "put.reserved", "put.copied"])
+@pytest.mark.parametrize("point", ["put.allocated", "put.committed", "put.copied"])
 def test_a_reader_that_leaves_while_something_is_put(monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     """(1): no ticket that only some could take."""
     with together(readers=2) as pair:
 
         def probe(name: str) -> None:
             if name == point:
-                points.probe = None
+                failpoints.probe = None
                 pair.readers[1].close()
                 eventually(lambda: not pair.lane.is_open, "the producer hears of it")
 
         monkeypatch.setattr(points, "probe", probe)
         refused = pair.lane.put(random((3 * SEGMENT,)))
         assert isinstance(refused, Refused) and refused.cause == "not_open" and "1 of 2" in refused.detail
-        assert pair.lane.stats().taken == 0
+        assert pair.lane.stats().used_bytes == 0
 
 
-@pytest.mark.parametrize("point", ["put.allocated", "put.reserved", "put.copied"])
+@pytest.mark.parametrize("point", ["put.allocated", "put.committed", "put.copied"])
 @pytest.mark.parametrize("error", [RuntimeError("other"), KeyboardInterrupt(), MemoryError()], ids=repr)
 def test_an_error_while_something_is_put_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, point: str, error: BaseException
@@ -127,7 +127,7 @@ def test_an_error_while_something_is_put_leaves_nothing_behind(
         with pytest.raises(type(error)):
             pair.lane.put(random((3 * SEGMENT,)))
         monkeypatch.setattr(points, "probe", None)
-        assert pair.lane.stats().taken == 0
+        assert pair.lane.stats().used_bytes == 0
         pair.reader.discard(pair.put(random((16 * SEGMENT,))))
         lane = pair.lane
     assert lane._mapping.address == 0  # nobody is counted as copying still, so the memory was let go
@@ -148,4 +148,4 @@ def test_an_error_while_something_is_taken_gives_it_back(
     monkeypatch.setattr(points, "probe", None)
     gc.collect()
     stats = pair.lane.stats()
-    assert (stats.tickets, stats.taken, stats.strays) == (0, 0, 0)
+    assert (stats.tickets, stats.used_bytes, stats.malformed_messages) == (0, 0, 0)

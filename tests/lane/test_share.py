@@ -31,7 +31,7 @@ def test_a_share_is_one_copy_for_its_uses(wide: Together, uses: int) -> None:
     assert len(set(tickets)) == uses and len({offset(ticket) for ticket in tickets}) == 1
     stats = wide.lane.stats()
     assert held(stats) == (uses, 1, 3)
-    assert (stats.puts, stats.shared, stats.copied) == (uses, uses - 1, 3 * PAGE)
+    assert (stats.puts, stats.shared, stats.copied_bytes) == (uses, uses - 1, 3 * PAGE)
     views = [wide.reader.take(ticket, "view") for ticket in tickets]
     assert all(same(view, tensor) for view in views) and len({view.data_ptr() for view in views}) == 1
     while views:
@@ -58,7 +58,7 @@ def test_the_copy_of_a_share_outlives_all_its_tickets(wide: Together) -> None:
         del taken
         assert held(wide.lane.stats()) == ((0, 1, 1) if left else (0, 0, 0))
         wide.reader.discard(wide.put(random((PAGE,), seed=left + 1)))  # never there
-    assert len(offsets) == 1 and wide.lane.stats().copied == 5 * PAGE
+    assert len(offsets) == 1 and wide.lane.stats().copied_bytes == 5 * PAGE
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)

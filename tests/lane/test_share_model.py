@@ -180,8 +180,8 @@ class Shares(RuleBasedStateMachine):
         assert all(copy.tickets or copy.shared for copy in copies)
         pages = sum(-(-copy.content.numel() // PAGE) for copy in copies)
         assert held(stats) == (len(self.out) + len(self.taken), len(copies), pages)
-        assert (stats.puts, stats.shared, stats.refused.get("full", 0)) == (self.puts, self.shared, self.refused)
-        assert stats.strays == stats.orphans == 0
+        assert (stats.puts, stats.shared, stats.fallbacks.get("full", 0)) == (self.puts, self.shared, self.refused)
+        assert stats.malformed_messages == stats.lost_tickets == 0
 
     def teardown(self) -> None:
         for ticket, copy in self.out:

@@ -59,7 +59,7 @@ def test_a_lane_that_is_not_open_between_the_uses() -> None:
 
         another = Reader("tp")
         pair.readers.append(another)
-        another.join(pair.lane.address, DEADLINE)
+        another.join(pair.lane.invitation, DEADLINE)
         assert pair.lane.wait_open(DEADLINE)
         tickets = [pair.put(tensor, share=share) for _ in range(2)]
         assert {offset(ticket) for ticket in tickets} == {offset(first)}
@@ -95,7 +95,7 @@ def test_many_shares_that_are_dropped_use_no_room_up(wide: Together) -> None:
         taken = wide.reader.take(wide.put(tensor, share=wide.lane.share(uses=3)))
         assert int(taken[0]) == int(taken[-1]) == number % 251
         del taken
-    assert wide.lane.stats().refused == {}
+    assert wide.lane.stats().fallbacks == {}
 
 
 def test_where_there_are_no_tickets_left_the_copy_of_a_share_waits_for_one(wide: Together) -> None:

@@ -137,7 +137,7 @@ def interrupted_everywhere(what: str) -> tuple[int, int]:
     tensor = random((PAGE,))
     for nth in count(1):
         with Lane({"tp": 1}, capacity=2 * SEGMENT, segment=SEGMENT) as lane, Reader("tp") as reader:
-            reader.join(lane.address, DEADLINE)
+            reader.join(lane.invitation, DEADLINE)
             assert lane.wait_open(DEADLINE)
             share = lane.share(uses=3)
             for _ in range(INTERRUPTED.index(what)):

@@ -257,7 +257,7 @@ def run_leg(
     for sender in senders:
         counts += answers[sender]
         stats = baseline(sender)
-        assert (stats.strays, stats.orphans, stats.strangers) == (0, 0, 0)
+        assert (stats.malformed_messages, stats.lost_tickets, stats.rejected_peers) == (0, 0, 0)
         assert stats.readers == stats.expected
         counts["shared"] = max(counts["shared"], stats.shared)
     for receiver, group in zip(receivers, GROUPS, strict=True):
@@ -312,7 +312,7 @@ def test_soak(company: Company, request: pytest.FixtureRequest) -> None:
                 end.close()
     for receiver in receivers:
         for sender in senders:
-            receiver.call(Reading.join, company.address(sender))
+            receiver.call(Reading.join, company.invitation(sender))
 
     random, total = Random(seed), Counter[str]()
     peers: list[Peer[Any]] = [*senders, *receivers]

@@ -83,7 +83,7 @@ def test_withdrawing_what_was_given_back_does_nothing() -> None:
 def test_a_withdrawn_ticket_is_free_at_the_next_put(pair: Together) -> None:
     for _ in range(40):
         pair.lane.withdraw(pair.put(torch.zeros(16 * SEGMENT, dtype=torch.uint8)))
-    assert pair.lane.stats().orphans == 0
+    assert pair.lane.stats().lost_tickets == 0
 
 
 def test_of_many_threads_that_take_one_ticket_one_gets_it(pair: Together) -> None:
@@ -152,4 +152,4 @@ def test_a_new_lane_at_an_old_address(monkeypatch: pytest.MonkeyPatch) -> None:
             del held  # says nothing to the second lane
             serves(second, old, new)
             stats = second.stats()
-            assert (stats.strays, stats.strangers, stats.readers) == (0, 0, {"tp": 2})
+            assert (stats.malformed_messages, stats.rejected_peers, stats.readers) == (0, 0, {"tp": 2})

@@ -54,12 +54,12 @@ def test_a_reader_that_stands_still_blocks_neither_put_nor_others(company: Compa
 def let_go_in_threads(reading: Reading, threads: int) -> Counter[str]:
     """Let all go, several threads at the same time; the points that were come past."""
     reached: list[str] = []
-    points.probe = reached.append
+    failpoints.probe = reached.append
     numbers = list(reading.held)
     with ThreadPoolExecutor(threads) as pool:
         for number in range(threads):
             pool.submit(reading.let_go, *numbers[number::threads])
-    points.probe = None
+    failpoints.probe = None
     return Counter(reached)
 
 
@@ -71,10 +71,10 @@ def test_no_give_back_is_lost_when_the_socket_is_full(company: Company, threads:
     reader.call(Reading.take_many, many)
     producer.stop()
     reached = reader.call(let_go_in_threads, threads)
-    assert reached["give_back.queued"] == 5000
-    assert 0 < reached["give_back.sent"] < 2500
+    assert reached["release.queued"] == 5000
+    assert 0 < reached["release.sent"] < 2500
     producer.go_on()
-    assert baseline(producer).strays == 0
+    assert baseline(producer).malformed_messages == 0
     carries(producer, reader)
 
 
@@ -99,16 +99,16 @@ def test_a_question_after_a_ticket_that_is_gone_says_nothing_of_the_next_one(com
     """(5) A slot is used again at once, and a reader may hear late, and twice, of the ticket that had it."""
     producer, (reader,) = company.open(["tp"], capacity=CAPACITY, segment=SEGMENT, idle=0.05, orphan=0.1)
     (file,) = kernel.lane_files(producer.pid)
-    reader.call(shut_gate, "revoke.heard", 2)
+    reader.call(shut_gate, "recall.heard", 2)
     reader.stop()
-    producer.arm("revoke.announced", 2, "stop")
+    producer.arm("recall.sent", 2, "stop")
     first = producer.call(Producing.put, 1, 1000)
-    assert producer.last_words() == "revoke.announced"
+    assert producer.last_words() == "recall.sent"
     producer.wait_stopped()
     producer.go_on()
     reader.go_on()
     reader.call(wait_at_gate)
-    assert baseline(producer).orphans == 1
+    assert baseline(producer).lost_tickets == 1
     second = producer.call(Producing.put, 2, 1000)
     assert read(second.ticket).slot == read(first.ticket).slot
     reader.call(Reading.take, second)
@@ -123,4 +123,4 @@ def test_a_question_after_a_ticket_that_is_gone_says_nothing_of_the_next_one(com
         reader.call(Reading.discard, large)
     assert reader.call(Reading.check) == 1
     reader.call(Reading.let_go)
-    assert baseline(producer).strays == 0
+    assert baseline(producer).malformed_messages == 0

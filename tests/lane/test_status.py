@@ -35,7 +35,7 @@ from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20
 _CLONE_NEWNET = 0x40000000
-STATUS = bytes((wire.STATUS,))
+STATUS = bytes((protocol.STATUS,))
 COMMAND = (sys.executable, "-c", "from mmlane.cli import main; main()", "status")
 
 
@@ -53,13 +53,13 @@ def command(*words: str) -> str:
 def test_a_lane_tells_what_its_producer_knows_in_every_state(company: Company) -> None:
     """Waiting for a reader, open, with tickets out, given back but not drained yet, after its reader's death."""
     producer = company.producer({"tp": 2}, capacity=8 * MIB)
-    address = company.address(producer)
+    address = company.invitation(producer)
 
     def told() -> LaneStats:
         stats = ask(address)
         known = producer.call(Producing.stats)
         assert replace(stats, warm=known.warm) == known  # memory may be committed ahead of need meanwhile
-        assert (stats.address, stats.pid, stats.strangers) == (address, producer.pid, 0)
+        assert (stats.address, stats.pid, stats.rejected_peers) == (address, producer.pid, 0)
         return stats
 
     assert address in running()
@@ -67,7 +67,7 @@ def test_a_lane_tells_what_its_producer_knows_in_every_state(company: Company) -
     assert isinstance(producer.call(Producing.try_put, 1, 1000), Refused)
     stats = told()
     assert (stats.is_open, stats.expected, stats.readers) == (False, {"tp": 2}, {"tp": 1})
-    assert (stats.refused, stats.copied, stats.copy_seconds) == ({"not_open": 1}, 0, 0.0)
+    assert (stats.fallbacks, stats.copied_bytes, stats.copy_seconds) == ({"not_open": 1}, 0, 0.0)
 
     second = company.reader("tp", address)
     assert told().is_open
@@ -75,17 +75,17 @@ def test_a_lane_tells_what_its_producer_knows_in_every_state(company: Company) -
     again = producer.call(Producing.put, 1, MIB)
     stats = told()
     assert (stats.tickets, stats.extents, stats.puts, stats.shared) == (2, 1, 2, 1)
-    assert (stats.taken, stats.copied) == (MIB, MIB) and stats.copy_seconds > 0
-    assert stats.warm >= MIB and stats.capacity == 8 * MIB
+    assert (stats.used_bytes, stats.copied_bytes) == (MIB, MIB) and stats.copy_seconds > 0
+    assert stats.committed_bytes >= MIB and stats.capacity_bytes == 8 * MIB
 
     for reader in (first, second):
         for ticket in (sent, again):
             reader.call(Reading.discard, ticket)
     stats = ask(address)  # nobody else has drained the lane
-    assert (stats.tickets, stats.taken, stats.extents) == (0, MIB, 1)  # a use is left
+    assert (stats.tickets, stats.used_bytes, stats.extents) == (0, MIB, 1)  # a use is left
     producer.call(Producing.forget, 1)
     stats = ask(address)
-    assert (stats.taken, stats.extents) == (0, 0)
+    assert (stats.used_bytes, stats.extents) == (0, 0)
     second.kill()
     eventually(lambda: ask(address).readers == {"tp": 1}, "the reader's end")
     assert not told().is_open
@@ -94,16 +94,16 @@ def test_a_lane_tells_what_its_producer_knows_in_every_state(company: Company) -
 
 def test_what_was_not_copied_does_not_count(lane: Lane) -> None:
     with Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         assert isinstance(lane.put(torch.zeros(64 * MIB, dtype=torch.uint8)), Refused)
-        assert lane.stats().copied == 0
+        assert lane.stats().copied_bytes == 0
         assert isinstance(lane.put(torch.zeros(1000, dtype=torch.uint8)), bytes)
-        assert lane.stats().copied == 1000
+        assert lane.stats().copied_bytes == 1000
 
 
 def test_a_lane_that_has_ended_is_not_listed(company: Company) -> None:
     producer = company.producer({"tp": 1})
-    address = company.address(producer)
+    address = company.invitation(producer)
     assert address in running()
     producer.kill()
     assert address not in running()
@@ -113,7 +113,7 @@ def test_a_lane_that_has_ended_is_not_listed(company: Company) -> None:
 
 def test_a_producer_that_stands_still_is_not_waited_for(company: Company) -> None:
     producer, (reader,) = company.open(["tp"])
-    address = company.address(producer)
+    address = company.invitation(producer)
     producer.stop()
     with pytest.raises(StatusError, match=r"no answer within 0\.1 s"):
         ask(address, timeout=0.1)
@@ -136,13 +136,13 @@ def test_a_thousand_questions_amid_joins(lane: Lane) -> None:
             assert ask(lane.address, DEADLINE).expected == {"tp": 1}
 
     with Reader("tp") as first:
-        first.join(lane.address)
+        first.join(lane.invitation)
         with ExitStack() as crowd:
             for _ in range(8):
                 crowd.enter_context(in_a_thread(asks))
             for number in range(20):
                 with Reader("tp") as reader:
-                    reader.join(lane.address, DEADLINE)
+                    reader.join(lane.invitation, DEADLINE)
                     ticket = lane.put(torch.full((100,), number))
                     assert isinstance(ticket, bytes), ticket
                     assert first.take(ticket, "clone").tolist() == [number] * 100
@@ -150,22 +150,22 @@ def test_a_thousand_questions_amid_joins(lane: Lane) -> None:
         eventually(lambda: lane.stats().readers == {"tp": 1}, "the end of the other readers")
     del first, reader
     stats = lane.stats()
-    assert (stats.strangers, stats.strays, stats.tickets, stats.puts) == (0, 0, 0, 20)
+    assert (stats.rejected_peers, stats.malformed_messages, stats.tickets, stats.puts) == (0, 0, 0, 20)
     eventually(lambda: not open_files() - before, "the end of all connections")
 
 
 def test_questions_do_not_open_a_lane(lane: Lane) -> None:
     for _ in range(3):
         assert (ask(lane.address).is_open, lane.is_open) == (False, False)
-    assert lane.stats().readers == {} and lane.stats().strangers == 0
+    assert lane.stats().readers == {} and lane.stats().rejected_peers == 0
     serves(lane)
 
 
 def test_a_visitor_that_says_nothing_holds_up_no_answer(lane: Lane) -> None:
     with visit(lane.address), visit(lane.address) as other:
-        assert ask(lane.address).strangers == 0
+        assert ask(lane.address).rejected_peers == 0
         other.close()
-        eventually(lambda: ask(lane.address).strangers == 1, "its end")
+        eventually(lambda: ask(lane.address).rejected_peers == 1, "its end")
         serves(lane)
 
 
@@ -175,9 +175,9 @@ def test_who_asks_over_and_over_without_listening_is_answered_once(lane: Lane) -
             while True:
                 connection.send(STATUS)
         answers = [receive(connection) for _ in range(3)]  # a reset, for questions left unread, may come first
-        assert [(wire.kind(answer), fds) for answer, fds in answers if answer] == [(wire.STATUS, [])]
+        assert [(protocol.kind(answer), fds) for answer, fds in answers if answer] == [(protocol.STATUS, [])]
     serves(lane)
-    assert lane.stats().strays == 0
+    assert lane.stats().malformed_messages == 0
 
 
 def test_who_asks_and_hangs_up_does_no_harm(lane: Lane) -> None:
@@ -191,22 +191,22 @@ def test_who_asks_and_hangs_up_does_no_harm(lane: Lane) -> None:
 
 def test_a_question_after_a_greeting_is_not_expected(lane: Lane) -> None:
     with visit(lane.address) as connection:
-        connection.send(wire.hello("tp"))
+        connection.send(protocol.hello("tp"))
         os.close(*receive(connection)[1])
         connection.send(STATUS)
-        assert "message 12 was not expected" in wire.read_sorry(receive(connection)[0])
+        assert "message 12 was not expected" in protocol.read_reject(receive(connection)[0])
     assert lane.stats().readers == {}
 
 
 def test_a_reader_that_asks_is_not_cut_off(lane: Lane) -> None:
     with visit(lane.address) as connection:
-        connection.send(wire.hello("tp"))
+        connection.send(protocol.hello("tp"))
         os.close(*receive(connection)[1])
-        connection.send(bytes((wire.MAPPED,)))
-        assert wire.kind(receive(connection)[0]) == wire.JOINED
+        connection.send(bytes((protocol.MAPPED,)))
+        assert protocol.kind(receive(connection)[0]) == protocol.JOINED
         connection.send(STATUS)
         stats = ask(lane.address)
-        assert (stats.strays, stats.readers) == (1, {"tp": 1})
+        assert (stats.malformed_messages, stats.readers) == (1, {"tp": 1})
 
 
 def ask_as_nobody(pipe: Connection, address: str) -> tuple[str, tuple[bytes, list[int]], bool]:
@@ -226,7 +226,7 @@ def test_another_user_is_told_nothing(lane: Lane) -> None:
         reason, answer, listed = child.result()
     assert f"it belongs to user {os.geteuid()}, this is user {NOBODY}" in reason
     assert answer == (b"", []) and listed
-    assert lane.stats().strangers == 2
+    assert lane.stats().rejected_peers == 2
     serves(lane)
 
 
@@ -234,7 +234,7 @@ def test_a_status_too_long_for_a_message_is_refused() -> None:
     with Lane({f"{number:0100}": 1 for number in range(1000)}, capacity=4 * MIB) as lane:
         with pytest.raises(StatusError, match=r"a status of \d+ bytes, of which a message holds 65536"):
             ask(lane.address)
-        assert lane.stats().strangers == 1
+        assert lane.stats().rejected_peers == 1
 
 
 # --- what answers ------------------------------------------------------------------------------------------
@@ -254,14 +254,14 @@ def answering(*answers: bytes) -> Iterator[str]:
 
 
 ANSWERS: dict[str, tuple[tuple[bytes, ...], str]] = {
-    "an older lane": ((wire.sorry("message 12 was not expected"),), "not expected .if it is of an older mmlane"),
+    "an older lane": ((protocol.reject("message 12 was not expected"),), "not expected .if it is of an older mmlane"),
     "an end": ((), "it hung up"),
-    "another message": ((wire.pairs(wire.WARM, [(0, 0)]),), "message 7 instead of a status"),
+    "another message": ((protocol.pairs(protocol.WARM, [(0, 0)]),), "message 7 instead of a status"),
     "no JSON": ((STATUS + b"\xff{",), "damaged status"),
     "no object": ((STATUS + b"[1]",), "damaged status"),
     "a deep list": ((STATUS + b"[" * 60_000,), "damaged status"),
     "a cut object": ((STATUS + b'{"address": "mm',), "damaged status"),
-    "another version": ((wire.status({"address": "x", "colour": "red"}),), "another version of mmlane"),
+    "another version": ((protocol.status({"address": "x", "colour": "red"}),), "another version of mmlane"),
 }
 
 
@@ -292,7 +292,7 @@ def test_the_command_shows_all_lanes_and_why_one_does_not_answer(company: Compan
     opened, _ = company.open(["tp", "tp", "vit"], capacity=8 * MIB)
     waiting = company.producer({"tp": 2})
     mute = company.producer({"tp": 1})
-    addresses = [company.address(producer) for producer in (opened, waiting, mute)]
+    addresses = [company.invitation(producer) for producer in (opened, waiting, mute)]
     opened.call(Producing.put, 1, MIB)
     waiting.call(Producing.try_put, 1, 1000)
     mute.stop()
@@ -360,7 +360,7 @@ def test_watching_goes_on_until_ctrl_c(company: Company) -> None:
                 assert select.select([ours], [], [], DEADLINE)[0], screen
                 screen += os.read(ours, 1 << 16).decode(errors="replace")
 
-        of_this_lane = rf"{company.address(producer)}((?!mmlane-\d).)*"  # not of one that somebody else has
+        of_this_lane = rf"{company.invitation(producer)}((?!mmlane-\d).)*"  # not of one that somebody else has
         try:
             shows(rf"{of_this_lane}\b0 out")
             producer.call(Producing.put, 1, MIB)

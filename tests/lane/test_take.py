@@ -160,7 +160,7 @@ def test_a_ticket_is_out_as_long_as_any_alias_lives(
     assert pair.lane.stats().tickets == 1
     del held
     assert pair.lane.stats().tickets == 0  # at once: by reference counts, not by the collector
-    assert pair.lane.stats().strays == 0
+    assert pair.lane.stats().malformed_messages == 0
 
 
 @pytest.mark.parametrize("mode", ["view", "cow"])
@@ -215,10 +215,10 @@ def test_a_ticket_is_out_until_every_reader_has_given_it_back() -> None:
         assert pair.lane.stats().tickets == 1 and same(held[0], random(SHAPE))
         held.pop()
         stats = pair.lane.stats()
-        assert (stats.tickets, stats.taken) == (0, 0)
+        assert (stats.tickets, stats.used_bytes) == (0, 0)
 
 
 def test_discarding_gives_a_ticket_back_untaken(pair: Together) -> None:
     pair.reader.discard(pair.put(random(SHAPE)))
     stats = pair.lane.stats()
-    assert (stats.tickets, stats.taken, stats.orphans) == (0, 0, 0)
+    assert (stats.tickets, stats.used_bytes, stats.lost_tickets) == (0, 0, 0)

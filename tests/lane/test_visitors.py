@@ -33,7 +33,7 @@ def visit_as_nobody(pipe: Connection, address: str, producer: int) -> tuple[byte
     become(NOBODY)
     with visit(address) as connection:
         with suppress(BrokenPipeError):  # sent away before it could say a word
-            connection.send(wire.hello("tp"))
+            connection.send(protocol.hello("tp"))
         answer, fds = receive(connection)
     found = []
     for number in range(256):
@@ -49,9 +49,9 @@ def test_another_user_is_sent_away_empty_handed(lane: Lane) -> None:
     require_other_users()
     with Child(visit_as_nobody, lane.address, os.getpid()) as child:
         assert child.result() == (b"", 0, [])
-    assert lane.stats().strangers == 1
+    assert lane.stats().rejected_peers == 1
     with Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         serves(lane, reader)
 
 
@@ -80,7 +80,7 @@ def test_a_reader_tells_nothing_to_another_user() -> None:
 def travel(uid: int) -> bool:
     become(uid)
     with Lane({"tp": 1}, capacity=4 * MIB) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         serves(lane, reader)
     return True
 
@@ -97,16 +97,16 @@ GARBAGE: dict[str, list[bytes]] = {
     "an empty message": [b""],
     "random bytes": [b"\xf3\x00\x91garbage"],
     "a long message": [b"\x01" + b"x" * 100_000],
-    "a long greeting": [wire.hello("tp" * 50_000)],
-    "a greeting cut short": [bytes((wire.HELLO,))],
-    "another version": [bytes((wire.HELLO,)) + struct.pack("<H", wire.VERSION + 1) + b"tp"],
-    "an unknown group": [wire.hello("pp")],
-    "an empty group": [wire.hello("")],
-    "a group that is no text": [wire.hello("") + b"\xff\xfe"],
-    "a group with a newline": [wire.hello("tp\nlane x serves on")],
+    "a long greeting": [protocol.hello("tp" * 50_000)],
+    "a greeting cut short": [bytes((protocol.HELLO,))],
+    "another version": [bytes((protocol.HELLO,)) + struct.pack("<H", protocol.VERSION + 1) + b"tp"],
+    "an unknown group": [protocol.hello("pp")],
+    "an empty group": [protocol.hello("")],
+    "a group that is no text": [protocol.hello("") + b"\xff\xfe"],
+    "a group with a newline": [protocol.hello("tp\nlane x serves on")],
     "nothing": [],
     **{f"{name} first": [bytes((kind,))] for name, kind in KINDS.items()},
-    **{f"{name} with pairs first": [wire.pairs(kind, [(0, 0), (HUGE, HUGE)])] for name, kind in KINDS.items()},
+    **{f"{name} with pairs first": [protocol.pairs(kind, [(0, 0), (HUGE, HUGE)])] for name, kind in KINDS.items()},
 }
 
 
@@ -119,21 +119,21 @@ def test_a_visitor_that_talks_nonsense_gets_nothing(lane: Lane, words: list[byte
         if not words:
             connection.shutdown(socket.SHUT_WR)
         answer, fds = receive(connection)
-        assert not fds and (not answer or wire.kind(answer) == wire.SORRY)
+        assert not fds and (not answer or protocol.kind(answer) == protocol.REJECT)
         assert receive(connection) == (b"", [])  # hung up
-    eventually(lambda: lane.stats().strangers == 1, "a stranger")
+    eventually(lambda: lane.stats().rejected_peers == 1, "a stranger")
     assert not open_files() - before
     with Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         serves(lane, reader)
-    assert lane.stats().strays == 0
+    assert lane.stats().malformed_messages == 0
 
 
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        (bytes((wire.HELLO,)) + struct.pack("<H", wire.VERSION + 7) + b"tp", "run one version of mmlane"),
-        (wire.hello("pp"), "unknown group 'pp', expected 'tp'"),
+        (bytes((protocol.HELLO,)) + struct.pack("<H", protocol.VERSION + 7) + b"tp", "run one version of mmlane"),
+        (protocol.hello("pp"), "unknown group 'pp', expected 'tp'"),
     ],
 )
 def test_a_visitor_that_is_mistaken_is_told_why(
@@ -142,7 +142,7 @@ def test_a_visitor_that_is_mistaken_is_told_why(
     with caplog.at_level(logging.INFO, "mmlane.lane"), visit(lane.address) as connection:
         connection.send(word)
         answer, _ = receive(connection)
-        assert reason in wire.read_sorry(answer)
+        assert reason in protocol.read_reject(answer)
         assert receive(connection) == (b"", [])
     assert [reason in record.message for record in caplog.records] == [True]
 
@@ -150,26 +150,26 @@ def test_a_visitor_that_is_mistaken_is_told_why(
 @pytest.mark.parametrize(
     "word",
     [
-        wire.hello("tp"),
-        *(bytes((kind,)) for kind in (0, 255, *KINDS.values()) if kind != wire.MAPPED),
+        protocol.hello("tp"),
+        *(bytes((kind,)) for kind in (0, 255, *KINDS.values()) if kind != protocol.MAPPED),
     ],
 )
 def test_a_greeting_is_followed_by_mapped_or_the_end(lane: Lane, word: bytes) -> None:
     with visit(lane.address) as connection:
-        connection.send(wire.hello("tp"))
+        connection.send(protocol.hello("tp"))
         _, fds = receive(connection)
         os.close(*fds)
         connection.send(word)
         answer, fds = receive(connection)
-        assert not fds and wire.kind(answer) == wire.SORRY
+        assert not fds and protocol.kind(answer) == protocol.REJECT
         assert receive(connection) == (b"", [])
     stats = lane.stats()
-    assert (stats.strangers, stats.readers, stats.is_open) == (1, {}, False)
+    assert (stats.rejected_peers, stats.readers, stats.is_open) == (1, {}, False)
 
 
 def test_a_group_can_have_an_empty_name() -> None:
     with Lane({"": 1}, capacity=4 * MIB) as lane, Reader("") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         serves(lane, reader)
 
 
@@ -177,15 +177,15 @@ def test_a_crowd_that_says_nothing_keeps_others_out_only_while_it_is_there(lane:
     """Its places are free again when it leaves; who came in vain is told what may be the matter."""
     before = open_files()
     crowd = [visit(lane.address) for _ in range(control._PENDING + 20)]
-    eventually(lambda: lane.stats().strangers == 20, "20 strangers")
+    eventually(lambda: lane.stats().rejected_peers == 20, "20 strangers")
     with Reader("tp") as reader:
         with pytest.raises(JoinRefused, match="too many wait"):
-            reader.join(lane.address)
-        assert lane.stats().strangers == 21
+            reader.join(lane.invitation)
+        assert lane.stats().rejected_peers == 21
         for connection in crowd:
             connection.close()
-        eventually(lambda: lane.stats().strangers == len(crowd) + 1, "the end of the crowd")
-        reader.join(lane.address)
+        eventually(lambda: lane.stats().rejected_peers == len(crowd) + 1, "the end of the crowd")
+        reader.join(lane.invitation)
         serves(lane, reader)
     del reader
     eventually(lambda: not open_files() - before, "the end of all connections")
@@ -196,12 +196,12 @@ def test_a_crowd_that_says_nothing_is_sent_away(lane: Lane, monkeypatch: pytest.
     crowd = [visit(lane.address) for _ in range(control._PENDING)]
     for connection in crowd:
         answer, fds = receive(connection)
-        assert not fds and wire.read_sorry(answer) == "nothing heard for 0.1 s"
+        assert not fds and protocol.read_reject(answer) == "nothing heard for 0.1 s"
         connection.close()
-    assert lane.stats().strangers == len(crowd)
+    assert lane.stats().rejected_peers == len(crowd)
     monkeypatch.undo()
     with Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         serves(lane, reader)
 
 
@@ -209,30 +209,30 @@ def test_a_greeting_alone_does_not_keep_a_place(lane: Lane, monkeypatch: pytest.
     """Who has the memory and never says MAPPED is sent away too."""
     monkeypatch.setattr(control, "_PATIENCE", 1800.0)
     with visit(lane.address) as connection:
-        connection.send(wire.hello("tp"))
+        connection.send(protocol.hello("tp"))
         os.close(*receive(connection)[1])
         (guest,) = lane._control._guests.values()
         guest.deadline = 0.0  # its time is over
         lane._control._ring()
-        assert wire.kind(receive(connection)[0]) == wire.SORRY
+        assert protocol.kind(receive(connection)[0]) == protocol.REJECT
     assert lane.stats().readers == {}
 
 
 def test_descriptors_that_nobody_asked_for_go_nowhere(lane: Lane) -> None:
     with Reader("tp") as reader, tempfile.TemporaryFile() as file:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
         before = open_files()
         many = [file.fileno()] * 200
         with visit(lane.address) as connection:
-            socket.send_fds(connection, [wire.hello("pp")], many)
+            socket.send_fds(connection, [protocol.hello("pp")], many)
             assert receive(connection)[1] == []
         with visit(lane.address) as connection:
-            socket.send_fds(connection, [wire.hello("tp")], many)
+            socket.send_fds(connection, [protocol.hello("tp")], many)
             os.close(*receive(connection)[1])
             socket.send_fds(connection, [MAPPED], many)
-            assert wire.kind(receive(connection)[0]) == wire.JOINED
+            assert protocol.kind(receive(connection)[0]) == protocol.JOINED
             for kind in KINDS.values():
-                socket.send_fds(connection, [wire.pairs(kind, [(1, 1)])], many)
+                socket.send_fds(connection, [protocol.pairs(kind, [(1, 1)])], many)
             socket.send_fds(connection, [b""], many)
             assert lane.stats().readers == {"tp": 2}
             assert (open_files() - before).total() == 2, "one end each"
@@ -244,9 +244,9 @@ def test_descriptors_that_nobody_asked_for_go_nowhere(lane: Lane) -> None:
 def test_a_visitor_gets_memory_that_it_can_only_read(lane: Lane) -> None:
     """Written by the producer only, and never cut short under another reader (6)."""
     with visit(lane.address) as connection:
-        connection.send(wire.hello("tp"))
+        connection.send(protocol.hello("tp"))
         welcome, (fd,) = receive(connection)
-        size = wire.read_welcome(welcome)[1]
+        size = protocol.read_welcome(welcome)[1]
         assert os.fstat(fd).st_size == size
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.pwrite(fd, b"x", 0)

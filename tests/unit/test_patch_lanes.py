@@ -182,7 +182,7 @@ def test_tokenizer_workers_share_the_capacity(workers: int, share: int, monkeypa
         ticket, address = producer.put(torch.ones(9))
         lane = producer.lane
         assert ticket is None and lane is not None and lane.address == address
-        assert lane.stats().capacity == capacity and lane.expected == {"dp0": 2}
+        assert lane.stats().capacity_bytes == capacity and lane.expected == {"dp0": 2}
         lane.close()
 
 
@@ -304,7 +304,7 @@ class Opening:
 
     def join(self) -> None:
         self.readers.append(Reader("dp0"))
-        self.readers[-1].join(self.lane.address, DEADLINE)
+        self.readers[-1].join(self.lane.invitation, DEADLINE)
 
     def close(self) -> None:
         for reader in self.readers:
@@ -341,7 +341,7 @@ def test_nothing_raises_into_the_engine(
 
 
 def taken(opening: Opening) -> int:
-    return opening.lane.stats().taken
+    return opening.lane.stats().used_bytes
 
 
 def test_samples_share_one_copy_that_outlives_the_first_answer(opening: Opening) -> None:
@@ -356,7 +356,7 @@ def test_samples_share_one_copy_that_outlives_the_first_answer(opening: Opening)
             ticket, _ = opening.producer.put(tensor)
             assert ticket is not None
             assert torch.equal(reader.take(ticket, "clone"), torch.arange(30_000))  # which gives it back
-        assert (opening.lane.stats().copied, opening.lane.stats().shared) == (tensor.nbytes, 3)
+        assert (opening.lane.stats().copied_bytes, opening.lane.stats().shared) == (tensor.nbytes, 3)
         assert taken(opening) == 0  # also while the request goes on
         ticket, _ = opening.producer.put(tensor)  # the same tensor for another prompt of the request
         tensor.numpy().fill(7)
@@ -475,7 +475,7 @@ def test_a_tensor_that_has_no_place(
         assert opening.producer.put(torch.zeros(too_large, dtype=torch.uint8)) == (None, "")
     (line,) = warnings(caplog)
     assert f"the lane has no place for a feature ({cause})" in line and "shared-memory segment" in line
-    assert opening.lane.stats().refused[cause] == 2  # type: ignore[index]
+    assert opening.lane.stats().fallbacks[cause] == 2  # type: ignore[index]
     small, _ = opening.producer.put(torch.ones(9))
     assert small is not None
     for ticket in (held, small):
@@ -768,7 +768,7 @@ def test_giving_back_what_cannot_be_is_nothing(rank: lanes.Rank, opening: Openin
     assert ticket is not None
     for twice in (ticket, ticket, b"garbage"):
         rank.discard(twice)
-    assert (opening.lane.stats().tickets, opening.lane.stats().strays) == (0, 0)
+    assert (opening.lane.stats().tickets, opening.lane.stats().malformed_messages) == (0, 0)
 
 
 def test_reading_who_takes_part_needs_no_engine() -> None:

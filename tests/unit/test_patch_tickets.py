@@ -156,7 +156,7 @@ def shut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
         if ends.producer.lane is not None and not ends.lane.is_closed:
             ends.settle()
             stats = ends.lane.stats()
-            assert (stats.taken, stats.strays, stats.strangers) == (0, 0, 0)
+            assert (stats.used_bytes, stats.malformed_messages, stats.rejected_peers) == (0, 0, 0)
         assert segments() == []
     finally:
         for file in segments():

@@ -186,6 +186,8 @@ def copy(tensor: torch.Tensor, nbytes: int, owner: Owner) -> None:
 class Backing:
     """A lane's memory: `nbytes` of address room in an anonymous file. Nothing is committed before `reserve`.
 
+    Its descriptors are closed when the object dies.
+
     Attributes: `fd` (to write), `shared_fd` (what readers get), `degraded` (one line for each thing that this
     kernel or sandbox lacks). Raises LaneUnavailable when there is no way at all.
     """
@@ -195,8 +197,8 @@ class Backing:
         self._checked = 0.0  # when the machine was looked at last
         self._granted = 0  # bytes that may be committed before it is looked at again
         self._on_file_system = False
-        self.fd = self._create()
-        self.shared_fd = self.fd
+        self.fd = self.shared_fd = -1
+        self.fd = self.shared_fd = self._create()
         try:
             self._others = self._room() // 2  # bytes of a file system that are for its other users
             os.fchmod(self.fd, 0o600)  # a memfd is born with 0777
@@ -276,9 +278,13 @@ class Backing:
 
     def close(self) -> None:
         """Close the descriptors; the memory goes when the last mapping does."""
-        for fd in {self.fd, self.shared_fd} - {-1}:
+        fds, self.fd, self.shared_fd = {self.fd, self.shared_fd}, -1, -1
+        for fd in fds - {-1}:
             os.close(fd)
-        self.fd = self.shared_fd = -1
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():
+            self.close()
 
 
 def _memfd() -> int:

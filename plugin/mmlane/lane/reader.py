@@ -195,7 +195,7 @@ class Reader:
     # --- joining -------------------------------------------------------------------------------------------
 
     def _connect(self, invitation: Invitation, timeout: float) -> Link:
-        """Everything up to the mapping of the memory. If it is interrupted, the connection goes with this frame."""
+        """Everything up to the mapping of the memory. If interrupted, the connection goes with this frame."""
         name = invitation.name
         with ExitStack() as scope:
             with needed("a Unix socket"):
