@@ -193,17 +193,18 @@ class Control:
         return False
 
     def _run(self) -> None:
-        problem = "the lane's control thread has failed"
+        failure: Exception | None = None
         try:
             while not self._stop:
                 self._turn()
-            problem = ""
-        except Exception as error:
-            problem = f"{problem}: {error!r}"
-            logger.exception("lane %s is closed: its control thread has failed", self._thread.name)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the lane ends, and says so last
+            failure = error
         finally:
-            self._host.ended(problem)
+            self._host.ended(f"the lane's control thread has failed: {failure!r}")
             self.abandon()
+        if failure is not None:
+            logger.error("lane %s is closed: its control thread has failed", self._thread.name, exc_info=failure)
+        self._host.work()
 
     def _turn(self) -> None:
         deadlines = [one.deadline for one in self._connections.values() if one.member is None]

@@ -709,7 +709,6 @@ class Lane:
             # Whoever still copies has these, too; the memory goes with the last of them.
             self._backing = self._mapping = None
         self._wake_waiting()
-        self.work()
 
     def _wake_waiting(self) -> None:
         while self._waiting:
