@@ -2,7 +2,8 @@
 
 A tokenizer's loop is played here by Python work and puts of 64 KiB in turn. Beside it another process connects to
 the lane many times a second, without the secret: silent, with a wrong proof, or with bytes that are no message.
-Slices with and without it take turns; the table has what each kind did to the loop, as a ratio to its neighbours without.
+Slices with and without it take turns; the table has what each kind did to the loop, as a ratio to the slices
+without.
 """
 
 from __future__ import annotations

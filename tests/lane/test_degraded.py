@@ -82,7 +82,9 @@ def confined(denials: tuple[Deny, ...], place: str) -> tuple[tuple[str, ...], li
         two.join(lane.invitation)
         travel(lane, [one, two])
         # And so it goes when memory has been idle.
-        eventually(lambda: not lane.stats().committed_bytes or lane._never_cools, "memory that is handed back or kept")
+        eventually(
+            lambda: not lane.stats().committed_bytes or lane._never_cools, "memory that is handed back or kept"
+        )
         travel(lane, [one, two])
         stats = lane.stats()
         assert stats.is_open and not stats.malformed_messages and not stats.rejected_peers
@@ -141,7 +143,8 @@ def commit_by_hand() -> tuple[int, int]:
         reader.join(lane.invitation)
         assert isinstance(lane.put(torch.ones(20 * MIB, dtype=torch.uint8)), bytes)
         eventually(
-            lambda: blocks(lane._backing.fd) == BASE + lane.stats().committed_bytes, "memory that is as large as it says"
+            lambda: blocks(lane._backing.fd) == BASE + lane.stats().committed_bytes,
+            "memory that is as large as it says",
         )
         return blocks(lane._backing.fd) - BASE, lane.stats().committed_bytes
 

@@ -193,7 +193,8 @@ def test_nothing_is_committed_before_use() -> None:
         assert blocks(lane._backing.fd) == BASE
         held = reader.take(put(lane, torch.ones(10)))
         eventually(
-            lambda: blocks(lane._backing.fd) == BASE + lane.stats().committed_bytes, "memory that is as large as it says"
+            lambda: blocks(lane._backing.fd) == BASE + lane.stats().committed_bytes,
+            "memory that is as large as it says",
         )
         assert lane.stats().committed_bytes <= 3 * producer.SEGMENT, "one that was needed, and 8 MiB ahead"
         assert held.sum() == 10

@@ -51,7 +51,18 @@ def test_a_welcome_there_and_back(nbytes: int, slots: int, path: str) -> None:
 
 
 @given(
-    st.sampled_from([protocol.RELEASE, protocol.NOT_SEEN, protocol.WARM, protocol.COLD, protocol.COOLED, protocol.RECALL, protocol.PINNED]), PAIRS
+    st.sampled_from(
+        [
+            protocol.RELEASE,
+            protocol.NOT_SEEN,
+            protocol.WARM,
+            protocol.COLD,
+            protocol.COOLED,
+            protocol.RECALL,
+            protocol.PINNED,
+        ]
+    ),
+    PAIRS,
 )
 def test_pairs_there_and_back(kind: int, items: list[tuple[int, int]]) -> None:
     message = protocol.pairs(kind, items)
@@ -86,7 +97,11 @@ def test_a_status_there_and_back_up_to_the_longest() -> None:
     [
         (protocol.kind, b"", "an empty message"),
         (protocol.read_hello, b"\x01\x02", r"damaged greeting b'\\x01\\x02'"),
-        (protocol.read_hello, b"\x01\x02\x00\xff" + bytes(20), r"damaged greeting b'\\x01\\x02\\x00\\xff(\\x00){12}'"),
+        (
+            protocol.read_hello,
+            b"\x01\x02\x00\xff" + bytes(20),
+            r"damaged greeting b'\\x01\\x02\\x00\\xff(\\x00){12}'",
+        ),
         (protocol.read_welcome, b"\x02" + bytes(13), r"damaged welcome b'\\x02(\\x00){13}'"),
         (protocol.read_welcome, b"\x02" + bytes(14) + b"\xff/path", r"damaged welcome b'\\x02(\\x00){14}\\xff'"),
         (protocol.read_status, b"\x03why", "message 3 instead of a status"),
