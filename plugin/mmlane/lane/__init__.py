@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from mmlane.lane.producer import Lane
     from mmlane.lane.reader import Mode, Reader
     from mmlane.lane.reservation import Reservation
-    from mmlane.lane.share import Share
 else:
     # These need torch, which takes seconds to import; who asks for a lane's status does not.
     _LATER = {
@@ -42,7 +41,6 @@ else:
         "Mode": "reader",
         "Reader": "reader",
         "Reservation": "reservation",
-        "Share": "share",
     }
 
     def __getattr__(name):
@@ -64,7 +62,6 @@ __all__ = [
     "Reader",
     "Refused",
     "Reservation",
-    "Share",
     "StaleHere",
     "StaleTicket",
     "StatusError",

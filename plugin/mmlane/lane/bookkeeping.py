@@ -27,12 +27,13 @@ class Member(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Extent:
-    """A range of the lane that holds one tensor. holds: how many puts, shares and reservations keep it."""
+    """A range of the lane that holds one tensor. kept: by a hold. published: it has had a ticket."""
 
     offset: int
     nbytes: int
     tickets: int = 0
-    holds: int = 0
+    kept: bool = True
+    published: bool = False
 
 
 class Hold:
@@ -99,14 +100,8 @@ class Bookkeeping:
     def allocate(self, offset: int, nbytes: int, hold: Hold) -> Extent:
         """An extent for `nbytes` at a place that the allocator has found, kept by a hold."""
         self.allocator.use(offset, nbytes)
-        extent = Extent(offset, self.allocator.rounded(nbytes))
-        self.keep(extent, hold)
-        return extent
-
-    def keep(self, extent: Extent, hold: Hold) -> None:
-        """Have a hold keep an extent."""
-        extent.holds += 1
-        hold.extent = extent
+        hold.extent = Extent(offset, self.allocator.rounded(nbytes))
+        return hold.extent
 
     def let_go(self, hold: Hold) -> None:
         """A hold keeps its extent no longer."""
@@ -115,12 +110,12 @@ class Bookkeeping:
             self.dropped(extent)
 
     def dropped(self, extent: Extent) -> None:
-        """One of an extent's holds is gone."""
-        extent.holds -= 1
+        """An extent's hold is gone."""
+        extent.kept = False
         self._settle(extent)
 
     def _settle(self, extent: Extent) -> None:
-        if not extent.tickets and not extent.holds:
+        if not extent.tickets and not extent.kept:
             self.allocator.free(extent.offset)
 
     # --- tickets -------------------------------------------------------------------------------------------
