@@ -63,7 +63,7 @@ PROTOCOL_2 = replace(
 )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Process:
     """A rank of this engine, or a stranger: a process of the same user without a place."""
 
@@ -80,8 +80,11 @@ class Process:
     handed: deque[Ticket] = field(default_factory=deque)  # by finalizers, to its reader's thread
     answering: Ticket | None = None  # its reader's thread holds the lock of what was seen, to answer RECALL
 
+    def __repr__(self) -> str:
+        return "stranger" if self.place is None else "{}{}".format(*self.place)
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, repr=False)
 class Connection:
     """Both ends of a connection, and what is on its way."""
 
@@ -94,8 +97,11 @@ class Connection:
     left: bool = False  # the owner's end is closed
     cut: bool = False  # the producer's end is closed
 
+    def __repr__(self) -> str:
+        return f"connection of {self.owner}"
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, repr=False)
 class Ticket:
     """A ticket, and what became of it. needed_by: the ranks of its group that must not part over it."""
 
@@ -109,6 +115,9 @@ class Ticket:
     ended: bool = False
     took: set[Process] = field(default_factory=set)
     refused: set[Process] = field(default_factory=set)
+
+    def __repr__(self) -> str:
+        return f"ticket {self.serial}"
 
 
 class World:
@@ -352,11 +361,11 @@ class World:
         else:
             ticket.refused.add(rank)
 
-    def send(self, group: str) -> None:
-        """A put whose ticket reaches all ranks at once."""
+    def send(self, group: str, *ranks: Process) -> None:
+        """A put whose ticket reaches these ranks at once."""
         ticket = self.put(group, drain=False)
         if ticket is not None:
-            for rank in self.ranks.values():
+            for rank in ranks:
                 self.take(rank, ticket)
 
     def drop(self, rank: Process, ticket: Ticket) -> None:

@@ -20,14 +20,7 @@ from hypothesis.stateful import (
 )
 
 from tests.effort import examples
-from tests.lane.protocol_model import (
-    EXPECTED,
-    INVARIANTS,
-    PROTOCOL_2,
-    PROTOCOL_3,
-    Rules,
-    World,
-)
+from tests.lane.protocol_model import EXPECTED, INVARIANTS, PROTOCOL_2, PROTOCOL_3, Process, Rules, World
 
 SAID: list[list[tuple[Any, ...]]] = [
     *([], [], [], [("STATUS",)]),
@@ -73,7 +66,7 @@ class Steps(RuleBasedStateMachine):
     def begin(self, random: Random) -> None:
         """What happens is drawn evenly: hypothesis itself would prefer what comes first or last."""
         self.random = random
-        self.trouble = random.randrange(5)
+        self.trouble = random.randrange(6)
         for rank in random.sample(list(self.world.ranks.values()), random.randrange(len(EXPECTED) + 1)):
             self.world.meet(rank)
 
@@ -111,7 +104,9 @@ class Steps(RuleBasedStateMachine):
             case "put":
                 return [(world.put, group, drain) for group in groups for drain in (False, True)]
             case "send":
-                return [(world.send, group) for group in groups]
+                return [
+                    (world.send, group, *some) for group in groups for some in (ranks, *([rank] for rank in ranks))
+                ]
             case "take":
                 return [(world.take, *pair) for pair in arriving]
             case "drop":
@@ -211,3 +206,112 @@ def test_every_rule_is_tried() -> None:
 def test_protocol_3_breaks_without(rule: str) -> None:
     with pytest.raises(Violation):
         search(replace(PROTOCOL_3, **{rule: False}), NEEDED_FOR[rule], CERTAIN)
+
+
+# --- the shortest stories -----------------------------------------------------------------------------------
+
+BOTH = pytest.mark.parametrize("rules, breaks", [(PROTOCOL_2, True), (PROTOCOL_3, False)], ids=["2", "3"])
+
+
+def world_of(rules: Rules) -> tuple[World, Process, Process, Process]:
+    world = World(rules)
+    a0, a1, b0 = world.ranks.values()
+    return world, a0, a1, b0
+
+
+def let_stranger_try(world: World) -> None:
+    stranger = world.stranger(True, ("HELLO", ("a", 1), False), ("MAPPED",))
+    for _ in ("accept", "HELLO", "MAPPED"):
+        world.serve(stranger)
+
+
+@BOTH
+def test_a_stranger_comes_before_the_last_rank(rules: Rules, breaks: bool) -> None:
+    world, a0, a1, b0 = world_of(rules)
+    world.meet(a0)
+    world.meet(b0)
+    let_stranger_try(world)
+    assert world.check() == ({"I7 open", "I7 read"} if breaks else set())
+    assert world.is_open == breaks
+    world.meet(a1)
+    assert world.is_open
+
+
+@BOTH
+def test_a_stranger_comes_after_the_last_rank(rules: Rules, breaks: bool) -> None:
+    world, *ranks = world_of(rules)
+    world.calm()
+    let_stranger_try(world)
+    world.send("a", *ranks)
+    assert world.check() == ({"I7 fill", "I7 read"} if breaks else set())
+    (ticket,) = world.tickets
+    for rank in ticket.took:
+        world.let_go(rank, ticket)
+        world.meet(rank)
+    assert ticket.ended != breaks
+
+
+@BOTH
+def test_a_rank_has_waited_long_enough_when_it_has_said_mapped(rules: Rules, breaks: bool) -> None:
+    world, a0, a1, b0 = world_of(rules)
+    world.meet(a0)
+    world.meet(b0)
+    world.meet(a1, times=2)  # WELCOME is on its way
+    world.run(a1)  # MAPPED is on its way
+    connection = world.connections[-1]
+    world.times_out(a1)
+    world.serve(connection)
+    assert world.is_open
+    world.send("a", a0, a1)
+    assert world.check() == ({"I1"} if breaks else set())
+
+
+@BOTH
+def test_a_finalizer_runs_before_joined_is_read(rules: Rules, breaks: bool) -> None:
+    world, a0, a1, b0 = world_of(rules)
+    world.meet(a0)
+    world.meet(b0)
+    world.meet(a1, times=3)
+    ticket = world.put("a", drain=False)
+    assert ticket is not None
+    world.drop(a1, ticket)
+    assert world.check() == ({"W drop"} if breaks else set())
+
+
+@BOTH
+def test_a_put_finds_that_a_ticket_was_lost(rules: Rules, breaks: bool) -> None:
+    world, *ranks = world_of(rules)
+    world.calm()
+    lost = world.put("a", drain=False)
+    assert lost is not None
+    world.recall(lost)
+    for rank in ranks:
+        world.run(rank)  # hears RECALL
+        world.run(rank)  # says NOT_SEEN
+    assert (world.put("a", drain=True) is None) == breaks
+    assert world.check() == ({"W put"} if breaks else set())
+
+
+@pytest.mark.parametrize("end_first", [True, False])
+def test_a_rank_starts_again_before_its_end_is_noticed(end_first: bool) -> None:
+    """An open lane must close, though the number has a connection at every moment."""
+    world, _, a1, _ = world_of(replace(PROTOCOL_3, end_first=end_first))
+    world.calm()
+    world.dies(a1)
+    world.starts(("a", 1))
+    world.meet(world.ranks["a", 1])
+    assert world.closed == end_first
+    assert ("I7 open" in world.check()) != end_first
+
+
+def test_a_rank_closes_its_reader_and_holds_a_tensor() -> None:
+    """A rank that closes its reader can hang up at once: in a closed lane, nothing that it holds is used again."""
+    world, a0, a1, _ = world_of(PROTOCOL_3)
+    world.calm()
+    world.send("a", a0)
+    world.leaves(a0)
+    world.calm()
+    assert world.closed and a0.held
+    world.take(a1, world.tickets[0])
+    assert a1.held and world.put("a", drain=True) is None
+    assert not world.check()
