@@ -26,23 +26,11 @@ SAID: list[list[tuple[Any, ...]]] = [
     *([], [], [], [("STATUS",)]),
     *([("HELLO", place, False), ("MAPPED",)] for place in EXPECTED),
 ]
-CERTAIN = 20_000  # runs at most, to find what is there: it is found in some hundred
-KINDS = [
-    "meet",
-    "run",
-    "serve",
-    "time-out",
-    "put",
-    "send",
-    "take",
-    "drop",
-    "let go",
-    "recall",
-    "log",
-    "forget",
-    "start",
-]
-TROUBLE = ["patience", "end", "close", "stranger"]  # of which there is little in one run
+CERTAIN = 20_000  # runs at most, to find what is there: it is found within some hundred, seldom two thousand
+KINDS = ["meet", "run", "serve", "time-out", "put", "send", "take", "drop", "let-go", "recall", "log"]
+KINDS += ["forget", "start"]
+# Of these there are few in one run.
+TROUBLE = ["patience", "end", "end", "close", "stranger", "stranger"]
 
 
 class Violation(Exception):
@@ -111,7 +99,7 @@ class Steps(RuleBasedStateMachine):
                 return [(world.take, *pair) for pair in arriving]
             case "drop":
                 return [(world.drop, *pair) for pair in arriving]
-            case "let go":
+            case "let-go":
                 everybody = world.processes
                 return [
                     (world.let_go, p, ticket) for ticket in world.tickets for p in everybody if ticket in p.seen
@@ -161,12 +149,13 @@ def search(rules: Rules, watched: Iterable[str], many: int) -> None:
     run_state_machine_as_test(Watched, settings=wanted)
 
 
+@pytest.mark.long
 def test_protocol_3_keeps_every_invariant() -> None:
-    search(PROTOCOL_3, INVARIANTS, examples(400, 30_000))
+    search(PROTOCOL_3, INVARIANTS, examples(300, 10_000))
 
 
 def test_protocol_2_never_frees_what_is_held() -> None:
-    search(PROTOCOL_2, ["I2"], examples(150, 10_000))
+    search(PROTOCOL_2, ["I2"], examples(100, 5_000))
 
 
 @pytest.mark.parametrize("name", ["I1", "I7 open", "I7 read", "I7 fill", "I7 visit", "W put", "W drop"])
@@ -182,7 +171,7 @@ NEEDED_FOR = {
     "visible": ["I7 visit"],
     "numbered": ["I7 open"],
     "end_first": ["I7 open"],
-    "ends_with_member": ["I2"],
+    "ends_with_member": ["I1", "I2"],
     "mapped_is_joined": ["I1"],
     "known_first": ["I1"],
     "proven_may_stay": ["L"],
