@@ -270,10 +270,12 @@ class World:
         if not self.is_open or None not in self.extents:
             return None
         owed = {name: {c for c in self._members() if c.place[0] == name} for name, _ in EXPECTED}
-        standing_in = {self.ranks[c.owner.place] for c in self._members() if c.owner.place} - {
-            c.owner for c in self._members()
-        }  # for ranks that died and are still counted: these need not agree
-        needed_by = {rank for place, rank in self.ranks.items() if place[0] == group and rank.alive} - standing_in
+        counted = {member.owner for member in self._members()}
+        replaced = {
+            process.place for process in counted if process.place and self.ranks[process.place] is not process
+        }
+        # A process that took the place of a dead one that is still counted need not agree with the others.
+        needed_by = {rank for place, rank in self.ranks.items() if place[0] == group and place not in replaced}
         extent = self.extents.index(None)
         ticket = self.extents[extent] = Ticket(len(self.tickets) + 1, extent, owed, needed_by, group)
         self.tickets.append(ticket)
@@ -341,10 +343,10 @@ class World:
             self._hang_up(rank, "out")
 
     def forgets(self, rank: Process) -> None:
-        """A lane has ended a while ago."""
+        """A rank has noticed that a lane is closed, and `linger` has passed since."""
         arrived = all(rank in ticket.took | ticket.refused for ticket in self.tickets if rank in ticket.needed_by)
-        if rank.state == "ended" and (arrived or not self.rules.linger):
-            rank.state = "forgotten"
+        if self.closed and rank.state in ("joined", "ended") and (arrived or not self.rules.linger):
+            self._hang_up(rank, "forgotten")
 
     def awaits(self, rank: Process, ticket: Ticket) -> bool:
         """Whether a ticket can still reach a rank."""

@@ -109,7 +109,9 @@ class Steps(RuleBasedStateMachine):
             case "log":
                 return [(world.log_handler_returns,)] if world.locked else []
             case "forget":
-                return [(world.forgets, rank) for rank in ranks if rank.state == "ended"]
+                return [
+                    (world.forgets, rank) for rank in ranks if world.closed and rank.state in ("joined", "ended")
+                ]
             case "start":
                 return [(world.starts, place) for place in EXPECTED if world.ranks[place].state == "left"]
             case "patience":
