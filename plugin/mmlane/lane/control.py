@@ -258,8 +258,10 @@ class Control:
             self._reject(number, f"it belongs to user {os.geteuid()}, you are user {peer.uid}")
         elif not peer.pid:
             self._reject(number, "your process is in a PID namespace out of its sight: ask inside its container")
-        elif sum(one.member is None for one in self._connections.values()) > _UNPROVEN:
-            self._reject(number, "too many others are waiting")
+        else:
+            unproven = [number for number, one in self._connections.items() if one.member is None]
+            if len(unproven) > _UNPROVEN:  # the oldest has had time to say HELLO
+                self._reject(unproven[0], "too many others are waiting")
 
     def _hear(self, number: int) -> None:
         one = self._connections[number]
@@ -294,6 +296,8 @@ class Control:
                 if not has_ended(other.socket):
                     raise ProtocolError(f"{member} is here already, as process {peer_of(other.socket).pid}")
                 self._drop(number)
+        if self._stop:
+            raise ProtocolError("this lane is closed")
         one.member = member
         message = protocol.welcome(self._invitation.secret, hello.nonce, *self._memory)
         socket.send_fds(one.socket, [message], [self._descriptor], protocol.QUIETLY)
