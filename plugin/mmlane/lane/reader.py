@@ -176,6 +176,8 @@ class Reader:
         if _ending() or os.getpid() != self._pid:
             return
         self._closed = True
+        for link in list(self._links.values()):
+            link.leave()  # at once: the next reader may have this one's number, also in this process
         self._wake()
 
     def __enter__(self) -> Reader:
