@@ -198,7 +198,7 @@ def test_a_rank_that_stands_still_before_its_proof_comes_again(company: Company)
     slow.wait_stopped()
     eventually(lambda: producer.call(Producing.stats).rejected_peers == 1, "it is sent away")
     slow.go_on()
-    with pytest.raises(JoinRefused, match=r"nothing heard for 0\.1 s|hung up"):
+    with pytest.raises(JoinRefused, match=r"nothing heard for 0\.1 s"):
         slow.answer()
     assert slow.call(Reading.lanes) == ()
     producer.call(be_patient, DEADLINE)
