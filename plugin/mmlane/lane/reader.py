@@ -114,6 +114,8 @@ class Reader:
                     link.leave()
                     raise LaneError("this reader is closed")
             except (OSError, ValueError, ProtocolError) as error:
+                if self._closed:  # and has hung up itself
+                    raise LaneError("this reader is closed") from error
                 reason = str(error)
                 if isinstance(error, TimeoutError):
                     reason = f"no answer within {timeout:g} s"
