@@ -347,9 +347,8 @@ def test_with_its_first_member_an_open_lane_ends_for_ever(company: Company) -> N
     invitation = company.invitation(producer)
     sent = producer.call(Producing.put, 1, 1000)
     second.kill()
-    eventually(lambda: refused(producer).cause == "closed", "the lane ends")
-    assert "reader 1 of 'tp' has ended" in refused(producer).detail
-    assert not producer.call(Producing.is_open)
+    eventually(lambda: not producer.call(Producing.is_open), "the lane ends")
+    assert (refused(producer).cause, refused(producer).detail) == ("closed", "reader 1 of 'tp' has ended")
     late = company.reader("tp", number=1)
     with pytest.raises(JoinRefused, match="nobody listens there"):
         late.call(Reading.join, invitation)
