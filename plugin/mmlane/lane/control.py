@@ -90,6 +90,7 @@ class Control:
         self._next_look: float | None = None
         self._resting_until: float | None = None
         self._stop = self._has_work = False
+        self._listens = True
         self.rejected = 0
         with ExitStack() as scope:  # closes what there is, should the rest not be had
             with needed("a Unix socket in the abstract namespace"):
@@ -227,7 +228,7 @@ class Control:
                 self._reject(number, f"nothing heard for {_PATIENCE:g} s")
         if self._resting_until is not None and self._resting_until <= now:
             self._resting_until = None
-            self._events.modify(self._listener, select.EPOLLIN)
+        self._listen()
         if self._has_work:
             self._has_work = False
             if self._host.work():
@@ -235,6 +236,17 @@ class Control:
         if self._next_look is not None and self._next_look <= now:
             self._next_look = now + self._period
             self._host.look()
+
+    def _listen(self) -> None:
+        """Accept the next process only if there is time for it, and room: till then it waits in the queue.
+
+        It is not rejected there: a crowd that says nothing can delay a reader, but never keep it out.
+        """
+        unproven = sum(one.member is None for one in self._connections.values())
+        listens = self._resting_until is None and unproven < _UNPROVEN
+        if listens != self._listens:
+            self._listens = listens
+            self._events.modify(self._listener, select.EPOLLIN if listens else 0)
 
     def _accept(self) -> None:
         try:
@@ -258,10 +270,6 @@ class Control:
             self._reject(number, f"it belongs to user {os.geteuid()}, you are user {peer.uid}")
         elif not peer.pid:
             self._reject(number, "your process is in a PID namespace out of its sight: ask inside its container")
-        else:
-            unproven = [number for number, one in self._connections.items() if one.member is None]
-            if len(unproven) > _UNPROVEN:  # the oldest has had time to say HELLO
-                self._reject(unproven[0], "too many others are waiting")
 
     def _hear(self, number: int) -> None:
         one = self._connections[number]
@@ -274,7 +282,7 @@ class Control:
                 self._join(number, one, one.member)
             elif kind in _SWITCHES and one.member is None:
                 self._answer(number, one, _SWITCHES[kind])
-            elif kind == protocol.REJECT:
+            elif kind == protocol.REJECT and one.member is not None:
                 self._reject(number, f"it could not join: {protocol.read_reject(message)}", logging.WARNING)
             else:
                 raise ProtocolError(f"message {kind} was not expected")
@@ -335,10 +343,11 @@ class Control:
         if one.joined and one.member is not None:
             self._host.left(one.member)
         with self._host.lock:  # nobody reads from it
-            self._members.pop(number, None)
+            if self._members.pop(number, None) is not None:
+                with suppress(FileNotFoundError):  # its end was seen
+                    self._inbox.unregister(one.socket)  # a child that is being forked may have it still open
             one.socket.close()
 
     def _rest_for(self, seconds: float) -> None:
-        """Accept nobody for a moment, so that strangers that come in masses cost the producer little."""
-        self._resting_until = time.monotonic() + seconds
-        self._events.modify(self._listener, 0)
+        """Accept nobody for a moment, so that processes that come in masses cost the producer little."""
+        self._resting_until = max(self._resting_until or 0.0, time.monotonic() + seconds)

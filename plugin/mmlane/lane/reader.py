@@ -25,7 +25,7 @@ from mmlane.lane.errors import JoinRefused, LaneError, LaneUnavailable, UnknownL
 from mmlane.lane.fork import close_in_child
 from mmlane.lane.invitation import Invitation
 from mmlane.lane.link import Claim, Link
-from mmlane.lane.peer import has_ended, peer_of, uid_is_proof
+from mmlane.lane.peer import has_ended, last_words, peer_of, uid_is_proof
 from mmlane.lane.protocol import ProtocolError
 from mmlane.lane.ticket import Content, read
 
@@ -115,6 +115,8 @@ class Reader:
                     link.leave()
                     raise LaneError("this reader is closed")
             except (OSError, ValueError, ProtocolError) as error:
+                if self._closed:  # and has hung up itself
+                    raise LaneError("this reader is closed") from error
                 reason = str(error)
                 if isinstance(error, TimeoutError):
                     reason = f"no answer within {timeout:g} s"
@@ -177,6 +179,8 @@ class Reader:
         if _ending() or os.getpid() != self._pid:
             return
         self._closed = True
+        for link in list(self._links.values()):
+            link.leave()  # at once: the next reader may have this one's number, also in this process
         self._wake()
 
     def __enter__(self) -> Reader:
@@ -218,7 +222,10 @@ class Reader:
                 raise ProtocolError(f"it belongs to user {uid}, this is user {os.geteuid()}")
             failpoints.reached("join.connected")
             nonce = secrets.token_hex(16)
-            connection.send(protocol.hello(invitation.secret, self.group, self.number, nonce), socket.MSG_NOSIGNAL)
+            with suppress(BrokenPipeError):  # it has rejected this reader already, and said why
+                connection.send(
+                    protocol.hello(invitation.secret, self.group, self.number, nonce), socket.MSG_NOSIGNAL
+                )
             failpoints.reached("join.greeted")
             link = self._map(invitation, connection, nonce)
             connection.setblocking(False)
@@ -228,7 +235,9 @@ class Reader:
     def _map(self, invitation: Invitation, connection: socket.socket, nonce: str) -> Link:
         # Not socket.recv_fds, which ignores the flags: programs that this process starts would get the memory.
         room = socket.CMSG_LEN(_INT.size)
-        message, ancillary, _, _ = connection.recvmsg(protocol.LIMIT, room, socket.MSG_CMSG_CLOEXEC)
+        message, ancillary, _, _ = last_words(
+            lambda: connection.recvmsg(protocol.LIMIT, room, socket.MSG_CMSG_CLOEXEC)
+        )
         rights = [data for *kind, data in ancillary if kind == [socket.SOL_SOCKET, socket.SCM_RIGHTS]]
         received = [memory.Descriptor(fd) for data in rights for (fd,) in _INT.iter_unpack(data)]
         failpoints.reached("join.received")
