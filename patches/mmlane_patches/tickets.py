@@ -95,9 +95,11 @@ class LanePointer:
             self._describe(state.get("shape"), state.get("dtype"), state.get("precomputed_hash"))
         if lanes.rank is not None:
             self._state = "due"
-            if invitation is not None:
-                with guarded("join", "this rank is sent features by shared-memory segments"):
-                    lanes.rank.notice(Invitation.parse(invitation))
+        if invitation is not None:
+            with guarded("join", "who gets this message does not join the lane: features go by segments"):
+                self.invitation = Invitation.parse(invitation)  # kept: whoever passes the message on, invites, too
+                if lanes.rank is not None:
+                    lanes.rank.notice(self.invitation)
 
     # --- taking ---
 
