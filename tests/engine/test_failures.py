@@ -148,6 +148,6 @@ def test_a_rank_that_cannot_join(release: str, plugin_wheel: Path) -> None:
         assert one(server).status == 200
         assert three(server).status == 200
         assert said(server, "start failed", "mmlane_patches.lanes:become_rank") == 1
-        asking.wait_for(lambda: looking.lane(server).readers.get("dp0") == 1, "the other rank")
+        asking.wait_for(lambda: looking.lane(server).joined == {"dp0": [1]}, "the other rank")
         assert one(server).status == 200
-        assert not looking.lane(server).is_open
+        assert looking.lane(server).state == "waiting"

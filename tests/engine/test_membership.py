@@ -104,7 +104,7 @@ def strangers(server: WatchedServer) -> Iterator[None]:
 
     def try_to_join() -> None:
         while not over.wait(0.001):
-            for name in looking.addresses({process.pid for process in server.processes()}):
+            for name in looking.names({process.pid for process in server.processes()}):
                 for greeting in greetings:
                     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
                         connection.settimeout(1.0)
