@@ -1,4 +1,4 @@
-"""While there is a file $NOTES/hold, sends a request only when every ticket of the tokenizer's lane has been released.
+"""While there is a file $NOTES/hold, sends a request only when every ticket of its lane has been released.
 
 So the n samples of a prompt find nothing of the request that warmed its prefix, as on a machine that is slow.
 """
