@@ -20,7 +20,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mmlane.lane import Invitation, Lane, LaneUnavailable, Reader, cuda, memory, status  # noqa: E402
-from mmlane_patches import guard, lanes  # noqa: E402
+from mmlane_patches import arena, guard, lanes  # noqa: E402
 from tests.lane.harness.child import run  # noqa: E402
 from tests.lane.harness.confinement import limit_address_space  # noqa: E402
 from tests.lane.harness.fake_cuda import FakeGpu  # noqa: E402
@@ -182,6 +182,59 @@ def test_every_expected_reader_is_one_rank(
     assert [number for _, number in places[len(ranks) :]] == [None] * (pp - 1) * len(ranks)
     expected = lanes.readers_of(server_args).items()
     assert sorted(places[: len(ranks)]) == [(group, n) for group, count in expected for n in range(count)]
+
+
+class SchedulerOf0520:
+    """Its arguments, up to that release."""
+
+    def __init__(
+        self,
+        server_args: Any,
+        port_args: Any,
+        gpu_id: int,
+        tp_rank: int,
+        moe_ep_rank: int,
+        pp_rank: int,
+        attn_cp_rank: int,
+        moe_dp_rank: int,
+        dp_rank: int | None,
+    ) -> None:
+        pass
+
+
+class SchedulerOf0521:
+    """Its arguments from that release on: the ranks are in the context."""
+
+    def __init__(self, server_args: Any, port_args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("dp_rank", "pp_rank", "tp_rank", "wanted"),
+    [(1, 0, 1, ("dp1", 1)), (1, 1, 1, ("dp1", None)), (0, 0, 0, ("dp0", 0))],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_scheduler_becomes_a_rank_however_it_is_told_which(
+    by_name: bool, dp_rank: int, pp_rank: int, tp_rank: int, wanted: RanksPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server_args = launched(tp_size=2, dp_size=2)
+    init: Any = arena._reading(SchedulerOf0520.__init__)
+    before = SchedulerOf0520.__new__(SchedulerOf0520)
+    if by_name:
+        ranks = {"tp_rank": tp_rank, "pp_rank": pp_rank, "dp_rank": dp_rank}
+        init(before, server_args, None, gpu_id=7, moe_ep_rank=7, attn_cp_rank=7, moe_dp_rank=7, **ranks)
+    else:
+        init(before, server_args, None, 7, tp_rank, 7, pp_rank, 7, 7, dp_rank)
+    assert lanes.rank is not None and (lanes.rank.group, lanes.rank.number) == wanted
+    monkeypatch.setattr(lanes, "rank", None)
+    context = ModuleType(RUNTIME)
+    parallel = SimpleNamespace(dp_rank=dp_rank, pp_rank=pp_rank, tp_rank=tp_rank)
+    vars(context)["get_parallel"] = lambda: parallel
+    monkeypatch.setitem(sys.modules, RUNTIME, context)
+    init = arena._reading(SchedulerOf0521.__init__)
+    init(SchedulerOf0521.__new__(SchedulerOf0521), server_args, None)
+    rank = lanes.rank
+    assert rank is not None and (rank.group, rank.number) == wanted
 
 
 def test_a_later_pipeline_stage_never_joins(opening: Opening) -> None:
