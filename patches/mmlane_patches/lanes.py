@@ -216,7 +216,7 @@ def _watch(lane: Lane, metrics: bool) -> None:
     while not lane.wait_open(OPENING_S):
         if lane.is_closed:
             return
-        if not late:
+        if not late and lane.state != "off":
             late = True
             logger.warning(
                 "mmlane: the lane has not opened within %.0f s, because not all of its %s ranks have joined it;"

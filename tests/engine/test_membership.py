@@ -93,7 +93,7 @@ def test_a_tokenizer_that_holds_its_lock_longer_than_ranks_wait(
 
 @contextmanager
 def strangers(server: WatchedServer) -> Iterator[None]:
-    """Processes of this user that know the name of the lane, as /proc/net/unix tells it, try to join all the time."""
+    """Processes of this user that know the name of the lane, from /proc/net/unix, try to join all the time."""
     over = threading.Event()
     group = b"dp0"
     greetings = (

@@ -88,7 +88,7 @@ class Bookkeeping:
         self.slots = slots
         self.members = members
         self.live: dict[int, Live] = {}  # by slot, oldest first
-        self.lost = 0  # tickets that no member ever saw
+        self.lost = 0  # tickets that at least one member never saw
         self._on_end = on_end
         self._unused: list[int] = []  # slots
         self._highest = 0

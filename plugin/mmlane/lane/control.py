@@ -33,6 +33,7 @@ logger = logging.getLogger("mmlane.lane")
 
 _UNPROVEN = 64  # connections at a time that have not proven that they are readers
 _PATIENCE = 2.0  # seconds they have for it
+_REASONS = 16  # to log; a crowd must not fill the log
 _REST = 0.02  # seconds without new connections after one was rejected
 _AT_ONCE = 1024  # messages of one member to read in one go: more than fit into a socket
 _SWITCHES = {protocol.STATUS: None, protocol.OFF: True, protocol.ON: False}
@@ -92,6 +93,7 @@ class Control:
         self._stop = self._has_work = False
         self._listens = True
         self.rejected = 0
+        self._reasons: set[str] = set()  # those that were logged
         with ExitStack() as scope:  # closes what there is, should the rest not be had
             with needed("a Unix socket in the abstract namespace"):
                 listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -330,6 +332,9 @@ class Control:
 
     def _reject(self, number: int, reason: str, level: int = logging.INFO) -> None:
         self.rejected += 1
+        if reason in self._reasons or len(self._reasons) >= _REASONS:  # `rejected` counts the rest
+            level = logging.DEBUG
+        self._reasons.add(reason)
         logger.log(level, "lane %s rejected a process: %s", self._invitation.name, reason)
         with suppress(OSError):  # gone already
             self._connections[number].socket.send(protocol.reject(reason), protocol.QUIETLY)
