@@ -648,7 +648,7 @@ class Lane:
         self._ask_after(live)
         if lost > self._lost:
             logger.warning(
-                "lane %s: %d tickets that no reader had seen were reclaimed; they were lost, or come after more"
+                "lane %s: %d tickets that a reader never saw were reclaimed; they were lost, or come after more"
                 " than %g s (`orphan`)",
                 *(self.name, lost - self._lost, self._orphan),
             )
