@@ -19,7 +19,7 @@ import torch
 
 from mmlane.lane import failpoints, memory, protocol
 from mmlane.lane.allocator import Allocator
-from mmlane.lane.bookkeeping import Bookkeeping, Extent, Hold, Live, Member
+from mmlane.lane.bookkeeping import Bookkeeping, Extent, Hold, Kept, Live, Member
 from mmlane.lane.control import Control
 from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused, needed
 from mmlane.lane.invitation import Invitation
@@ -119,7 +119,7 @@ class Lane:
         self._lines: deque[tuple[int, str, tuple[object, ...]]] = deque()  # to be logged by the control thread
         self._withdrawn: deque[tuple[int, int]] = deque()
         self._recalled: deque[tuple[int, int]] = deque()
-        self._dropped: deque[Extent] = deque()  # of which a hold was dropped
+        self._dropped: deque[Kept] = deque()  # for holds that were dropped
         self._refused: Counter[Cause] = Counter()
         self._puts = self._shared = self._copied = self._malformed = 0
         self._copy_seconds = 0.0
@@ -562,10 +562,9 @@ class Lane:
                     failpoints.reached("commit.reserved")
                     with self.lock, self._change:
                         allocator.note_committed(at, allocator.segment)
+                        self._control.watch()
             mapping.populate(self._base + start, size)
             failpoints.reached("commit.populated")
-        if ranges:
-            self._control.watch()
 
     def _decommit(self, segments: Sequence[int]) -> None:
         """Return the memory of idle segments to the system. Readers have nothing there, and need not be asked."""
@@ -573,7 +572,9 @@ class Lane:
         for at in segments:
             with self._committing:
                 with self.lock, self._change:
-                    if backing is None or not allocator.is_free(at, allocator.segment):  # any more
+                    if self._closed or backing is None:
+                        return
+                    if not allocator.is_free(at, allocator.segment):  # any more
                         continue
                     allocator.note_decommitted(
                         at, allocator.segment
@@ -622,7 +623,9 @@ class Lane:
         if self._closed or backing is None or mapping is None:
             return False
         try:
-            with self.lock:
+            with self.lock, self._change:
+                if self._closed:
+                    return False
                 offset = self._allocator.find(self._ahead) if self._ahead and not self._starved else None
                 ranges = [] if offset is None else self._allocator.uncommitted(offset, self._ahead)
             self._commit(backing, mapping, ranges)
@@ -637,7 +640,7 @@ class Lane:
         if self._pinned < wanted:
             step = min(_STEP * self._allocator.segment, wanted - self._pinned)
             try:
-                with self.lock:
+                with self.lock, self._change:
                     ranges = self._allocator.uncommitted(self._pinned, step)
                 self._commit(backing, mapping, ranges)
             except OSError as error:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from mmlane.lane.bookkeeping import Extent, Hold
+from mmlane.lane.bookkeeping import Hold, Kept
 
 
 class Shared(Hold):
@@ -18,7 +18,7 @@ class Shared(Hold):
 
     __slots__ = ("content", "lane", "uses")
 
-    def __init__(self, lane: object, uses: int, end: Callable[[Extent], None]) -> None:
+    def __init__(self, lane: object, uses: int, end: Callable[[Kept], object]) -> None:
         super().__init__(end)
         self.lane = lane
         self.uses = uses
