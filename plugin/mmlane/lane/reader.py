@@ -290,8 +290,8 @@ class Reader:
         if mode == "clone":
             return tensor.clone()
         if self._device is not None:
-            self._device.owe()
-            claim.is_lent = True
+            claim.mark.is_lent = True
+            self._device.owe(claim.mark)
         return tensor
 
     # --- the thread ----------------------------------------------------------------------------------------
@@ -385,6 +385,7 @@ class Reader:
                 self._events.register(link.connection, _HEARING)
             elif link.wants_room:
                 self._events.modify(link.connection, _HEARING | select.EPOLLOUT)
+                link.is_promised_room = True
         while self._discarded:
             self._discard(self._discarded.popleft())
 
