@@ -601,10 +601,10 @@ class Lane:
             if len(self._joined) < len(self.members) or self._has_opened:
                 return
             self._has_opened = True
-            self._uninformed.update(self._joined)
+            if self._allocator.pinned:
+                self._uninformed.update(self._joined)
+                self._control.has_work()
         self._wake_waiting()
-        if self._allocator.pinned:
-            self._control.has_work()
 
     def left(self, member: Member) -> None:
         """A member's connection has ended. Once the lane has opened, that ends it."""
@@ -630,7 +630,7 @@ class Lane:
                 ranges = [] if offset is None else self._allocator.uncommitted(offset, self._ahead)
             self._commit(backing, mapping, ranges)
         except OSError as error:
-            logger.debug("lane %s: no memory ahead of need: %s", self.name, error)
+            logger.debug("lane %s: no memory ahead of need: %s", self.name, str(error))
             self._starved = True
         return self._has_opened and self._pin(backing, mapping)
 
@@ -647,9 +647,10 @@ class Lane:
                 logger.warning(
                     "lane %s: no memory for %d bytes to pin (%s), so readers copy from pageable memory; make"
                     " `pinned` smaller, or 0 to silence this",
-                    *(self.name, wanted, error),
+                    *(self.name, wanted, str(error)),
                 )
                 self._allocator.pinned = self._pinned = 0  # no reader was told: it is decommitted when it is idle
+                self._uninformed.clear()
                 return False
             self._pinned += step
         if self._pinned < wanted:
