@@ -242,7 +242,7 @@ class Control:
             return
         except OSError as error:  # out of descriptors: the process stays in the queue
             logger.warning(
-                "a lane could not let a reader in (%s): trying again in a second; raise `ulimit -n`", error
+                "a lane could not let a reader in (%s): trying again in a second; raise `ulimit -n`", str(error)
             )
             self._rest_for(1.0)
             return

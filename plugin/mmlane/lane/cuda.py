@@ -1,7 +1,7 @@
-"""The GPU that a reader copies to: host memory registered for it, and give-backs that wait until it has read.
+"""The GPU that a reader copies to: host memory registered for it, and releases that wait until it has read.
 
 A copy to the device is only queued when `non_blocking=True` returns, and from pinned memory the device reads the
-lane itself, later. So an extent whose tensor is gone may still be read. It is given back once events, recorded on
+lane itself, later. So an extent whose tensor is gone may still be read. It is released once events, recorded on
 every stream that may have been told to copy it, have passed.
 """
 
@@ -150,7 +150,7 @@ class Pinned(memory.Mapping):
                 cuda.unregister(self.address)
             except RuntimeError as error:  # CUDA has failed, or is shut down
                 self._stays = True
-                logger.debug("pinned memory of a lane stays as it is until the process ends: %s", error)
+                logger.debug("pinned memory of a lane stays as it is until the process ends: %s", str(error))
 
     def unmap(self) -> None:
         self.unpin()
@@ -251,9 +251,11 @@ class Device:
                     self._finish(recorded.pop(0)[1])
                 pause = _POLL
             except Exception as error:  # noqa: BLE001 - torch has many ways to say that CUDA has failed
-                # Nobody can say what the device still reads, so nothing is given back: at worst the lane is full.
+                # Nobody can say what the device still reads, so nothing is released: at worst the lane is full.
                 if pause == _POLL:
-                    logger.warning("a lane's reader cannot tell what the GPU has read, and keeps it: %s", error)
+                    logger.warning(
+                        "a lane's reader cannot tell what the GPU has read, and keeps it: %s", str(error)
+                    )
                 pause = _AFTER_ERROR
                 while recorded:  # other events, then
                     let_go += recorded.pop()[1]
@@ -277,7 +279,7 @@ class Device:
             try:
                 settling.pop()[1]()  # and no name here keeps it, and its mapping, alive
             except Exception as error:  # noqa: BLE001 - the others' room is to come back all the same
-                logger.error("a lane's reader could not give a tensor's room back: %s", repr(error))
+                logger.error("a lane's reader could not release a tensor: %s", repr(error))
 
     def _record(self, streams: set[Any]) -> list[Any] | None:
         """Events on every stream that may have been told to copy; None while one of them is being captured."""
@@ -300,4 +302,4 @@ class Device:
             while pinned:
                 pinned.pop().unpin()
         except Exception as error:  # noqa: BLE001 - CUDA has failed; the kernel undoes it
-            logger.debug("pinned memory of a lane stays as it is until the process ends: %s", error)
+            logger.debug("pinned memory of a lane stays as it is until the process ends: %s", str(error))

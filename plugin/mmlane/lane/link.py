@@ -120,7 +120,7 @@ class Link:
         try:
             self.connection.shutdown(socket.SHUT_RDWR)
         except OSError as error:  # it has ended already
-            logger.debug("lane %s has ended: %s", self.name, error)
+            logger.debug("lane %s has ended: %s", self.name, str(error))
 
     # --- tickets -------------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ class Link:
             logger.warning(
                 "a lane's memory is not pinned (%s), so it is copied to the GPU from pageable memory, which is"
                 " slower; give the lane a smaller `pinned`, or 0 to silence this",
-                str(result),  # without its traceback: a handler that keeps records would keep the mapping
+                str(result),
             )
         elif self.gone_at is None:
             self.pinned = result
