@@ -98,13 +98,13 @@ class Control:
                 self._listener.bind(f"\0{invitation.name}")
                 self._listener.listen(_UNPROVEN)
                 self._listener.setblocking(False)
-            with needed("eventfd"):
-                self._wakeup = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             with needed("epoll"):
                 self._events = scope.enter_context(select.epoll())  # what wakes the thread
                 self._events.register(self._listener, select.EPOLLIN)
-                self._events.register(self._wakeup.fd, select.EPOLLIN)
                 self._inbox = scope.enter_context(select.epoll())  # what `received` reads
+            with needed("eventfd"):
+                self._wakeup = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+                self._events.register(self._wakeup.fd, select.EPOLLIN)
             scope.pop_all()
         self._thread = threading.Thread(target=self._run, name=invitation.name, daemon=True)
 

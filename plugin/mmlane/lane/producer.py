@@ -149,6 +149,7 @@ class Lane:
                 self, self.invitation, (self._base + capacity, SLOTS, path), backing.shared_fd, idle
             )
         except OSError as error:
+            backing.close()  # the error's traceback keeps the object
             raise LaneUnavailable(
                 f"a lane of {capacity} bytes could not be set up ({error}): ask for a smaller capacity, raise"
                 " `ulimit -v` or `ulimit -n`, or allow in the sandbox what is named here"
@@ -550,14 +551,18 @@ class Lane:
     def _commit(self, backing: memory.Backing, mapping: memory.Mapping, ranges: Sequence[tuple[int, int]]) -> None:
         """Have memory behind ranges of whole segments. Raises OSError when there is none to be had."""
         allocator = self._allocator
+        if not ranges:
+            return
+        with self._committing:
+            grant = backing.grant(sum(size for _, size in ranges))  # for all of it, or none is committed
         for start, size in ranges:
             for at in range(start, start + size, allocator.segment):
                 # One segment at a time, and one thread: a put that needs one waits for one at most, and a
                 # reservation that fails takes back pages of its range that another thread may rely on.
                 with self._committing:
+                    grant.nbytes -= allocator.segment
                     if allocator.is_committed(at):
                         continue
-                    backing.check(allocator.segment)
                     backing.reserve(self._base + at, allocator.segment)
                     failpoints.reached("commit.reserved")
                     with self.lock, self._change:
