@@ -169,16 +169,14 @@ def test_every_reader_pins_for_itself(gpu: FakeGpu) -> None:
 def test_no_memory_to_keep(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    check = memory.Backing.check
+    grant = memory.Backing.grant
 
-    checks = count()
-
-    def full(self: memory.Backing, nbytes: int) -> None:
-        if next(checks) >= 2:
+    def full(self: memory.Backing, nbytes: int) -> memory.Grant:
+        if nbytes > 2 * SEGMENT:
             raise OSError(12, "no room")
-        check(self, nbytes)
+        return grant(self, nbytes)
 
-    monkeypatch.setattr(memory.Backing, "check", full)
+    monkeypatch.setattr(memory.Backing, "grant", full)
     with together(device="cuda:0", pinned=PINNED) as pair:
         eventually(lambda: "no memory for" in caplog.text, "it is said")
         tensor = random((SEGMENT,))

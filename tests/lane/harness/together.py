@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mmlane.lane import Lane, LaneStats, Reader, Refused, Share
+from mmlane.lane.memory import Backing
 from mmlane.lane.ticket import read
 from tests.lane.harness import kernel
 from tests.lane.harness.waiting import DEADLINE, eventually
@@ -117,6 +118,12 @@ def uses_left(share: Share) -> int:
 # --- a lane alone ------------------------------------------------------------------------------------------
 
 _numbers = count()
+
+
+def backing(lane: Lane) -> Backing:
+    """The memory of a lane that has not ended."""
+    assert lane._backing is not None
+    return lane._backing
 
 
 def put(lane: Lane, tensor: torch.Tensor, *, share: Share | None = None) -> bytes:
