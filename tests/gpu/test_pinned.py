@@ -68,7 +68,7 @@ def bytes_of_others(pair: Together, stream: Any) -> int:
     return int(on_device.sum())
 
 
-def test_room_that_the_device_still_reads_is_not_given_back(pair: Together) -> None:
+def test_room_that_the_device_still_reads_is_not_released(pair: Together) -> None:
     for stream in (gpu.current_stream(), gpu.Stream()):
         assert bytes_of_others(pair, stream) == 0
         pair.wait_until_nothing_is_out()

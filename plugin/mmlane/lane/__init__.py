@@ -10,6 +10,9 @@
 Any process of the same user can ask after lanes: mmlane.lane.status.
 
 docs/lane.md explains the protocol. `Lane` and `Reader` need torch; nothing here knows the engine.
+
+No error is logged as an object, only its text: a handler that keeps records would keep its traceback, and with
+that a lane's memory.
 """
 
 from importlib import import_module

@@ -101,13 +101,13 @@ class Control:
                 self._listener.bind(f"\0{invitation.name}")
                 self._listener.listen(_UNPROVEN)
                 self._listener.setblocking(False)
-            with needed("eventfd"):
-                self._wakeup = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             with needed("epoll"):
                 self._events = scope.enter_context(select.epoll())  # what wakes the thread
                 self._events.register(self._listener, select.EPOLLIN)
-                self._events.register(self._wakeup.fd, select.EPOLLIN)
                 self._inbox = scope.enter_context(select.epoll())  # what `received` reads
+            with needed("eventfd"):
+                self._wakeup = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+                self._events.register(self._wakeup.fd, select.EPOLLIN)
             scope.pop_all()
         self._thread = threading.Thread(target=self._run, name=invitation.name, daemon=True)
 
@@ -257,7 +257,7 @@ class Control:
             return
         except OSError as error:  # out of descriptors: the process stays in the queue
             logger.warning(
-                "a lane could not let a reader in (%s): trying again in a second; raise `ulimit -n`", error
+                "a lane could not let a reader in (%s): trying again in a second; raise `ulimit -n`", str(error)
             )
             self._rest_for(1.0)
             return

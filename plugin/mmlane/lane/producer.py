@@ -19,7 +19,7 @@ import torch
 
 from mmlane.lane import failpoints, memory, protocol
 from mmlane.lane.allocator import Allocator
-from mmlane.lane.bookkeeping import Bookkeeping, Extent, Hold, Live, Member
+from mmlane.lane.bookkeeping import Bookkeeping, Extent, Hold, Kept, Live, Member
 from mmlane.lane.control import Control
 from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused, needed
 from mmlane.lane.invitation import Invitation
@@ -118,7 +118,7 @@ class Lane:
         self._lines: deque[tuple[int, str, tuple[object, ...]]] = deque()  # to be logged by the control thread
         self._withdrawn: deque[tuple[int, int]] = deque()
         self._recalled: deque[tuple[int, int]] = deque()
-        self._dropped: deque[Extent] = deque()  # of which a hold was dropped
+        self._dropped: deque[Kept] = deque()  # for holds that were dropped
         self._refused: Counter[Cause] = Counter()
         self._puts = self._shared = self._copied = self._malformed = 0
         self._copy_seconds = 0.0
@@ -148,6 +148,7 @@ class Lane:
                 self, self.invitation, (self._base + capacity, SLOTS, path), backing.shared_fd, idle
             )
         except OSError as error:
+            backing.close()  # the error's traceback keeps the object
             raise LaneUnavailable(
                 f"a lane of {capacity} bytes could not be set up ({error}): ask for a smaller capacity, raise"
                 " `ulimit -v` or `ulimit -n`, or allow in the sandbox what is named here"
@@ -524,22 +525,25 @@ class Lane:
     def _commit(self, backing: memory.Backing, mapping: memory.Mapping, ranges: Sequence[tuple[int, int]]) -> None:
         """Have memory behind ranges of whole segments. Raises OSError when there is none to be had."""
         allocator = self._allocator
+        if not ranges:
+            return
+        with self._committing:
+            grant = backing.grant(sum(size for _, size in ranges))  # for all of it, or none is committed
         for start, size in ranges:
             for at in range(start, start + size, allocator.segment):
                 # One segment at a time, and one thread: a put that needs one waits for one at most, and a
                 # reservation that fails takes back pages of its range that another thread may rely on.
                 with self._committing:
+                    grant.nbytes -= allocator.segment
                     if allocator.is_committed(at):
                         continue
-                    backing.check(allocator.segment)
                     backing.reserve(self._base + at, allocator.segment)
                     failpoints.reached("commit.reserved")
                     with self.lock, self._change:
                         allocator.note_committed(at, allocator.segment)
+                        self._control.watch()
             mapping.populate(self._base + start, size)
             failpoints.reached("commit.populated")
-        if ranges:
-            self._control.watch()
 
     def _decommit(self, segments: Sequence[int]) -> None:
         """Return the memory of idle segments to the system. Readers have nothing there, and need not be asked."""
@@ -547,7 +551,9 @@ class Lane:
         for at in segments:
             with self._committing:
                 with self.lock, self._change:
-                    if backing is None or not allocator.is_free(at, allocator.segment):  # any more
+                    if self._closed or backing is None:
+                        return
+                    if not allocator.is_free(at, allocator.segment):  # any more
                         continue
                     allocator.note_decommitted(
                         at, allocator.segment
@@ -574,10 +580,10 @@ class Lane:
             if len(self._joined) < len(self.members) or self._has_opened:
                 return
             self._has_opened = True
-            self._uninformed.update(self._joined)
+            if self._allocator.pinned:
+                self._uninformed.update(self._joined)
+                self._control.has_work()
         self._wake_waiting()
-        if self._allocator.pinned:
-            self._control.has_work()
 
     def left(self, member: Member) -> None:
         """A member's connection has ended. Once the lane has opened, that ends it."""
@@ -596,12 +602,14 @@ class Lane:
         if self._closed or backing is None or mapping is None:
             return False
         try:
-            with self.lock:
+            with self.lock, self._change:
+                if self._closed:
+                    return False
                 offset = self._allocator.find(self._ahead) if self._ahead and not self._starved else None
                 ranges = [] if offset is None else self._allocator.uncommitted(offset, self._ahead)
             self._commit(backing, mapping, ranges)
         except OSError as error:
-            logger.debug("lane %s: no memory ahead of need: %s", self.name, error)
+            logger.debug("lane %s: no memory ahead of need: %s", self.name, str(error))
             self._starved = True
         return self._has_opened and self._pin(backing, mapping)
 
@@ -611,16 +619,17 @@ class Lane:
         if self._pinned < wanted:
             step = min(_STEP * self._allocator.segment, wanted - self._pinned)
             try:
-                with self.lock:
+                with self.lock, self._change:
                     ranges = self._allocator.uncommitted(self._pinned, step)
                 self._commit(backing, mapping, ranges)
             except OSError as error:
                 logger.warning(
                     "lane %s: no memory for %d bytes to pin (%s), so readers copy from pageable memory; make"
                     " `pinned` smaller, or 0 to silence this",
-                    *(self.name, wanted, error),
+                    *(self.name, wanted, str(error)),
                 )
                 self._allocator.pinned = self._pinned = 0  # no reader was told: it is decommitted when it is idle
+                self._uninformed.clear()
                 return False
             self._pinned += step
         if self._pinned < wanted:

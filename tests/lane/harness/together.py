@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mmlane.lane import Lane, LaneStats, Reader, Refused, Reservation
+from mmlane.lane.memory import Backing
 from mmlane.lane.ticket import read
 from tests.lane.harness import kernel
 from tests.lane.harness.waiting import DEADLINE, eventually
@@ -118,6 +119,12 @@ def offset(ticket: bytes) -> int:
 # --- a lane alone ------------------------------------------------------------------------------------------
 
 _numbers = count()
+
+
+def backing(lane: Lane) -> Backing:
+    """The memory of a lane that has not ended."""
+    assert lane._backing is not None
+    return lane._backing
 
 
 def put(lane: Lane, tensor: torch.Tensor) -> bytes:
