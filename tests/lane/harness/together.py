@@ -37,6 +37,12 @@ class Together:
         """A ticket; a refusal is a failure."""
         return put(self.lane, tensor, share=share)
 
+    def discard(self, ticket: bytes) -> None:
+        """Have the only reader discard a ticket, and wait for its end: the reader's thread does it."""
+        before = self.lane.stats().tickets
+        self.reader.discard(ticket)
+        eventually(lambda: self.lane.stats().tickets < before, "the ticket is discarded")
+
     def refused(self, tensor: Any, *, share: Share | None = None) -> Refused:
         """A refusal, which is counted and changes nothing else."""
         before = self.lane.stats()
