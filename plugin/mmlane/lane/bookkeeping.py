@@ -6,7 +6,8 @@ The numbers in brackets are those of the invariants in docs/lane.md.
 from __future__ import annotations
 
 import secrets
-import sys
+import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -36,21 +37,25 @@ class Extent:
 
 
 class Hold:
-    """Keeps an extent until it is let go, or dropped.
+    """Keeps an extent until it is let go, or dropped; so a put that is interrupted leaves nothing behind."""
 
-    `end` is called with the extent in the latter case, wherever Python runs: it must only take a note. So a put
-    that is interrupted, however often, leaves nothing behind.
-    """
+    __slots__ = ("__weakref__", "watch")
 
-    __slots__ = ("_end", "extent")
+    def __init__(self) -> None:
+        self.watch: Watch | None = None
 
-    def __init__(self, end: Callable[[Extent], None]) -> None:
-        self._end = end
-        self.extent: Extent | None = None
+    @property
+    def extent(self) -> Extent | None:
+        """What it keeps."""
+        return None if self.watch is None else self.watch.extent
 
-    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if self.extent is not None and not ending():
-            self._end(self.extent)
+
+class Watch(weakref.ref[Hold]):
+    """Notices that a hold is dropped. Not its `__del__`: a signal handler that raises could break into that."""
+
+    __slots__ = ("extent",)
+
+    extent: Extent
 
 
 @dataclass(eq=False, slots=True)
@@ -89,6 +94,8 @@ class Bookkeeping:
         self.live: dict[int, Live] = {}  # by slot, oldest first
         self.lost = 0  # tickets that no member ever saw
         self._on_end = on_end
+        self._watches: set[Watch] = set()  # one of each hold
+        self._dropped: deque[Watch] = deque()  # those of holds that were dropped
         self._unused: list[int] = []  # slots
         self._highest = 0
         # Serials of two lanes do not meet, even if one should have the other's name.
@@ -105,19 +112,26 @@ class Bookkeeping:
 
     def keep(self, extent: Extent, hold: Hold) -> None:
         """Have a hold keep an extent."""
+        hold.watch = Watch(hold, self._dropped.append)
+        hold.watch.extent = extent
+        self._watches.add(hold.watch)
         extent.holds += 1
-        hold.extent = extent
 
     def let_go(self, hold: Hold) -> None:
         """A hold keeps its extent no longer."""
-        extent, hold.extent = hold.extent, None
-        if extent is not None:
-            self.dropped(extent)
+        watch, hold.watch = hold.watch, None
+        if watch is not None:
+            self._end_hold(watch)
 
-    def dropped(self, extent: Extent) -> None:
-        """One of an extent's holds is gone."""
-        extent.holds -= 1
-        self._settle(extent)
+    def end_dropped(self) -> None:
+        """Free what only holds kept that were dropped since."""
+        while self._dropped:
+            self._end_hold(self._dropped.popleft())
+
+    def _end_hold(self, watch: Watch) -> None:
+        self._watches.remove(watch)
+        watch.extent.holds -= 1
+        self._settle(watch.extent)
 
     def _settle(self, extent: Extent) -> None:
         if not extent.tickets and not extent.holds:

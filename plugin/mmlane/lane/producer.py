@@ -119,7 +119,6 @@ class Lane:
         self._lines: deque[tuple[int, str, tuple[object, ...]]] = deque()  # to be logged by the control thread
         self._withdrawn: deque[tuple[int, int]] = deque()
         self._recalled: deque[tuple[int, int]] = deque()
-        self._dropped: deque[Extent] = deque()  # of which a hold was dropped
         self._refused: Counter[Cause] = Counter()
         self._puts = self._shared = self._copied = self._malformed = 0
         self._copy_seconds = 0.0
@@ -224,7 +223,7 @@ class Lane:
                 self._spend(shared)
                 return self._refuse("unsupported", problem)
         nbytes = tensor.numel() * tensor.itemsize
-        hold = Hold(self._dropped.append)
+        hold = Hold()
         with self.lock:
             _check_content(shared, tensor)
             with self._change:
@@ -267,7 +266,7 @@ class Lane:
         if dtype not in NAMES or len(shape) > DIMENSIONS or any(size < 0 for size in shape):
             raise ValueError(f"{dtype} of shape {tuple(shape)}: no tensor that travels by lane")
         nbytes = prod(shape) * dtype.itemsize
-        hold = Hold(self._dropped.append)
+        hold = Hold()
         with self.lock, self._change:
             placed = self._find(nbytes, hold)
             if not isinstance(placed, Extent):
@@ -292,7 +291,7 @@ class Lane:
         """
         if uses < 1:
             raise ValueError(f"{uses=}: a share is for at least one put")
-        return Share(Shared(self, uses, self._dropped.append))
+        return Share(Shared(self, uses))
 
     def withdraw(self, ticket: bytes) -> None:
         """Take back a ticket that was never sent and never will be; its bytes can be used again.
@@ -510,8 +509,7 @@ class Lane:
         failpoints.reached("drain.received")
         while self._withdrawn:
             self._tickets.withdraw(*self._withdrawn.popleft())
-        while self._dropped:
-            self._tickets.dropped(self._dropped.popleft())
+        self._tickets.end_dropped()
         if self._ahead and not self._starved:
             offset = self._allocator.find(self._ahead)
             if offset is not None and self._allocator.uncommitted(offset, self._ahead):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from mmlane.lane.bookkeeping import Extent, Hold
+from mmlane.lane.bookkeeping import Hold
 
 
 class Shared(Hold):
@@ -18,8 +16,8 @@ class Shared(Hold):
 
     __slots__ = ("content", "lane", "uses")
 
-    def __init__(self, lane: object, uses: int, end: Callable[[Extent], None]) -> None:
-        super().__init__(end)
+    def __init__(self, lane: object, uses: int) -> None:
+        super().__init__()
         self.lane = lane
         self.uses = uses
         self.content: tuple[torch.dtype, torch.Size] | None = None
