@@ -51,13 +51,8 @@ class Claim:
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         """At the end of the interpreter, the end of the connection tells it all."""
-        if ending() or self.mark is None or self.link.owner(self.content.slot) is not self.mark:
-            return
-        release = partial(self.link.release, self.content, self.mapping)
-        if self.is_lent and self.link.device is not None:
-            self.link.device.settle(release)
-        else:
-            release()
+        if not ending() and self.mark is not None and self.link.owner(self.content.slot) is self.mark:
+            self.link.let_go(self.content, self.mapping, self.is_lent)
 
 
 class Link:
@@ -156,9 +151,15 @@ class Link:
             self._seen[slot] = _Mark(serial)
         self._send_soon(protocol.NOT_SEEN, slot, serial)
 
-    def release(self, content: Content, mapping: memory.Mapping | None = None) -> None:
-        """A ticket is done with. Runs wherever Python lets the tensor go, so it waits for nothing."""
-        if mapping is not None and mapping.private:
+    def let_go(self, content: Content, mapping: memory.Mapping, is_lent: bool) -> None:
+        """A tensor is let go. Runs wherever Python does that, so it waits for nothing."""
+        if is_lent and self.device is not None:
+            self.device.settle(partial(self._release, content, mapping))
+        else:
+            self._release(content, mapping)
+
+    def _release(self, content: Content, mapping: memory.Mapping) -> None:
+        if mapping.private:
             mapping.unmap()
         self._send_soon(protocol.RELEASE, content.slot, content.serial)
 
