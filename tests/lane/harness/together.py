@@ -44,6 +44,12 @@ class Together:
         assert isinstance(copy, Reservation), copy
         return copy
 
+    def discard(self, ticket: bytes) -> None:
+        """Have the only reader discard a ticket, and wait for its end: the reader's thread does it."""
+        before = self.lane.stats().tickets
+        self.reader.discard(ticket)
+        eventually(lambda: self.lane.stats().tickets < before, "the ticket is discarded")
+
     def refused(self, tensor: Any) -> Refused:
         """A refusal, which is counted and changes nothing else."""
         before = self.lane.stats()
