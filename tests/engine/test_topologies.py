@@ -15,6 +15,7 @@ from devkit.images import jpeg
 from devkit.server import free_port
 from tests.engine import asking, looking
 from tests.engine.asking import image
+from tests.engine.at_once import AT_ONCE
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched import embeddings, sessions, small_memory
 from tests.engine.watching import WatchedServer
@@ -31,7 +32,7 @@ def roles(server: WatchedServer) -> list[str]:
 
 def everything_is_answered(server: WatchedServer) -> None:
     """Each kind of request, several times over and at once, so that every replica and worker gets its share."""
-    asks = [*asking.ANSWERED.values(), asking.one_image_n3, asking.two_images_n2] * 2
+    asks = [*AT_ONCE.values(), asking.one_image_n3, asking.two_images_n2] * 2
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert {reply.status for reply in pool.map(lambda ask: ask(server), asks)} == {200}
 
