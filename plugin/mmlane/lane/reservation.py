@@ -41,15 +41,15 @@ class Reservation:
         Every call issues another ticket. Returns a Refused as `Lane.put` does. Raises ValueError for what is no
         contiguous part, LaneError if torch has written to the tensor after all of it was published.
         """
-        tensor = self.tensor
+        hold, tensor = self._hold, self.tensor  # once, in this order: another thread may close it at any moment
+        assert hold is not None  # else it is closed, and there is no tensor
         self._check_unwritten(tensor)
         if part is None:
             part = tensor
         offset = part.data_ptr() - tensor.data_ptr()
         if not part.is_contiguous() or not 0 <= offset <= tensor.nbytes - part.nbytes:
             raise ValueError(f"{tuple(part.shape)}, {part.dtype}: not a contiguous part of what was reserved")
-        assert self._hold is not None  # it is not closed
-        ticket = self._lane.publish(part, self._hold, offset)
+        ticket = self._lane.publish(part, hold, offset)
         if part.nbytes == tensor.nbytes and isinstance(ticket, bytes):
             self._published = tensor._version
         return ticket
