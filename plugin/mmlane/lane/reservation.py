@@ -51,7 +51,7 @@ class Reservation:
             raise ValueError(f"{tuple(part.shape)}, {part.dtype}: not a contiguous part of what was reserved")
         ticket = self._lane.publish(part, hold, offset)
         if part.nbytes == tensor.nbytes and isinstance(ticket, bytes):
-            self._published = tensor._version
+            self._published = _writes(tensor)
         return ticket
 
     def close(self) -> None:
@@ -67,5 +67,10 @@ class Reservation:
         self.close()
 
     def _check_unwritten(self, tensor: torch.Tensor) -> None:
-        if self._published not in (None, tensor._version):
+        if self._published not in (None, _writes(tensor)):
             raise LaneError("a tensor was written to after it was published: readers may have seen it change")
+
+
+def _writes(tensor: torch.Tensor) -> int:
+    """How often torch has written to a tensor or to a view of it, where it counts: not in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
