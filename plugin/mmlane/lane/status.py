@@ -32,10 +32,11 @@ class LaneStats:
     name: the lane's. pid: the producer, as the asking process would call it.
     state: `waiting` for readers, `open`, `off` (somebody switched it off) or `closed` (for ever).
     capacity_bytes: address room. committed_bytes: memory committed. pinned_bytes: of this, what stays committed
-    for readers to pin. used_bytes: in extents; tickets refer to them, a share or a reservation keeps them, or they
-    are being filled. expected: readers by group. joined: by group, the numbers of those that have joined.
-    puts: tickets issued. shared: puts that needed no copy. copied_bytes: copied into the lane by all other puts,
-    in `copy_seconds`, added up over all threads; puts that were refused after their copy count, too.
+    for readers to pin. used_bytes: in extents; tickets refer to them, a reservation keeps them, or they are being
+    filled. expected: readers by group. joined: by group, the numbers of those that have joined.
+    puts: tickets issued. shared: of these, tickets for room that had one before, so that nothing was copied for
+    them. copied_bytes: copied into the lane, in `copy_seconds`, added up over all threads; what was refused after
+    its copy counts, too.
     fallbacks: puts refused, by cause. lost_tickets: those that at least one reader never saw, reclaimed.
     malformed_messages: from readers. rejected_peers: processes that were not let in. degraded: one line for each
     thing this kernel or sandbox lacks.
