@@ -26,7 +26,7 @@ from mmlane.lane.invitation import Invitation
 from mmlane.lane.reservation import Reservation
 from mmlane.lane.share import Share, Shared
 from mmlane.lane.status import LaneStats, State
-from mmlane.lane.ticket import DIMENSIONS, NAMES, Content, digest, read, write
+from mmlane.lane.ticket import DIMENSIONS, NAMES, Content, digest, read, unsupported, write
 
 logger = logging.getLogger("mmlane.lane")
 
@@ -119,6 +119,7 @@ class Lane:
         self._lines: deque[tuple[int, str, tuple[object, ...]]] = deque()  # to be logged by the control thread
         self._withdrawn: deque[tuple[int, int]] = deque()
         self._recalled: deque[tuple[int, int]] = deque()
+        self._reserved: weakref.WeakSet[Hold] = weakref.WeakSet()  # what tensors outside of this one look at
         self._refused: Counter[Cause] = Counter()
         self._puts = self._shared = self._copied = self._malformed = 0
         self._copy_seconds = 0.0
@@ -217,7 +218,7 @@ class Lane:
         shared = None if share is None else share.shared
         if shared is not None and shared.lane is not self:
             raise ValueError(f"a share of {shared.lane!r}, put into {self!r}")
-        problem = _unsupported(tensor)
+        problem = unsupported(tensor)
         if problem:
             with self.lock, self._change:
                 self._spend(shared)
@@ -280,6 +281,7 @@ class Lane:
             if error.errno is None:
                 raise
             return self._out_of_memory(nbytes, error)
+        self._reserved.add(hold)
         owner = mapping.owner(self._base + placed.offset, keeps=(mapping, hold))
         return Reservation(self, hold, memory.tensor_at(owner, dtype, shape))
 
@@ -428,9 +430,7 @@ class Lane:
     ) -> bytes | Extent | Refused:
         """A ticket on the copy that a share keeps already, or an extent to copy to, or neither."""
         self._ahead = max(self._ahead, min(nbytes, _AHEAD))
-        self._undrained += 1
-        if self._undrained >= _DRAIN or len(self._tickets.live) >= SLOTS:
-            self._drain(_AT_ONCE if len(self._tickets.live) < SLOTS else None)
+        self._drain_now_and_then()
         if shared is not None and shared.extent is not None:
             ticket = self._issue(tensor, shared.extent, 0)
             self._shared += isinstance(ticket, bytes)
@@ -438,6 +438,11 @@ class Lane:
             return ticket
         self._spend(shared)
         return self._find(nbytes, hold)
+
+    def _drain_now_and_then(self) -> None:
+        self._undrained += 1
+        if self._undrained >= _DRAIN or len(self._tickets.live) >= SLOTS:
+            self._drain(_AT_ONCE if len(self._tickets.live) < SLOTS else None)
 
     def _find(self, nbytes: int, hold: Hold) -> Extent | Refused:
         """An extent of that size."""
@@ -491,10 +496,9 @@ class Lane:
     def _publish_part(self, part: torch.Tensor, hold: Hold, at: int) -> bytes | Refused:
         """Called by a reservation, without the lock."""
         self._check_process()
-        if problem := _unsupported(part):
-            raise ValueError(problem)
         assert hold.extent is not None
         with self.lock, self._change:
+            self._drain_now_and_then()
             return self._issue(part, hold.extent, at)
 
     def _clear(self, slot: int) -> None:
@@ -721,8 +725,9 @@ class Lane:
         self._control.abandon()
         if self._backing is not None:
             self._backing.close()
-        if self._mapping is not None:
+        if self._mapping is not None and not self._reserved:
             self._mapping.unmap()
+        self._mapping = None  # else it goes with the last tensor that was reserved
 
 
 _lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
@@ -732,23 +737,6 @@ def _check_content(shared: Shared | None, tensor: torch.Tensor) -> None:
     content = (tensor.dtype, tensor.shape)
     if shared is not None and shared.content not in (None, content):
         raise ValueError(f"a share for a tensor of {shared.content}, put with one of {content}")
-
-
-def _unsupported(tensor: torch.Tensor) -> str:
-    """Why a tensor cannot travel by lane; empty when it can."""
-    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-        return f"{type(tensor).__name__}: only plain tensors travel by lane"
-    if not tensor.is_cpu:
-        return f"a tensor on {tensor.device}: only CPU tensors travel by lane"
-    if tensor.layout is not torch.strided or tensor.dtype not in NAMES or tensor.is_nested:
-        return f"{tensor.dtype}, {tensor.layout}: only dense tensors of ordinary dtypes travel by lane"
-    if tensor.dim() > DIMENSIONS:
-        return f"{tensor.dim()} dimensions: at most {DIMENSIONS} travel by lane"
-    try:
-        is_there = tensor.data_ptr() or not tensor.numel()
-    except RuntimeError as error:  # one inside of torch.vmap, torch.func.grad, ...
-        return f"a tensor that has no memory ({error}): only plain tensors travel by lane"
-    return "" if is_there else "a tensor whose memory is gone, or never was: only plain tensors travel by lane"
 
 
 def _after_fork() -> None:
