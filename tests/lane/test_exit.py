@@ -97,6 +97,9 @@ PROGRAMS = {
     "held as a view": LANE + "x = reader.take(lane.put(torch.zeros(100_000)), 'view').numpy()",
     "held and closed": LANE + "x = reader.take(lane.put(torch.zeros(100_000)))\nreader.close()\nlane.close()",
     "held in a cycle": LANE + "x = [reader.take(lane.put(torch.zeros(100_000)))]\nx.append(x)",
+    "reserved": LANE + "x = lane.reserve((100_000,), torch.float32)\ny = x.publish(x.tensor[1:])",
+    "reserved, and its array held": LANE
+    + "x = lane.reserve((100_000,), torch.float32).tensor.numpy()\nlane.close()\nx[:] = 1",
     "not taken": LANE + "x = lane.put(torch.zeros(100_000))",
     "read by a finalizer": LANE
     + """
