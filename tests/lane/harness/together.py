@@ -143,6 +143,7 @@ def serves(lane: Lane, *readers: Reader) -> None:
         if not readers:
             readers = (scope.enter_context(Reader("tp")),)
             readers[0].join(lane.invitation)
+            assert lane.wait_open(DEADLINE)
         tensor = new_tensor()
         ticket = put(lane, tensor)
         for reader in readers:
