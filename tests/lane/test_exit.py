@@ -186,7 +186,7 @@ def finalizers() -> Iterator[FunctionType]:
                     yield vars(vars(module)[node.name])["__del__"]
             elif isinstance(node, ast.Call) and len(node.args) == 2 and is_weak_reference(vars(module), node.func):
                 callback = ast.unparse(node.args[1])
-                if callback != "self._dropped.append":  # a deque's, which is not written in Python
+                if not callback.endswith("dropped.append"):  # a deque's, which is not written in Python
                     yield eval(callback, vars(module))
 
 

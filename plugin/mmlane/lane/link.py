@@ -12,6 +12,8 @@ import os
 import socket
 import sys
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -24,8 +26,8 @@ from mmlane.lane.ticket import Content, digest
 logger = logging.getLogger("mmlane.lane")
 
 
-class _Mark:
-    """Stands for one claim where the claim itself would be kept alive."""
+class _Promise:
+    """Stands where a claim's watch would, for a ticket that this reader has promised not to take."""
 
     __slots__ = ("serial",)
 
@@ -40,19 +42,30 @@ class Claim:
     mapping: what the tensor lies in, which stays mapped as long as this.
     """
 
-    mark: _Mark | None = None
-    is_lent = False  # a device may read the memory
+    watch: _Watch | None = None
 
     def __init__(self, link: Link, content: Content) -> None:
         self.link = link
         self.content = content
         self.mapping: memory.Mapping = link.mapping
-        self.mark = _Mark(content.serial)
+        self.watch = _Watch(self, link.dropped.append)
+        self.watch.slot, self.watch.serial = content.slot, content.serial
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         """At the end of the interpreter, the end of the connection tells it all."""
-        if not ending() and self.mark is not None and self.link.owner(self.content.slot) is self.mark:
-            self.link.let_go(self.content, self.mapping, self.is_lent)
+        if not ending() and self.watch is not None:
+            self.link.let_go(self.watch, self.mapping)
+
+
+class _Watch(weakref.ref[Claim]):
+    """Stands for a claim where the claim itself would be kept alive, and is noted down when that is gone.
+
+    The latter in C alone: should a signal handler raise in the claim's finalizer, the ticket is released later.
+    is_lent: a device may read the memory. is_done: the ticket was released.
+    """
+
+    slot = serial = -1
+    is_lent = is_done = False
 
 
 class Link:
@@ -91,7 +104,8 @@ class Link:
         self._directory = self.mapping.words(slots)
         self._wake = wake
         # By slot: the last ticket that was taken here, or that this reader has promised not to take.
-        self._seen: dict[int, _Mark | None] = {}
+        self._seen: dict[int, _Watch | _Promise] = {}
+        self.dropped: deque[_Watch] = deque()  # those of claims that are gone
         self._promised: dict[int, int] = {}  # slot -> serial of the latter
         self._claiming = threading.RLock()  # also for a signal handler that takes
         self._outbox: dict[tuple[int, int, int], None] = {}  # what has not been sent for certain
@@ -122,6 +136,7 @@ class Link:
         slot, end = content.slot, self.base + content.offset + content.nbytes
         claim = Claim(self, content)
         with self._claiming:
+            self._make_up()
             is_out = slot < len(self._directory) and end <= self.mapping.nbytes and self._directory[slot] == wanted
             seen = self._seen.get(slot)
             if is_out and self._promised.get(slot) == content.serial:
@@ -134,34 +149,43 @@ class Link:
                     f"ticket {content.serial} of lane {content.lane} is not out: it was taken or released before,"
                     " withdrawn, recalled, or changed on its way"
                 )
-            self._seen[slot] = claim.mark  # from here on the claim owns it
+            assert claim.watch is not None
+            self._seen[slot] = claim.watch  # from here on the claim owns it
         return claim
-
-    def owner(self, slot: int) -> _Mark | None:
-        """The mark of the claim that had a slot's ticket last."""
-        return self._seen.get(slot)
 
     def promise(self, slot: int, serial: int) -> None:
         """Answer that a ticket was never seen here, and see to it that it never will be; no answer if it was."""
         with self._claiming:
+            self._make_up()
             seen = self._seen.get(slot)
             if seen is not None and seen.serial >= serial:
                 return  # it is held, or was released, or was withdrawn and the slot used again
             self._promised[slot] = serial
-            self._seen[slot] = _Mark(serial)
+            self._seen[slot] = _Promise(serial)
         self._send_soon(protocol.NOT_SEEN, slot, serial)
 
-    def let_go(self, content: Content, mapping: memory.Mapping, is_lent: bool) -> None:
-        """A tensor is let go. Runs wherever Python does that, so it waits for nothing."""
-        if is_lent and self.device is not None:
-            self.device.settle(partial(self._release, content, mapping))
-        else:
-            self._release(content, mapping)
+    def let_go(self, watch: _Watch, mapping: memory.Mapping) -> None:
+        """A claim is gone. Runs wherever Python lets the tensor go, so it waits for nothing."""
+        if self._seen.get(watch.slot) is watch:  # not of a take that has not come so far
+            if watch.is_lent and self.device is not None:
+                self.device.settle(partial(self._release, watch, mapping))
+            else:
+                self._release(watch, mapping)
+        watch.is_done = True
 
-    def _release(self, content: Content, mapping: memory.Mapping) -> None:
+    def _release(self, watch: _Watch, mapping: memory.Mapping) -> None:
         if mapping.private:
             mapping.unmap()
-        self._send_soon(protocol.RELEASE, content.slot, content.serial)
+        self._send_soon(protocol.RELEASE, watch.slot, watch.serial)
+
+    def _make_up(self) -> None:
+        """Release what is gone and was not released, since an interrupt broke into that."""
+        while self.dropped:
+            watch = self.dropped[0]
+            if not watch.is_done:
+                self.let_go(watch, self.mapping)
+            if self.dropped and self.dropped[0] is watch:  # a signal handler that takes may have been here
+                self.dropped.popleft()
 
     # --- sending -------------------------------------------------------------------------------------------
 

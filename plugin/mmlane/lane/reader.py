@@ -291,7 +291,8 @@ class Reader:
             return tensor.clone()
         if self._device is not None:
             self._device.owe()
-            claim.is_lent = True
+            assert claim.watch is not None
+            claim.watch.is_lent = True
         return tensor
 
     # --- the thread ----------------------------------------------------------------------------------------
