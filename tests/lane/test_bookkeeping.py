@@ -25,7 +25,7 @@ CAPACITY = 6 * SEGMENT
 SLOTS = 5
 GROUPS = {"tp": frozenset({0, 1}), "dp": frozenset({0}), "dp2": frozenset({0, 1, 2})}
 MEMBERS = [Member(group, number) for group, numbers in GROUPS.items() for number in sorted(numbers)]
-STRANGERS = [Member("tp", 2), Member("other", 0), Member("", -1)]
+OTHERS = [Member("tp", 2), Member("other", 0), Member("", -1)]
 
 
 @dataclass(eq=False)
@@ -48,15 +48,15 @@ class Held:
     holds: list[Hold] = field(default_factory=list)
 
 
-class Books(RuleBasedStateMachine):
+class Tickets(RuleBasedStateMachine):
     """The bookkeeping in the hands of a lane that is open (1), and of readers that say anything."""
 
-    books: Bookkeeping
+    bookkeeping: Bookkeeping
 
     @initialize()
     def start(self) -> None:
         self.allocator = Allocator(CAPACITY, SEGMENT, PAGE)
-        self.books = Bookkeeping(self.allocator, SLOTS, GROUPS, self.on_end)
+        self.bookkeeping = Bookkeeping(self.allocator, SLOTS, GROUPS, self.on_end)
         self.out: list[Out] = []  # every ticket there ever was
         self.extents: dict[Extent, Held] = {}  # those that may not be freed
         self.ends: Counter[tuple[int, int]] = Counter()  # slot, serial -> how often on_end was called
@@ -69,7 +69,7 @@ class Books(RuleBasedStateMachine):
     def on_end(self, slot: int) -> None:
         """Before the extent of a ticket can be used again, its digest has to be gone (5)."""
         assert self.changing
-        ticket = self.books.live[slot]
+        ticket = self.bookkeeping.live[slot]
         self.ends[slot, ticket.serial] += 1
         assert self.allocator.used()[ticket.extent.offset] == ticket.extent.nbytes
 
@@ -98,7 +98,7 @@ class Books(RuleBasedStateMachine):
 
     def issue(self, extent: Extent) -> None:
         self.clock += 1
-        ticket = self.books.issue(extent, self.clock)
+        ticket = self.bookkeeping.issue(extent, self.clock)
         if len(self.live()) == SLOTS:
             assert ticket is None
             return
@@ -116,7 +116,7 @@ class Books(RuleBasedStateMachine):
             return None
         used = self.allocator.used()
         hold = Hold()
-        extent = self.books.allocate(offset, nbytes, hold)
+        extent = self.bookkeeping.allocate(offset, nbytes, hold)
         assert (extent.offset, extent.nbytes) == (offset, self.allocator.rounded(nbytes))
         assert hold.extent is extent
         assert all(offset + extent.nbytes <= at or at + size <= offset for at, size in used.items())  # (6)
@@ -131,12 +131,12 @@ class Books(RuleBasedStateMachine):
         extent, hold = made
         holds = [Hold() for _ in range(keepers)]
         for keeper in holds:
-            self.books.keep(extent, keeper)
+            self.bookkeeping.keep(extent, keeper)
         self.extents[extent] = Held(holds=holds)
         self.issue(extent)
-        self.books.let_go(hold)
+        self.bookkeeping.let_go(hold)
         assert hold.extent is None
-        self.books.let_go(hold)  # once more is nothing
+        self.bookkeeping.let_go(hold)  # once more is nothing
         self.settle(extent)
 
     @rule(nbytes=st.integers(0, CAPACITY))
@@ -144,7 +144,7 @@ class Books(RuleBasedStateMachine):
         """Whatever it is: its hold goes with its frame."""
         made = self.allocate(nbytes)
         del made
-        self.books.end_dropped()
+        self.bookkeeping.end_dropped()
 
     @precondition(lambda self: self.extents)
     @rule(data=st.data(), times=st.integers(1, SLOTS + 1))
@@ -159,7 +159,7 @@ class Books(RuleBasedStateMachine):
     def keep(self, data: st.DataObject) -> None:
         extent = data.draw(st.sampled_from(list(self.extents)), "extent")
         hold = Hold()
-        self.books.keep(extent, hold)
+        self.bookkeeping.keep(extent, hold)
         self.extents[extent].holds.append(hold)
 
     @precondition(lambda self: any(held.holds for held in self.extents.values()))
@@ -169,7 +169,7 @@ class Books(RuleBasedStateMachine):
         extent = data.draw(st.sampled_from(held_ones), "extent")
         hold = self.extents[extent].holds.pop()
         if how == "let go":
-            self.books.let_go(hold)
+            self.bookkeeping.let_go(hold)
         elif how == "dropped":
             del hold
         else:
@@ -179,7 +179,7 @@ class Books(RuleBasedStateMachine):
             gc.collect(0)
             gc.collect(1)
         used = self.allocator.used()
-        self.books.end_dropped()
+        self.bookkeeping.end_dropped()
         if how == "let go":
             assert self.allocator.used() == used
         self.settle(extent)
@@ -187,7 +187,7 @@ class Books(RuleBasedStateMachine):
     # --- what readers say: anything about any ticket, also twice, late, or of no ticket that ever was ---------
 
     @precondition(lambda self: self.out)
-    @rule(data=st.data(), member=st.sampled_from([*MEMBERS, *STRANGERS]))
+    @rule(data=st.data(), member=st.sampled_from([*MEMBERS, *OTHERS]))
     def release(self, data: st.DataObject, member: Member) -> None:
         ticket = data.draw(st.sampled_from(self.out[-12:]), "ticket")
         self.check_release(member, ticket)
@@ -195,7 +195,7 @@ class Books(RuleBasedStateMachine):
     def check_release(self, member: Member, ticket: Out) -> None:
         owed = self.owes(member, ticket)
         self.changing = owed
-        assert self.books.release(member, ticket.live.slot, ticket.live.serial)  # it was issued
+        assert self.bookkeeping.release(member, ticket.live.slot, ticket.live.serial)  # it was issued
         self.changing = False
         if owed:
             if not ticket.claimed:  # its group is known from now on (2)
@@ -215,7 +215,7 @@ class Books(RuleBasedStateMachine):
         assert ticket.ended
 
     @precondition(lambda self: self.out)
-    @rule(data=st.data(), member=st.sampled_from([*MEMBERS, *STRANGERS]))
+    @rule(data=st.data(), member=st.sampled_from([*MEMBERS, *OTHERS]))
     def not_seen(self, data: st.DataObject, member: Member) -> None:
         ticket = data.draw(st.sampled_from(self.out[-12:]), "ticket")
         self.check_not_seen(member, ticket)
@@ -233,7 +233,7 @@ class Books(RuleBasedStateMachine):
     def check_not_seen(self, member: Member, ticket: Out) -> None:
         owed = self.owes(member, ticket)
         self.changing = owed
-        assert self.books.not_seen(member, ticket.live.slot, ticket.live.serial)
+        assert self.bookkeeping.not_seen(member, ticket.live.slot, ticket.live.serial)
         self.changing = False
         if owed:
             self.done(member, ticket)
@@ -245,7 +245,7 @@ class Books(RuleBasedStateMachine):
         ticket = data.draw(st.sampled_from(self.out[-12:]), "ticket")
         possible = not ticket.ended and not ticket.claimed
         self.changing = possible
-        self.books.withdraw(ticket.live.slot, ticket.live.serial)
+        self.bookkeeping.withdraw(ticket.live.slot, ticket.live.serial)
         self.changing = False
         if possible:
             self.end(ticket)
@@ -257,26 +257,26 @@ class Books(RuleBasedStateMachine):
     )
     def nonsense(self, member: Member, slot: int, serial: int) -> None:
         if serial not in {ticket.live.serial for ticket in self.out}:
-            assert not self.books.release(member, slot, serial)
-            assert not self.books.not_seen(member, slot, serial)
-            self.books.withdraw(slot, serial)
+            assert not self.bookkeeping.release(member, slot, serial)
+            assert not self.bookkeeping.not_seen(member, slot, serial)
+            self.bookkeeping.withdraw(slot, serial)
 
     @precondition(lambda self: self.out)
     @rule(beyond=st.integers(1, 3), member=st.sampled_from(MEMBERS), slot=st.integers(0, SLOTS))
     def serials_just_beyond_those_issued(self, beyond: int, member: Member, slot: int) -> None:
         for serial in (self.out[0].live.serial - beyond, self.out[-1].live.serial + beyond):
-            assert not self.books.release(member, slot, serial)
-            assert not self.books.not_seen(member, slot, serial)
-            self.books.withdraw(slot, serial)
+            assert not self.bookkeeping.release(member, slot, serial)
+            assert not self.bookkeeping.not_seen(member, slot, serial)
+            self.bookkeeping.withdraw(slot, serial)
 
     @precondition(lambda self: self.live())
     @rule(data=st.data(), member=st.sampled_from(MEMBERS), by=st.integers(1, SLOTS))
     def the_right_serial_in_another_slot(self, data: st.DataObject, member: Member, by: int) -> None:
         """Changes nothing."""
         live = data.draw(st.sampled_from(self.live()), "ticket").live
-        self.books.release(member, live.slot + by, live.serial)
-        self.books.not_seen(member, live.slot - by, live.serial)
-        self.books.withdraw(live.slot + by, live.serial)
+        self.bookkeeping.release(member, live.slot + by, live.serial)
+        self.bookkeeping.not_seen(member, live.slot - by, live.serial)
+        self.bookkeeping.withdraw(live.slot + by, live.serial)
 
     # --- always --------------------------------------------------------------------------------------------
 
@@ -294,7 +294,7 @@ class Books(RuleBasedStateMachine):
 
     @invariant()
     def every_ticket_ends_once(self) -> None:
-        assert self.books.live == {ticket.live.slot: ticket.live for ticket in self.live()}
+        assert self.bookkeeping.live == {ticket.live.slot: ticket.live for ticket in self.live()}
         assert self.ends == Counter((ticket.live.slot, ticket.live.serial) for ticket in self.out if ticket.ended)
 
     @invariant()
@@ -308,26 +308,26 @@ class Books(RuleBasedStateMachine):
     @invariant()
     def lost_tickets_are_counted(self) -> None:
         """(3)"""
-        assert self.books.lost == self.lost
+        assert self.bookkeeping.lost == self.lost
         oldest = [ticket.live for ticket in self.live()]
         for count in (0, 1, SLOTS):
-            assert self.books.older(count) == oldest[:count]
+            assert self.bookkeeping.older(count) == oldest[:count]
 
     def teardown(self) -> None:
         """When all members have released all tickets and no hold is left, nothing is left (4)."""
         for ticket in self.live():
             for member in MEMBERS:
                 self.check_release(member, ticket)
-        assert self.books.live == {}
+        assert self.bookkeeping.live == {}
         for held in self.extents.values():
             held.holds.clear()
-        self.books.end_dropped()
+        self.bookkeeping.end_dropped()
         assert self.allocator.unused() == {0: CAPACITY}
         assert self.ends == Counter((ticket.live.slot, ticket.live.serial) for ticket in self.out)
 
 
-Books.TestCase.settings = settings(max_examples=examples(150, 1500), stateful_step_count=60)
-TestBooks = Books.TestCase
+Tickets.TestCase.settings = settings(max_examples=examples(150, 1500), stateful_step_count=60)
+TestTickets = Tickets.TestCase
 
 
 # --- stories -----------------------------------------------------------------------------------------------
@@ -343,29 +343,29 @@ class Story:
         self.holds: list[Hold] = []
         self.allocator = Allocator(CAPACITY, SEGMENT, PAGE)
         groups = {"tp": frozenset({0, 1}), "dp": frozenset({0})}
-        self.books = Bookkeeping(self.allocator, slots, groups, self.ended.append)
+        self.bookkeeping = Bookkeeping(self.allocator, slots, groups, self.ended.append)
 
     def extent(self, nbytes: int = PAGE) -> tuple[Extent, Hold]:
         offset, hold = self.allocator.find(nbytes), Hold()
         assert offset is not None
-        return self.books.allocate(offset, nbytes, hold), hold
+        return self.bookkeeping.allocate(offset, nbytes, hold), hold
 
     def issue(self, extent: Extent | None = None) -> Live:
         """A ticket on an extent, by default one that nothing else keeps."""
         new, hold = self.extent() if extent is None else (extent, Hold())
-        ticket = self.books.issue(new, 0.0)
+        ticket = self.bookkeeping.issue(new, 0.0)
         assert ticket is not None
-        self.books.let_go(hold)
+        self.bookkeeping.let_go(hold)
         return ticket
 
     def release(self, member: Member, ticket: Live) -> None:
-        assert self.books.release(member, ticket.slot, ticket.serial)
+        assert self.bookkeeping.release(member, ticket.slot, ticket.serial)
 
     def not_seen(self, member: Member, ticket: Live) -> None:
-        assert self.books.not_seen(member, ticket.slot, ticket.serial)
+        assert self.bookkeeping.not_seen(member, ticket.slot, ticket.serial)
 
     def withdraw(self, ticket: Live) -> None:
-        self.books.withdraw(ticket.slot, ticket.serial)
+        self.bookkeeping.withdraw(ticket.slot, ticket.serial)
 
 
 def test_the_first_release_tells_whose_a_ticket_is() -> None:
@@ -410,9 +410,9 @@ def test_a_group_that_has_not_seen_a_ticket_leaves_it_to_the_other() -> None:
     ticket = story.issue()
     for member in (TP0, TP1):
         story.not_seen(member, ticket)
-    assert story.books.lost == 0 and story.books.live
+    assert story.bookkeeping.lost == 0 and story.bookkeeping.live
     story.release(DP0, ticket)
-    assert story.books.lost == 0 and not story.books.live
+    assert story.bookkeeping.lost == 0 and not story.bookkeeping.live
 
 
 def test_a_ticket_that_nobody_has_seen_is_lost() -> None:
@@ -420,9 +420,9 @@ def test_a_ticket_that_nobody_has_seen_is_lost() -> None:
     story = Story()
     ticket = story.issue()
     for member in (DP0, TP0, TP1):
-        assert story.books.live
+        assert story.bookkeeping.live
         story.not_seen(member, ticket)
-    assert story.books.lost == 1 and story.allocator.used_bytes == 0
+    assert story.bookkeeping.lost == 1 and story.allocator.used_bytes == 0
 
 
 def test_a_ticket_that_one_of_the_group_never_got_is_lost_as_well() -> None:
@@ -430,9 +430,9 @@ def test_a_ticket_that_one_of_the_group_never_got_is_lost_as_well() -> None:
     story = Story()
     ticket = story.issue()
     story.release(TP0, ticket)
-    assert story.books.older(10) == [ticket]
+    assert story.bookkeeping.older(10) == [ticket]
     story.not_seen(TP1, ticket)
-    assert story.books.lost == 1 and story.allocator.used_bytes == 0
+    assert story.bookkeeping.lost == 1 and story.allocator.used_bytes == 0
 
 
 def test_a_slot_that_is_used_again_is_another_ticket() -> None:
@@ -440,7 +440,7 @@ def test_a_slot_that_is_used_again_is_another_ticket() -> None:
     story = Story(slots=1)
     extent, _hold = story.extent()
     first = story.issue(extent)
-    assert story.books.issue(extent, 0.0) is None
+    assert story.bookkeeping.issue(extent, 0.0) is None
     assert extent.tickets == 1
     for member in (TP0, TP1):
         story.release(member, first)
@@ -450,7 +450,7 @@ def test_a_slot_that_is_used_again_is_another_ticket() -> None:
         story.release(member, first)
         story.not_seen(member, first)
     story.withdraw(first)
-    assert list(story.books.live.values()) == [second] and story.ended == [first.slot]
+    assert list(story.bookkeeping.live.values()) == [second] and story.ended == [first.slot]
     assert set(second.debtors()) == {TP0, TP1, DP0}
 
 
@@ -461,7 +461,7 @@ def test_a_hold_keeps_an_extent_over_the_ends_of_its_tickets() -> None:
     story.withdraw(story.issue(extent))
     assert (extent.tickets, story.allocator.used_bytes) == (0, PAGE)
     third = story.issue(extent)
-    story.books.let_go(hold)
+    story.bookkeeping.let_go(hold)
     assert story.allocator.used_bytes == PAGE
     story.withdraw(third)
     assert story.allocator.used_bytes == 0
@@ -473,11 +473,11 @@ def test_an_extent_without_a_slot_for_its_first_ticket_waits_for_the_next() -> N
     story.issue()
     extent, hold = story.extent()
     share = Hold()
-    story.books.keep(extent, share)
-    assert story.books.issue(extent, 0.0) is None
-    story.books.let_go(hold)
+    story.bookkeeping.keep(extent, share)
+    assert story.bookkeeping.issue(extent, 0.0) is None
+    story.bookkeeping.let_go(hold)
     assert story.allocator.used_bytes == 2 * PAGE
-    story.books.let_go(share)
+    story.bookkeeping.let_go(share)
     assert story.allocator.used_bytes == PAGE
 
 
@@ -487,7 +487,7 @@ def test_a_hold_that_is_dropped_is_noted_and_no_more() -> None:
     extent, hold = story.extent()
     del hold
     assert (extent.holds, story.allocator.used_bytes) == (1, PAGE)
-    story.books.end_dropped()
+    story.bookkeeping.end_dropped()
     assert (extent.holds, story.allocator.used_bytes) == (0, 0)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from mmlane.lane import Lane, Reader, Refused, Share, bookkeeping, failpoints, producer
 from mmlane.lane import share as sharing
+from mmlane.lane import ticket as ticketing
 from tests.lane.harness.child import run
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, put
@@ -95,7 +96,7 @@ def test_one_share_from_several_threads_at_once(wide: Together, spent: bool) -> 
     assert wide.nothing_is_out()
 
 
-FILES = {module.__file__ for module in (producer, bookkeeping, sharing)}
+FILES = {module.__file__ for module in (producer, bookkeeping, sharing, ticketing)}
 
 
 class Interrupted(Exception):

@@ -300,8 +300,9 @@ class Reader:
         if mode == "clone":
             return tensor.clone()
         if self._device is not None:
-            claim.mark.is_lent = True
-            self._device.owe(claim.mark)
+            assert claim.watch is not None
+            claim.watch.is_lent = True
+            self._device.owe(claim.watch)
         return tensor
 
     # --- the thread ----------------------------------------------------------------------------------------
