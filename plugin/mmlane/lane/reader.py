@@ -316,6 +316,7 @@ class Reader:
                 elif number in self._heard:
                     self._attend(self._heard[number], events)
             self._tidy()  # while no name here keeps a link, and its mapping, alive
+            memory.unmap_dead()
         while self._links:
             _, link = self._links.popitem()
             link.leave()
