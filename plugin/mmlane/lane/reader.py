@@ -68,6 +68,7 @@ class Reader:
         self._links: dict[str, Link] = {}  # by the lane's name
         self._heard: dict[int, Link] = {}  # by file descriptor: those that the thread listens to
         self._discarded: deque[bytes] = deque()  # tickets, for the thread to discard
+        self._clones: deque[str] = deque(maxlen=10)  # lines of tensors that were cloned, for the thread to log
         self._joining = threading.Lock()
         try:
             with needed("epoll"):
@@ -283,7 +284,7 @@ class Reader:
                 )
                 where -= begin
             except OSError as error:  # too many mappings, or strict overcommit: a copy does as well
-                logger.debug("no private mapping of %d bytes (%s): cloned", nbytes, str(error))
+                self._clones.append(f"no private mapping of {nbytes} bytes ({error}): cloned")
                 mode = "clone"
         owner = claim.mapping.owner(where, keeps=claim)
         tensor = memory.tensor_at(owner, claim.content.dtype, claim.content.shape)
@@ -391,6 +392,8 @@ class Reader:
                 link.is_promised_room = True
         while self._discarded:
             self._discard(self._discarded.popleft())
+        while self._clones:
+            logger.debug("%s", self._clones.popleft())
 
     def _discard(self, ticket: bytes) -> None:
         try:
