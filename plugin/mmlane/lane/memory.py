@@ -17,7 +17,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache
 from math import prod
 from typing import ClassVar
@@ -109,7 +108,8 @@ class Mapping:
         unmap_dead()
         if private:
             self._check_count()
-        self._mapped[weakref.ref(self, self._dead.append)] = self._places, nbytes
+        self._note = weakref.ref(self, self._dead.append)
+        self._mapped[self._note] = self._places, nbytes
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable or private else 0)
         flags = mmap.MAP_PRIVATE | _MAP_NORESERVE if private else mmap.MAP_SHARED
         # In C as a whole, so that no signal handler can come between the mapping and its note.
@@ -154,27 +154,30 @@ class Mapping:
 
     def unmap(self) -> None:
         """Let the range go. Whatever still looks at it would crash: only for who knows that nothing does."""
-        self._private.pop(self.address, None)  # before the next mapping can have it
-        _unmap(self._places, self.nbytes)
+        if self._places:
+            _unmap(self._places, self.nbytes)
+        self._mapped.pop(self._note, None)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not ending() and hasattr(self, "_places"):
+        if not ending() and hasattr(self, "_note"):
             self.unmap()
 
 
 def _unmap(places: list[int], nbytes: int) -> None:
-    with suppress(IndexError):  # it is unmapped
-        next(map(_libc.munmap, iter(places.pop, None), (nbytes,)))  # in C as a whole, as above
+    Mapping._private.pop(places[0], None)  # before the next mapping can have it
+    next(map(_libc.munmap, iter(places.pop, None), (nbytes,)))  # in C as a whole, as above
 
 
 def unmap_dead() -> None:
     """Unmap what has died without it, since a signal handler raised in its finalizer."""
     while Mapping._dead:
-        with suppress(IndexError):  # another thread has it
-            places, nbytes = Mapping._mapped.pop(Mapping._dead.popleft())
-            if places:
-                Mapping._private.pop(places[0], None)
-                _unmap(places, nbytes)
+        try:
+            note = Mapping._dead.popleft()
+        except IndexError:  # another thread has it
+            return
+        places, nbytes = Mapping._mapped.pop(note, ([], 0))
+        if places:
+            _unmap(places, nbytes)
 
 
 class Descriptor:
