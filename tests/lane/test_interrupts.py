@@ -281,6 +281,7 @@ def test_a_put_that_is_interrupted_between_its_changes_loses_only_itself() -> No
 
 def test_a_join_that_is_interrupted_can_be_repeated() -> None:
     """The number is free again, or this reader has it (1)."""
+    before = kernel.lane_files(os.getpid())
     nth, was_interrupted = 1 - STEP, True
     while was_interrupted:
         nth += STEP
@@ -304,6 +305,8 @@ def test_a_join_that_is_interrupted_can_be_repeated() -> None:
             assert same(reader.take(ticket), tensor)
             assert lane.stats().malformed_messages == 0
     assert nth > 20
+    gc.collect()
+    eventually(lambda: kernel.lane_files(os.getpid()) <= before, "the lanes' memory is let go")
 
 
 def test_a_close_that_is_interrupted_can_be_repeated() -> None:

@@ -39,6 +39,35 @@ _INT = struct.Struct("@i")
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
 
 
+class _Received(memory.Descriptor):
+    """A message, and the descriptor that came with it: -1 for none. Raises OSError."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._found: list[tuple[bytes, list[tuple[int, int, bytes]], int, object]] = []
+        # Not socket.recv_fds, which ignores the flags: programs that this process starts would get the memory. In
+        # C as a whole, so that no signal handler can come between a descriptor's arrival and its note.
+        room = socket.CMSG_LEN(_INT.size)
+        self._found.extend(map(connection.recvmsg, (protocol.LIMIT,), (room,), (socket.MSG_CMSG_CLOEXEC,)))
+        self.message = self._found[0][0]
+        super().__init__(next(iter(self._descriptors()), -1))
+
+    def _descriptors(self) -> list[int]:
+        rights = [
+            data
+            for _, ancillary, _, _ in self._found
+            for *kind, data in ancillary
+            if kind == [socket.SOL_SOCKET, socket.SCM_RIGHTS]
+        ]
+        return [fd for data in rights for (fd,) in _INT.iter_unpack(data)]
+
+    def __del__(
+        self, ending: Callable[[], bool] = sys.is_finalizing, close: Callable[[int], None] = os.close
+    ) -> None:
+        if not ending() and hasattr(self, "_found"):
+            for fd in self._descriptors():
+                close(fd)
+
+
 class Reader:
     """One process's reading end, for any number of lanes. Thread-safe. Not usable in a forked child.
 
@@ -226,11 +255,8 @@ class Reader:
             return link
 
     def _map(self, invitation: Invitation, connection: socket.socket, nonce: str) -> Link:
-        # Not socket.recv_fds, which ignores the flags: programs that this process starts would get the memory.
-        room = socket.CMSG_LEN(_INT.size)
-        message, ancillary, _, _ = connection.recvmsg(protocol.LIMIT, room, socket.MSG_CMSG_CLOEXEC)
-        rights = [data for *kind, data in ancillary if kind == [socket.SOL_SOCKET, socket.SCM_RIGHTS]]
-        received = [memory.Descriptor(fd) for data in rights for (fd,) in _INT.iter_unpack(data)]
+        received = _Received(connection)
+        message = received.message
         failpoints.reached("join.received")
         if not message:
             raise ConnectionResetError
@@ -241,9 +267,8 @@ class Reader:
             raise ProtocolError(f"message {kind} instead of a WELCOME")
         found = protocol.read_welcome(message, invitation.secret, nonce)
         try:
-            if received:
-                descriptor = received[0]
-            else:
+            descriptor: memory.Descriptor = received
+            if descriptor.fd < 0:
                 descriptor = memory.Descriptor(os.open(found.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
                 logger.warning(
                     "lane %s goes without SCM_RIGHTS: its memory was opened as %s", invitation.name, found.path
