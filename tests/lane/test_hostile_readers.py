@@ -94,7 +94,11 @@ WORDS_FOR_A_LANE = {
     "random bytes": b"\xf3\x00\x91garbage",
     "half a pair": bytes((protocol.RELEASE,)) + b"12345678",
     "no pairs": bytes((protocol.RELEASE,)),
-    **{name: protocol.pairs(kind, [(1, 1)]) for name, kind in KINDS.items() if kind not in (protocol.RELEASE, protocol.NOT_SEEN)},
+    **{
+        name: protocol.pairs(kind, [(1, 1)])
+        for name, kind in KINDS.items()
+        if kind not in (protocol.RELEASE, protocol.NOT_SEEN)
+    },
     **{f"{name} without pairs": bytes((kind,)) for name, kind in KINDS.items()},
 }
 
@@ -137,7 +141,9 @@ def test_the_last_words_of_a_reader_that_did_not_listen_count() -> None:
     """Its end with messages unread is a reset of the connection. Its DONE names the group all the same (2, 4)."""
     with Lane({"a": 1, "b": 1}, capacity=32 * MIB) as lane, Reader("b") as reader, admitted(lane, "a") as deaf:
         reader.join(lane.invitation)
-        deaf.send(protocol.pairs(protocol.RELEASE, [slot_and_serial(put(lane, new_tensor()))]))  # WARM is in its socket
+        deaf.send(
+            protocol.pairs(protocol.RELEASE, [slot_and_serial(put(lane, new_tensor()))])
+        )  # WARM is in its socket
         deaf.close()
         eventually(lambda: lane.stats().readers == {"b": 1}, "its end")
         stats = lane.stats()
@@ -304,7 +310,11 @@ class Conversation(RuleBasedStateMachine):
         eventually(lambda: self.lane.stats().tickets == len(self.honest | self.hostile), "what was given back")
         stats = self.lane.stats()
         assert stats.tickets == len(self.honest | self.hostile)
-        assert (stats.malformed_messages, stats.readers, stats.lost_tickets) == (self.malformed_messages, {"tp": 2}, self.lost_tickets)
+        assert (stats.malformed_messages, stats.readers, stats.lost_tickets) == (
+            self.malformed_messages,
+            {"tp": 2},
+            self.lost_tickets,
+        )
 
     @invariant()
     def nothing_is_freed_wrongly(self) -> None:

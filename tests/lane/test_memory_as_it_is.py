@@ -16,7 +16,7 @@ from mmlane.lane import cuda, memory
 from tests.lane.harness import kernel
 from tests.lane.harness.fake_cuda import FakeGpu
 from tests.lane.harness.payloads import MODES, random, same
-from tests.lane.harness.together import SEGMENT, Together, backing, together
+from tests.lane.harness.together import SEGMENT, Together, backing, copy, together
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 
@@ -100,8 +100,10 @@ def test_many_tensors_to_edit_leave_the_process_room_for_mappings() -> None:
     tensor = random((100,))
     with together() as pair:
         before = kernel.mappings(os.getpid())
-        with pair.lane.share(count) as share:
-            held = [pair.reader.take(pair.put(tensor, share=share), "cow") for _ in range(count)]
+        with copy(pair.lane, tensor) as room:
+            tickets = [room.publish() for _ in range(count)]
+        held = [pair.reader.take(ticket, "cow") for ticket in tickets if isinstance(ticket, bytes)]
+        assert len(held) == count
         assert kernel.mappings(os.getpid()) < before + limit // 4 + 100
         assert pair.lane.stats().tickets == limit // 4
         thread = threading.Thread(target=lambda: torch.empty(64 << 20, dtype=torch.uint8))  # both need a mapping

@@ -105,17 +105,21 @@ def _put_until(sender: Sender, putter: int, random: Random, until: float) -> Cou
 def _deal(sender: Sender, random: Random, tensor: torch.Tensor, seed: int) -> Counter[str]:
     counts = Counter[str]()
     puts = random.randint(1, SHARES)
-    share = sender.lane.share(uses=puts + random.randint(0, 1)) if random.random() < 0.9 else None
+    room = sender.lane.copy(tensor) if random.random() < 0.9 else None
     overwritten = False
     for _ in range(puts):
-        ticket = sender.lane.put(tensor, share=share)
+        if isinstance(room, Refused):
+            ticket: bytes | Refused = room
+            room = sender.lane.copy(tensor)
+        else:
+            ticket = sender.lane.put(tensor) if room is None else room.publish()
         if isinstance(ticket, Refused):
             assert ticket.cause == "full", ticket
             counts["full"] += 1
             time.sleep(0.001)
             continue
         counts["puts"] += 1
-        if share is not None and random.random() < 0.1:  # what is put of it with the share is what was put first
+        if room is not None and random.random() < 0.1:  # its copy is as it was
             tensor.numpy().fill(SCRIBBLE)
             overwritten = True
         if random.random() < 0.02:

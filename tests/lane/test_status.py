@@ -254,7 +254,10 @@ def answering(*answers: bytes) -> Iterator[str]:
 
 
 ANSWERS: dict[str, tuple[tuple[bytes, ...], str]] = {
-    "an older lane": ((protocol.reject("message 12 was not expected"),), "not expected .if it is of an older mmlane"),
+    "an older lane": (
+        (protocol.reject("message 12 was not expected"),),
+        "not expected .if it is of an older mmlane",
+    ),
     "an end": ((), "it hung up"),
     "another message": ((protocol.pairs(protocol.WARM, [(0, 0)]),), "message 7 instead of a status"),
     "no JSON": ((STATUS + b"\xff{",), "damaged status"),

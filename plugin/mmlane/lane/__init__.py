@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from mmlane.lane.producer import Lane
     from mmlane.lane.reader import Mode, Reader
     from mmlane.lane.reservation import Reservation
-    from mmlane.lane.share import Share
 else:
     # These need torch, which takes seconds to import; who asks for a lane's status does not.
     _LATER = {
@@ -45,7 +44,6 @@ else:
         "Mode": "reader",
         "Reader": "reader",
         "Reservation": "reservation",
-        "Share": "share",
     }
 
     def __getattr__(name):
@@ -67,7 +65,6 @@ __all__ = [
     "Reader",
     "Refused",
     "Reservation",
-    "Share",
     "StaleHere",
     "StaleTicket",
     "StatusError",

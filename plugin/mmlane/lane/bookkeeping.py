@@ -27,12 +27,13 @@ class Member(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Extent:
-    """A range of the lane that holds one tensor. holds: how many puts, shares and reservations keep it."""
+    """A range of the lane that holds one tensor. kept: by a hold. published: it has had a ticket."""
 
     offset: int
     nbytes: int
     tickets: int = 0
-    holds: int = 0
+    kept: bool = True
+    published: bool = False
 
 
 class Hold:
@@ -87,7 +88,7 @@ class Bookkeeping:
         self.slots = slots
         self.members = members
         self.live: dict[int, Live] = {}  # by slot, oldest first
-        self.lost = 0  # tickets that no member ever saw
+        self.lost = 0  # tickets that at least one member never saw
         self._on_end = on_end
         self._kept: dict[Kept, Extent] = {}
         self._unused: list[int] = []  # slots
@@ -100,16 +101,10 @@ class Bookkeeping:
     def allocate(self, offset: int, nbytes: int, hold: Hold) -> Extent:
         """An extent for `nbytes` at a place that the allocator has found, kept by a hold."""
         self.allocator.use(offset, nbytes)
-        extent = Extent(offset, self.allocator.rounded(nbytes))
-        self.keep(extent, hold)
-        return extent
-
-    def keep(self, extent: Extent, hold: Hold) -> None:
-        """Have a hold keep an extent."""
-        extent.holds += 1
-        hold.extent = extent
+        hold.extent = Extent(offset, self.allocator.rounded(nbytes))
         hold.kept = weakref.ref(hold, hold.end)
-        self._kept[hold.kept] = extent
+        self._kept[hold.kept] = hold.extent
+        return hold.extent
 
     def let_go(self, hold: Hold) -> None:
         """A hold keeps its extent no longer."""
@@ -120,11 +115,11 @@ class Bookkeeping:
     def dropped(self, kept: Kept) -> None:
         """A hold is gone."""
         extent = self._kept.pop(kept)
-        extent.holds -= 1
+        extent.kept = False
         self._settle(extent)
 
     def _settle(self, extent: Extent) -> None:
-        if not extent.tickets and not extent.holds:
+        if not extent.tickets and not extent.kept:
             self.allocator.free(extent.offset)
 
     # --- tickets -------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ logger = logging.getLogger("mmlane.lane")
 
 _UNPROVEN = 64  # connections at a time that have not proven that they are readers
 _PATIENCE = 2.0  # seconds they have for it
+_REASONS = 16  # to log; a crowd must not fill the log
 _REST = 0.02  # seconds without new connections after one was rejected
 _AT_ONCE = 1024  # messages of one member to read in one go: more than fit into a socket
 _SWITCHES = {protocol.STATUS: None, protocol.OFF: True, protocol.ON: False}
@@ -90,7 +91,9 @@ class Control:
         self._next_look: float | None = None
         self._resting_until: float | None = None
         self._stop = self._has_work = False
+        self._listens = True
         self.rejected = 0
+        self._reasons: set[str] = set()  # those that were logged
         with ExitStack() as scope:  # closes what there is, should the rest not be had
             with needed("a Unix socket in the abstract namespace"):
                 listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -193,17 +196,18 @@ class Control:
         return False
 
     def _run(self) -> None:
-        problem = "the lane's control thread has failed"
+        failure: Exception | None = None
         try:
             while not self._stop:
                 self._turn()
-            problem = ""
-        except Exception as error:
-            problem = f"{problem}: {error!r}"
-            logger.exception("lane %s is closed: its control thread has failed", self._thread.name)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the lane ends, and says so last
+            failure = error
         finally:
-            self._host.ended(problem)
+            self._host.ended(f"the lane's control thread has failed: {failure!r}")
             self.abandon()
+        if failure is not None:
+            logger.error("lane %s is closed: its control thread has failed", self._thread.name, exc_info=failure)
+        self._host.work()
 
     def _turn(self) -> None:
         deadlines = [one.deadline for one in self._connections.values() if one.member is None]
@@ -226,7 +230,7 @@ class Control:
                 self._reject(number, f"nothing heard for {_PATIENCE:g} s")
         if self._resting_until is not None and self._resting_until <= now:
             self._resting_until = None
-            self._events.modify(self._listener, select.EPOLLIN)
+        self._listen()
         if self._has_work:
             self._has_work = False
             if self._host.work():
@@ -234,6 +238,17 @@ class Control:
         if self._next_look is not None and self._next_look <= now:
             self._next_look = now + self._period
             self._host.look()
+
+    def _listen(self) -> None:
+        """Accept the next process only if there is time for it, and room: till then it waits in the queue.
+
+        It is not rejected there: a crowd that says nothing can delay a reader, but never keep it out.
+        """
+        unproven = sum(one.member is None for one in self._connections.values())
+        listens = self._resting_until is None and unproven < _UNPROVEN
+        if listens != self._listens:
+            self._listens = listens
+            self._events.modify(self._listener, select.EPOLLIN if listens else 0)
 
     def _accept(self) -> None:
         try:
@@ -257,8 +272,6 @@ class Control:
             self._reject(number, f"it belongs to user {os.geteuid()}, you are user {peer.uid}")
         elif not peer.pid:
             self._reject(number, "your process is in a PID namespace out of its sight: ask inside its container")
-        elif sum(one.member is None for one in self._connections.values()) > _UNPROVEN:
-            self._reject(number, "too many others are waiting")
 
     def _hear(self, number: int) -> None:
         one = self._connections[number]
@@ -271,7 +284,7 @@ class Control:
                 self._join(number, one, one.member)
             elif kind in _SWITCHES and one.member is None:
                 self._answer(number, one, _SWITCHES[kind])
-            elif kind == protocol.REJECT:
+            elif kind == protocol.REJECT and one.member is not None:
                 self._reject(number, f"it could not join: {protocol.read_reject(message)}", logging.WARNING)
             else:
                 raise ProtocolError(f"message {kind} was not expected")
@@ -293,6 +306,8 @@ class Control:
                 if not has_ended(other.socket):
                     raise ProtocolError(f"{member} is here already, as process {peer_of(other.socket).pid}")
                 self._drop(number)
+        if self._stop:
+            raise ProtocolError("this lane is closed")
         one.member = member
         message = protocol.welcome(self._invitation.secret, hello.nonce, *self._memory)
         socket.send_fds(one.socket, [message], [self._descriptor], protocol.QUIETLY)
@@ -317,6 +332,9 @@ class Control:
 
     def _reject(self, number: int, reason: str, level: int = logging.INFO) -> None:
         self.rejected += 1
+        if reason in self._reasons or len(self._reasons) >= _REASONS:  # `rejected` counts the rest
+            level = logging.DEBUG
+        self._reasons.add(reason)
         logger.log(level, "lane %s rejected a process: %s", self._invitation.name, reason)
         with suppress(OSError):  # gone already
             self._connections[number].socket.send(protocol.reject(reason), protocol.QUIETLY)
@@ -330,10 +348,11 @@ class Control:
         if one.joined and one.member is not None:
             self._host.left(one.member)
         with self._host.lock:  # nobody reads from it
-            self._members.pop(number, None)
+            if self._members.pop(number, None) is not None:
+                with suppress(FileNotFoundError):  # its end was seen
+                    self._inbox.unregister(one.socket)  # a child that is being forked may have it still open
             one.socket.close()
 
     def _rest_for(self, seconds: float) -> None:
-        """Accept nobody for a moment, so that strangers that come in masses cost the producer little."""
-        self._resting_until = time.monotonic() + seconds
-        self._events.modify(self._listener, 0)
+        """Accept nobody for a moment, so that processes that come in masses cost the producer little."""
+        self._resting_until = max(self._resting_until or 0.0, time.monotonic() + seconds)

@@ -6,10 +6,13 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from mmlane import host
+
+T = TypeVar("T")
 
 _CREDENTIALS = struct.Struct("iII")
 
@@ -40,3 +43,14 @@ def has_ended(connection: socket.socket) -> bool:
     end = select.poll()
     end.register(connection, select.POLLRDHUP)
     return bool(end.poll(0))
+
+
+def last_words(receive: Callable[[], T]) -> T:
+    """What `receive` returns, also where the other end has closed without reading all that was sent to it.
+
+    The kernel then reports a reset first, and what the other end has said, why it rejects us say, only after that.
+    """
+    try:
+        return receive()
+    except ConnectionResetError:
+        return receive()

@@ -25,7 +25,7 @@ from mmlane.lane.errors import JoinRefused, LaneError, LaneUnavailable, UnknownL
 from mmlane.lane.fork import close_in_child
 from mmlane.lane.invitation import Invitation
 from mmlane.lane.link import Claim, Link
-from mmlane.lane.peer import has_ended, peer_of, uid_is_proof
+from mmlane.lane.peer import has_ended, last_words, peer_of, uid_is_proof
 from mmlane.lane.protocol import ProtocolError
 from mmlane.lane.ticket import Content, read
 
@@ -78,13 +78,14 @@ class Reader:
             lane keeps for that (`Lane(pinned=...)`) is registered as pinned memory in the background, and a
             ticket is released when its tensor is let go *and* the device has done what it was told before that, on
             streams that were made current through torch.cuda.
-        linger: seconds for which tickets of a lane can still be taken after its producer has ended.
+        linger: seconds for which tickets of a lane can still be taken after its producer has ended; longer than
+            any rank of an engine stands still: one that comes later would refuse what its peers took.
 
     Raises ValueError for a device that is not CUDA's or not there, LaneUnavailable where no reader can be had.
     """
 
     def __init__(
-        self, group: str, number: int = 0, *, device: torch.device | str | None = None, linger: float = 30.0
+        self, group: str, number: int = 0, *, device: torch.device | str | None = None, linger: float = 300.0
     ) -> None:
         where = None if device is None else torch.device(device)
         if where is not None and (where.type != "cuda" or where.index is None):
@@ -144,6 +145,8 @@ class Reader:
                     link.leave()
                     raise LaneError("this reader is closed")
             except (OSError, ValueError, ProtocolError) as error:
+                if self._closed:  # and has hung up itself
+                    raise LaneError("this reader is closed") from error
                 reason = str(error)
                 if isinstance(error, TimeoutError):
                     reason = f"no answer within {timeout:g} s"
@@ -206,6 +209,8 @@ class Reader:
         if _ending() or os.getpid() != self._pid:
             return
         self._closed = True
+        for link in list(self._links.values()):
+            link.leave()  # at once: the next reader may have this one's number, also in this process
         self._wake()
 
     def __enter__(self) -> Reader:
@@ -247,7 +252,10 @@ class Reader:
                 raise ProtocolError(f"it belongs to user {uid}, this is user {os.geteuid()}")
             failpoints.reached("join.connected")
             nonce = secrets.token_hex(16)
-            connection.send(protocol.hello(invitation.secret, self.group, self.number, nonce), socket.MSG_NOSIGNAL)
+            with suppress(BrokenPipeError):  # it has rejected this reader already, and said why
+                connection.send(
+                    protocol.hello(invitation.secret, self.group, self.number, nonce), socket.MSG_NOSIGNAL
+                )
             failpoints.reached("join.greeted")
             link = self._map(invitation, connection, nonce)
             connection.setblocking(False)
@@ -255,7 +263,7 @@ class Reader:
             return link
 
     def _map(self, invitation: Invitation, connection: socket.socket, nonce: str) -> Link:
-        received = _Received(connection)
+        received = last_words(lambda: _Received(connection))
         message = received.message
         failpoints.reached("join.received")
         if not message:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from mmlane.lane import protocol
 from mmlane.lane.errors import Cause, LaneError
-from mmlane.lane.peer import peer_of
+from mmlane.lane.peer import last_words, peer_of
 
 # Num RefCount Protocol Flags Type St Inode Path: a listening (__SO_ACCEPTCON) SOCK_SEQPACKET of a lane's name
 _LISTENING = re.compile(r"^\S+ \S+ \S+ 00010000 0005 \S+ +\d+ @(mmlane-(\d+)-[0-9a-f]+)$", re.MULTILINE)
@@ -36,9 +36,9 @@ class LaneStats:
     are being filled. expected: readers by group. joined: by group, the numbers of those that have joined.
     puts: tickets issued. shared: puts that needed no copy. copied_bytes: copied into the lane by all other puts,
     in `copy_seconds`, added up over all threads; puts that were refused after their copy count, too.
-    fallbacks: puts refused, by cause. lost_tickets: those that no reader ever saw, reclaimed. malformed_messages:
-    from readers. rejected_peers: processes that were not let in. degraded: one line for each thing this kernel or
-    sandbox lacks.
+    fallbacks: puts refused, by cause. lost_tickets: those that at least one reader never saw, reclaimed.
+    malformed_messages: from readers. rejected_peers: processes that were not let in. degraded: one line for each
+    thing this kernel or sandbox lacks.
     """
 
     name: str
@@ -103,7 +103,7 @@ def _ask(name: str, kind: int, timeout: float) -> LaneStats:
                 raise StatusError(f"it belongs to user {peer.uid}, this is user {geteuid()}")
             with suppress(BrokenPipeError):  # it has answered already
                 connection.send(bytes((kind,)), socket.MSG_NOSIGNAL)
-            return _stats(connection.recv(protocol.STATUS_LIMIT), peer.pid)
+            return _stats(last_words(lambda: connection.recv(protocol.STATUS_LIMIT)), peer.pid)
     except (LaneError, protocol.ProtocolError, OSError, ValueError) as error:
         reason = str(error)
         if isinstance(error, (TimeoutError, BlockingIOError)):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mmlane.lane import Invitation, Lane, protocol, ticket
+from mmlane.lane.peer import last_words
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 HUGE = (1 << 64) - 1
@@ -35,11 +36,11 @@ def listen(name: str) -> socket.socket:
 
 
 def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
-    """A message and the descriptors that came with it; an end, be it a reset, is an empty message."""
-    try:
-        message, fds, _, _ = socket.recv_fds(connection, 1 << 16, 16)
-    except ConnectionResetError:
-        return b"", []
+    """A message and the descriptors that came with it; an end is an empty message.
+
+    A reset only says that what was sent was not read; what was said in answer comes after it.
+    """
+    message, fds, _, _ = last_words(lambda: socket.recv_fds(connection, 1 << 16, 16))
     return message, fds
 
 
