@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.connection import Connection
 
 import pytest
@@ -19,7 +20,7 @@ from mmlane.lane import Invitation, JoinRefused, Lane, LaneUnavailable, Reader, 
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.confinement import become, limit, limit_address_space, limit_descriptors
 from tests.lane.harness.kernel import open_files
-from tests.lane.harness.together import put
+from tests.lane.harness.together import copy, put
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20
@@ -287,16 +288,16 @@ def test_as_many_tickets_as_there_are_slots() -> None:
         reader.join(lane.invitation)
         assert lane.wait_open(DEADLINE)
         tensor, other = torch.ones(10), torch.ones(20)
-        share = lane.share(uses=producer.SLOTS + 3)
-        tickets = [lane.put(tensor, share=share) for _ in range(producer.SLOTS)]
-        assert len({ticket for ticket in tickets if isinstance(ticket, bytes)}) == producer.SLOTS
-        before = lane.stats()
-        with lane.share(uses=2) as another:
-            for more, its_share in ((tensor, share), (other, None), (other, another)):
-                refused = lane.put(more, share=its_share)
-                assert isinstance(refused, Refused) and refused.cause == "full", refused
-                assert "65536 tickets are out" in refused.detail
-            assert lane.stats().extents == 2  # the copy is there for the use that is left
+        with copy(lane, tensor) as room:
+            tickets = [room.publish() for _ in range(producer.SLOTS)]
+            assert len({ticket for ticket in tickets if isinstance(ticket, bytes)}) == producer.SLOTS
+            before = lane.stats()
+            with copy(lane, other) as another:
+                for one_more in (room.publish, partial(lane.put, other), another.publish):
+                    refused = one_more()
+                    assert isinstance(refused, Refused) and refused.cause == "full", refused
+                    assert "65536 tickets are out" in refused.detail
+                assert lane.stats().extents == 2  # the copy is there as long as it is kept
         stats = lane.stats()
         assert (stats.used_bytes, stats.tickets, stats.extents) == (before.used_bytes, producer.SLOTS, 1)
         for ticket in tickets:

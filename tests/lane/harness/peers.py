@@ -156,10 +156,14 @@ class Reading:
     def close(self) -> None:
         self.reader.close()
 
-    def come_back(self, invitation: Invitation) -> None:
-        """Be another reader from now on, in the same place."""
+    def leave(self) -> None:
+        """Leave all lanes, and be another reader from now on, in the same place."""
         self.reader.close()
         self.reader = Reader(self.reader.group, self.reader.number, linger=self.linger)
+
+    def come_back(self, invitation: Invitation) -> None:
+        """Leave, and join; which is refused where the producer has yet to hear of the former."""
+        self.leave()
         self.join(invitation)
 
 
