@@ -117,7 +117,7 @@ class Link:
         try:
             self.connection.shutdown(socket.SHUT_RDWR)
         except OSError as error:  # it has ended already
-            logger.debug("lane %s has ended: %s", self.name, error)
+            logger.debug("lane %s has ended: %s", self.name, str(error))
 
     # --- tickets -------------------------------------------------------------------------------------------
 

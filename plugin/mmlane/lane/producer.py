@@ -627,7 +627,7 @@ class Lane:
                 ranges = [] if offset is None else self._allocator.uncommitted(offset, self._ahead)
             self._commit(backing, mapping, ranges)
         except OSError as error:
-            logger.debug("lane %s: no memory ahead of need: %s", self.name, error)
+            logger.debug("lane %s: no memory ahead of need: %s", self.name, str(error))
             self._starved = True
         return self._has_opened and self._pin(backing, mapping)
 
@@ -644,7 +644,7 @@ class Lane:
                 logger.warning(
                     "lane %s: no memory for %d bytes to pin (%s), so readers copy from pageable memory; make"
                     " `pinned` smaller, or 0 to silence this",
-                    *(self.name, wanted, error),
+                    *(self.name, wanted, str(error)),
                 )
                 self._allocator.pinned = self._pinned = 0  # no reader was told: it is decommitted when it is idle
                 return False

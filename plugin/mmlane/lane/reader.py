@@ -292,7 +292,7 @@ class Reader:
                 )
                 where -= begin
             except OSError as error:  # too many mappings, or strict overcommit: a copy does as well
-                logger.debug("no private mapping of %d bytes (%s): cloned", nbytes, error)
+                logger.debug("no private mapping of %d bytes (%s): cloned", nbytes, str(error))
                 mode = "clone"
         owner = claim.mapping.owner(where, keeps=claim)
         tensor = memory.tensor_at(owner, claim.content.dtype, claim.content.shape)
@@ -352,15 +352,18 @@ class Reader:
                 try:
                     self._handle(link, message)
                 except ProtocolError as error:
-                    # Not a reason to hang up: that would end the lane.
-                    logger.warning("lane %s: ignoring a malformed message of its producer: %s", link.name, error)
+                    # Not a reason to hang up: that would end the lane. Only its text: a record that a handler
+                    # keeps would keep the traceback, and with it the link and its memory.
+                    logger.warning(
+                        "lane %s: ignoring a malformed message of its producer: %s", link.name, str(error)
+                    )
         except BlockingIOError:
             return
         except ConnectionResetError:  # its producer has ended, and had not read all that was sent to it
             logger.debug("lane %s has ended, with releases on their way", link.name)
         except OSError as error:
             logger.warning(
-                "lane %s: its socket could not be read, which will be tried again: %s", link.name, error
+                "lane %s: its socket could not be read, which will be tried again: %s", link.name, str(error)
             )
             return
         self._events.unregister(link.connection)
@@ -402,7 +405,7 @@ class Reader:
             link, content = self._find(ticket)
             link.claim(ticket, content)  # and nobody keeps the claim
         except LaneError as error:
-            logger.debug("a ticket was not discarded: %s", error)
+            logger.debug("a ticket was not discarded: %s", str(error))
 
     # --- fork ----------------------------------------------------------------------------------------------
 
