@@ -9,10 +9,10 @@ import re
 import socket
 import struct
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from os import geteuid
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mmlane.lane import protocol
 from mmlane.lane.errors import Cause, LaneError
@@ -121,6 +121,19 @@ def _stats(message: bytes, pid: int) -> LaneStats:
     if protocol.kind(message) == protocol.REJECT:
         raise protocol.ProtocolError(f"{protocol.read_reject(message)}")
     facts = protocol.read_status(message)
-    if facts.keys() != {field.name for field in fields(LaneStats)}:
+    wanted = get_type_hints(LaneStats)
+    if facts.keys() != wanted.keys() or not all(_is(facts[name], kind) for name, kind in wanted.items()):
         raise protocol.ProtocolError("it is of another version of mmlane: ask with that one")
     return LaneStats(**{**facts, "pid": pid, "degraded": tuple(facts["degraded"])})
+
+
+def _is(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a type that LaneStats has."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is None:
+        return isinstance(value, kind)
+    if origin is Literal:
+        return value in args
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(k, args[0]) and _is(v, args[1]) for k, v in value.items())
+    return isinstance(value, list) and all(_is(one, args[0]) for one in value)
