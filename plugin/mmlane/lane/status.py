@@ -67,6 +67,10 @@ class StatusError(LaneError):
     """A lane's status cannot be had; the message says why: nobody there, another user, no answer in time."""
 
 
+class OtherUser(StatusError):
+    """The lane is another user's."""
+
+
 def running() -> tuple[str, ...]:
     """Names of the lanes in this network namespace, of all users, by the PID in the name.
 
@@ -100,7 +104,7 @@ def _ask(name: str, kind: int, timeout: float) -> LaneStats:
             connection.settimeout(timeout)
             peer = peer_of(connection)
             if peer.uid != geteuid():
-                raise StatusError(f"it belongs to user {peer.uid}, this is user {geteuid()}")
+                raise OtherUser(f"it belongs to user {peer.uid}, this is user {geteuid()}")
             with suppress(BrokenPipeError):  # it has answered already
                 connection.send(bytes((kind,)), socket.MSG_NOSIGNAL)
             return _stats(last_words(lambda: connection.recv(protocol.STATUS_LIMIT)), peer.pid)
@@ -112,7 +116,8 @@ def _ask(name: str, kind: int, timeout: float) -> LaneStats:
             reason = "nobody listens there: its producer has ended, or is in another network namespace"
         elif isinstance(error, ConnectionError):
             reason = "it hung up: too many wait there, or it has just ended"
-        raise StatusError(f"lane {name} does not tell its status: {reason}") from error
+        kind_of_error = OtherUser if isinstance(error, OtherUser) else StatusError
+        raise kind_of_error(f"lane {name} does not tell its status: {reason}") from error
 
 
 def _stats(message: bytes, pid: int) -> LaneStats:
