@@ -30,7 +30,7 @@ from tests.lane.harness.child import Child
 from tests.lane.harness.confinement import NOBODY, become, require_other_users
 from tests.lane.harness.kernel import open_files
 from tests.lane.harness.libc import checked
-from tests.lane.harness.peers import Company, Producing, Reading
+from tests.lane.harness.peers import Company, Producing, Reading, baseline, carries
 from tests.lane.harness.sockets import admitted, impostor, invitation_of_nobody, receive, visit, welcomed
 from tests.lane.harness.together import new_tensor, put, serves
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
@@ -38,11 +38,11 @@ from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 MIB = 1 << 20
 _CLONE_NEWNET = 0x40000000
 STATUS = bytes((protocol.STATUS,))
-COMMAND = (sys.executable, "-c", "from mmlane.cli import main; main()", "status")
+COMMAND = (sys.executable, "-c", "from mmlane.cli import main; main()")
 
 
 def command(*words: str) -> str:
-    """What `mmlane status` says."""
+    """What `mmlane` says to these words."""
     environ = {**os.environ, "COLUMNS": "100"}
     done = subprocess.run([*COMMAND, *words], env=environ, capture_output=True, text=True, timeout=DEADLINE)
     assert (done.returncode, done.stderr) == (0, "")
@@ -399,7 +399,7 @@ def test_the_command_shows_all_lanes_and_why_one_does_not_answer(company: Compan
     waiting.call(Producing.try_put, 1, 1000)
     mute.stop()
 
-    found = {lane["name"]: lane for lane in json.loads(command("--json"))}
+    found = {lane["name"]: lane for lane in json.loads(command("status", "--json"))}
     first, second, third = (found[name] for name in names)
     stats = first["stats"]
     assert (first["pid"], first["problem"], stats["name"]) == (opened.pid, None, names[0])
@@ -411,7 +411,7 @@ def test_the_command_shows_all_lanes_and_why_one_does_not_answer(company: Compan
     assert (third["pid"], third["stats"], third["command"]) == (mute.pid, None, None)
     assert "no answer within 2 s" in third["problem"]
 
-    said = command()
+    said = command("status")
     first, second, third = (said[said.index(name) :].split("\n\n")[0] for name in names)  # blank lines
     for text in ("open", "'tp' 2/2, 'vit' 1/1", "1 MiB used by 1 extent", "1 out", "1 MiB copied"):
         assert text in first, text
@@ -424,7 +424,7 @@ def test_the_command_shows_all_lanes_and_why_one_does_not_answer(company: Compan
 def alone(pipe: Connection, words: tuple[str, ...]) -> str:
     """What the command says in a network of its own, where no lane is."""
     checked(ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET))
-    return command(*words)
+    return command("status", *words)
 
 
 @pytest.mark.parametrize("words", [(), ("--json",)])
@@ -440,12 +440,29 @@ def test_no_lane_is_no_error(lane: Lane, words: tuple[str, ...]) -> None:
         assert "in its log at start, in a line with 'no lane'" in said
 
 
+@pytest.mark.long
+def test_the_command_switches_the_lanes_of_one_process(company: Company) -> None:
+    """At once, also for requests that come at that moment; the readers stay, and are served again after `on`."""
+    first, (reader,) = company.open(["tp"])
+    second, (other,) = company.open(["tp"])
+    name = company.invitation(first).name
+    held = first.call(Producing.put, 1, 1000)
+    assert command("off", str(first.pid)) == f"{name}: off\n"
+    refusal = first.call(Producing.try_put, 2, 1000)
+    assert isinstance(refusal, Refused) and refusal.cause == "off"
+    reader.call(Reading.let_go, reader.call(Reading.take, held))
+    carries(second, other)
+    assert command("on", str(first.pid)) == f"{name}: open\n"
+    carries(first, reader)
+    baseline(first)
+
+
 def test_watching_goes_on_until_ctrl_c(company: Company) -> None:
     producer, _ = company.open(["tp"], capacity=8 * MIB)
     ours, theirs = pty.openpty()
     environ = {**os.environ, "COLUMNS": "100", "LINES": "200", "TERM": "xterm"}
     screen = ""
-    words = [*COMMAND, "--watch"]
+    words = [*COMMAND, "status", "--watch"]
     with subprocess.Popen(
         words,
         env=environ,
