@@ -280,8 +280,8 @@ def complaint(reply: Reply) -> str:
 
 def lane_of(server: EngineServer) -> LaneStats | None:
     """The lane of a server's one tokenizer, if it has one."""
-    for address in running():
-        stats = ask(address)
+    for name in running():
+        stats = ask(name)
         if stats.pid == server.pid:
             return stats
     return None

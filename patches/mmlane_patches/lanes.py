@@ -27,7 +27,7 @@ from mmlane.lane import (
     Mode,
     Reader,
     Refused,
-    Share,
+    Reservation,
     StaleHere,
     UnknownLane,
     memory,
@@ -67,24 +67,25 @@ class Samples:
 
     def __init__(self, requests: int) -> None:
         self._requests = requests
-        # By the tensor's id, which it keeps from others, and what of it could be changed without copying.
-        self._shares: dict[Any, tuple[torch.Tensor, Share]] = {}
+        # By the tensor's id, which it keeps from others, and what of it could be changed without copying: the
+        # tensor, its copy, and how many requests are left.
+        self._copies: dict[Any, tuple[torch.Tensor, Reservation, int]] = {}
 
     def put(self, lane: Lane, tensor: torch.Tensor) -> bytes | Refused:
         """A ticket on the one copy of a tensor."""
         same = id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-        _, share = self._shares.get(same) or (tensor, lane.share(self._requests))
-        self._shares[same] = tensor, share
-        ticket = lane.put(tensor, share=share)
-        if share.is_spent:
-            del self._shares[same]
-        return ticket
+        kept = self._copies.pop(same, None)
+        copy = lane.copy(tensor) if kept is None else kept[1]
+        if isinstance(copy, Refused):
+            return copy
+        left = self._requests if kept is None else kept[2]
+        if left > 1:
+            self._copies[same] = tensor, copy, left - 1
+        return copy.publish()
 
     def close(self) -> None:
         """The request has ended, whether it sent all of them or not."""
-        while self._shares:
-            _, (_, share) = self._shares.popitem()
-            share.close()
+        self._copies.clear()
 
 
 class Producer:
@@ -215,7 +216,7 @@ def _watch(lane: Lane, metrics: bool) -> None:
     while not lane.wait_open(OPENING_S):
         if lane.is_closed:
             return
-        if not late:
+        if not late and lane.state != "off":
             late = True
             logger.warning(
                 "mmlane: the lane has not opened within %.0f s, because not all of its %s ranks have joined it;"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ from mmlane_patches.guard import failed, guarded
 from mmlane_patches.pointer import made_here, warn_once
 
 
+@dataclass(frozen=True)
+class Sealed:
+    """An invitation as it travels, perhaps one of another version of mmlane. `repr` hides the secret in it."""
+
+    data: bytes = field(repr=False)
+
+
 class LanePointer:
     """A ticket in the feature's place; without one, the class behind this one.
 
@@ -27,7 +35,7 @@ class LanePointer:
     """
 
     ticket: bytes | None = None
-    invitation: Invitation | None = None  # to a lane that readers still have to join
+    invitation: Sealed | None = None  # to a lane that readers still have to join
     _inline: torch.Tensor | None = None
     _taken: torch.Tensor | None = None
     _problem: Exception | None = None  # why it could not be unpickled
@@ -75,7 +83,7 @@ class LanePointer:
         elif self._inline is not None:
             state["tensor"] = self._inline
         if self.invitation is not None:
-            state["invitation"] = bytes(self.invitation)
+            state["invitation"] = self.invitation.data
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,6 +97,8 @@ class LanePointer:
         invitation = state.pop("invitation", None)
         self.ticket = state.pop("ticket", None)
         self._inline = state.pop("tensor", None)
+        if isinstance(invitation, bytes):
+            self.invitation = Sealed(invitation)  # for those that this process passes it on to
         if self.ticket is None and self._inline is None:
             super().__setstate__(state)  # type: ignore[misc]
         else:
@@ -179,7 +189,7 @@ class _Choosing(type):
                     holder: Any = cls.__new__(cls)  # type: ignore[call-overload]
                     holder._hold(tensor, precomputed_hash)
                     pointer = holder
-                pointer.invitation = invitation
+                pointer.invitation = Sealed(bytes(invitation))
         return pointer
 
 

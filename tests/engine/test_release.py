@@ -13,6 +13,7 @@ from packaging.version import Version
 from devkit.images import jpeg
 from mmlane import __version__
 from tests.engine import asking, looking
+from tests.engine.at_once import AT_ONCE
 from tests.engine.conftest import MODES
 from tests.engine.faults import DEFERRED, FANNED_OUT
 from tests.engine.watching import WatchedServer
@@ -98,7 +99,7 @@ def test_streaming(mode: str, unpatched: Any, server: WatchedServer) -> None:
 
 @both
 def test_concurrent_requests_of_every_kind(mode: str, unpatched: Any, server: WatchedServer) -> None:
-    names = [*asking.ANSWERED] * 2
+    names = [*AT_ONCE] * 2
     with concurrent.futures.ThreadPoolExecutor(len(names) + 2) as pool:
         plain = [pool.submit(asking.ANSWERED[name], server) for name in names]
         fanned = [pool.submit(asking.one_image_n3, server), pool.submit(asking.two_images_n2, server)]

@@ -29,7 +29,7 @@ def test_the_first_feature_opens_the_lane(version: str, arena: WatchedServer) ->
     specs, _ = compat.contributed()
     decisions = compat.plan(specs, Engine(Version(version), None), Settings())
     looking.open_lanes(arena)
-    assert looking.lane(arena).readers == {"dp0": 2}
+    assert looking.lane(arena).joined == {"dp0": [0, 1]}
     assert len(re.findall("the lane is open", arena.log())) == 1
     (applied,) = re.findall("mmlane:   applied: (.*)", arena.log())
     assert applied == ", ".join(i for i, d in decisions.items() if d.state == "planned")
@@ -47,7 +47,7 @@ def test_ranks_wait_for_nothing(arena: WatchedServer) -> None:
 
 @pytest.mark.parametrize("held", [False, True])
 def test_eight_samples_share_one_copy(held: bool, arena: WatchedServer) -> None:
-    """Also when each is sent only after all tickets before it, that of the warm-up first, have come back."""
+    """Also when each is sent only after all tickets before it, that of the warm-up first, have been released."""
     looking.open_lanes(arena)
     picture = jpeg(640, 480, seed=11 + held)
     before = looking.lane(arena)
@@ -98,7 +98,7 @@ def test_metrics(arena: WatchedServer) -> None:
             "mmlane_shared_puts_total": stats.shared,
             "mmlane_copied_bytes_total": stats.copied_bytes,
             "mmlane_copy_seconds_total": stats.copy_seconds,
-            "mmlane_orphans_total": 0,
+            "mmlane_lost_tickets_total": 0,
             'mmlane_fallbacks_total{cause="not_open"}': stats.fallbacks["not_open"],
             f'mmlane_info{{mode="arena",version="{__version__}"}}': 1,
             **{f'mmlane_lanes{{state="{state}"}}': float(state == "open") for state in STATES},

@@ -85,7 +85,7 @@ def ends_in_a_burst(server: WatchedServer, end: Callable[[WatchedServer], None])
     assert server.processes() == []
     assert looking.features(server) == []
     assert asking.segments(server).keys() <= before.keys()
-    assert looking.addresses(pids) == []
+    assert looking.names(pids) == []
 
 
 def test_nothing_is_left_of_what_was_asked(arena: WatchedServer) -> None:

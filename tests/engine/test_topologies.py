@@ -15,6 +15,7 @@ from devkit.images import jpeg
 from devkit.server import free_port
 from tests.engine import asking, looking
 from tests.engine.asking import image
+from tests.engine.at_once import AT_ONCE
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched import embeddings, sessions, small_memory
 from tests.engine.watching import WatchedServer
@@ -31,7 +32,7 @@ def roles(server: WatchedServer) -> list[str]:
 
 def everything_is_answered(server: WatchedServer) -> None:
     """Each kind of request, several times over and at once, so that every replica and worker gets its share."""
-    asks = [*asking.ANSWERED.values(), asking.one_image_n3, asking.two_images_n2] * 2
+    asks = [*AT_ONCE.values(), asking.one_image_n3, asking.two_images_n2] * 2
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert {reply.status for reply in pool.map(lambda ask: ask(server), asks)} == {200}
 
@@ -71,7 +72,7 @@ def test_data_parallel(release: str, mode: str, plugin_wheel: Path) -> None:
     with WatchedServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], env=env) as server:
         modes(server, mode, 1)
         assert roles(server) == ["detokenizer", "dp_controller", "main", "scheduler", "scheduler"]
-        assert mode == "backport" or looking.lane(server).readers == {"dp0": 1, "dp1": 1}
+        assert mode == "backport" or looking.lane(server).joined == {"dp0": [0], "dp1": [0]}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -95,8 +96,8 @@ def a_worker_is_killed(server: WatchedServer) -> None:
     server.verify()
     victim, survivor = looking.lanes(server)
     server.kill(victim.pid)
-    asking.wait_for(lambda: looking.addresses({victim.pid}) == [], "the lane's end")
-    assert looking.addresses({survivor.pid}) == [survivor.address]
+    asking.wait_for(lambda: looking.names({victim.pid}) == [], "the lane's end")
+    assert looking.names({survivor.pid}) == [survivor.name]
 
 
 @pytest.mark.matrix
@@ -134,7 +135,7 @@ def test_64_mib_of_shared_memory(plugin_wheel: Path, transcripts: Transcripts) -
     # With the lane, /dev/shm is not needed: the first request, which finds it too small, says where the lane is.
     with WatchedServer(small_memory.RELEASE, plugin=plugin_wheel, shm_bytes=small_memory.SIZE) as server:
         assert small_memory.four_images(server).status == 200
-        asking.wait_for(lambda: looking.lane(server).is_open, "the lane")
+        asking.wait_for(lambda: looking.lane(server).state == "open", "the lane")
         before = looking.lane(server).puts
         assert small_memory.four_images(server).status == 200
         assert looking.lane(server).puts == before + 4
@@ -189,7 +190,7 @@ def test_an_embedding_model(release: str, plugin_wheel: Path, transcripts: Trans
     assert expected[0] != close(expected[1])
     with WatchedServer(release, plugin=plugin_wheel, args=embeddings.AS_EMBEDDING) as server:
         assert embeddings.embedding(server, embeddings.SEEDS[0]) == close(expected[0])
-        asking.wait_for(lambda: looking.lane(server).is_open, "the lane")
+        asking.wait_for(lambda: looking.lane(server).state == "open", "the lane")
         before = looking.lane(server).puts
         for seed, wanted in zip(embeddings.SEEDS, expected, strict=True):
             assert embeddings.embedding(server, seed) == close(wanted)

@@ -1,40 +1,42 @@
-"""The lane's books beside a model written from the invariants: nothing is freed early, all is freed in the end.
+"""The lane's bookkeeping beside a model written from the invariants: nothing is freed early, all is in the end.
 
 The numbers are those of the invariants in docs/lane.md.
 """
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mmlane.lane.ledger import Extent, Ledger, Live
-from mmlane.lane.space import Space
+from mmlane.lane.allocator import Allocator
+from mmlane.lane.bookkeeping import Bookkeeping, Extent, Hold, Live, Member
 from tests.effort import examples
 
 PAGE = 16
 SEGMENT = 4 * PAGE
 CAPACITY = 6 * SEGMENT
 SLOTS = 5
-EXPECTED = {"tp": 2, "dp": 1}
-GROUPS = ["tp", "dp"]
-NUMBERS = range(7)  # of readers; numbers of the dead are given to new ones
+GROUPS = {"tp": frozenset({0, 1}), "dp": frozenset({0}), "dp2": frozenset({0, 1, 2})}
+MEMBERS = [Member(group, number) for group, numbers in GROUPS.items() for number in sorted(numbers)]
+STRANGERS = [Member("tp", 2), Member("other", 0), Member("", -1)]
 
 
 @dataclass(eq=False)
 class Out:
-    """A ticket as the invariants see it. waiting: who may have it still."""
+    """A ticket as the invariants see it. waiting: the members that may have it still."""
 
     live: Live
     extent: Extent
     at: float
-    waiting: dict[int, str]
-    heard_of: bool = False  # some reader has given it back
+    waiting: set[Member]
+    claimed: bool = False  # some member has released it
     ended: bool = False
 
 
@@ -43,310 +45,284 @@ class Held:
     """An extent as the invariants see it."""
 
     tickets: set[Out] = field(default_factory=set)
-    shared: bool = False
+    holds: list[Hold] = field(default_factory=list)
 
 
 class Books(RuleBasedStateMachine):
-    """A Ledger in the hands of a lane that only issues while it is open (1), and of readers who say anything."""
+    """The bookkeeping in the hands of a lane that is open (1), and of readers that say anything."""
 
-    ledger: Ledger
+    books: Bookkeeping
 
     @initialize()
     def start(self) -> None:
-        self.space = Space(CAPACITY, SEGMENT, PAGE)
-        self.ledger = Ledger(self.space, SLOTS, dict(EXPECTED), self.on_end)
-        self.readers: dict[int, str] = {}
+        self.allocator = Allocator(CAPACITY, SEGMENT, PAGE)
+        self.books = Bookkeeping(self.allocator, SLOTS, GROUPS, self.on_end)
         self.out: list[Out] = []  # every ticket there ever was
         self.extents: dict[Extent, Held] = {}  # those that may not be freed
         self.ends: Counter[tuple[int, int]] = Counter()  # slot, serial -> how often on_end was called
-        self.orphans = 0
+        self.lost = 0
         self.clock = 0.0
         self.changing = False  # within a call that may end tickets
-        self.let_in_whom_the_lane_waits_for()
 
     # --- the model -----------------------------------------------------------------------------------------
 
     def on_end(self, slot: int) -> None:
-        """Before the extent of a ticket can be taken again, its digest has to be gone (5)."""
+        """Before the extent of a ticket can be used again, its digest has to be gone (5)."""
         assert self.changing
-        ticket = self.ledger.live[slot]
+        ticket = self.books.live[slot]
         self.ends[slot, ticket.serial] += 1
-        assert self.space.taken()[ticket.extent.offset] == ticket.extent.nbytes
+        assert self.allocator.used()[ticket.extent.offset] == ticket.extent.nbytes
 
     def live(self) -> list[Out]:
         return [ticket for ticket in self.out if not ticket.ended]
 
-    def is_open(self) -> bool:
-        return all(list(self.readers.values()).count(group) >= count for group, count in EXPECTED.items())
-
     def end(self, ticket: Out) -> None:
         ticket.ended = True
-        held = self.extents[ticket.extent]
-        held.tickets.remove(ticket)
-        if not held.tickets and not held.shared:
-            del self.extents[ticket.extent]
+        self.extents[ticket.extent].tickets.remove(ticket)
+        self.settle(ticket.extent)
 
-    def owes(self, reader: int, ticket: Out) -> bool:
-        return not ticket.ended and reader in ticket.waiting
+    def settle(self, extent: Extent) -> None:
+        held = self.extents[extent]
+        if not held.tickets and not held.holds:
+            del self.extents[extent]
 
-    def done(self, reader: int, ticket: Out) -> None:
-        del ticket.waiting[reader]
+    def done(self, member: Member, ticket: Out) -> None:
+        ticket.waiting.remove(member)
         if not ticket.waiting:
             self.end(ticket)
 
-    # --- readers -------------------------------------------------------------------------------------------
-
-    @precondition(lambda self: len(self.readers) < len(NUMBERS))
-    @rule(data=st.data(), group=st.sampled_from(GROUPS))
-    def join(self, data: st.DataObject, group: str) -> None:
-        number = data.draw(st.sampled_from([number for number in NUMBERS if number not in self.readers]), "number")
-        self.check_join(number, group)
-
-    def check_join(self, number: int, group: str) -> None:
-        floor = self.ledger.join(number, group)
-        self.readers[number] = group
-        assert floor == max((ticket.live.serial for ticket in self.out), default=floor)
-
-    @precondition(lambda self: not self.is_open() and len(self.readers) < len(NUMBERS) - 3)
-    @rule()
-    def let_in_whom_the_lane_waits_for(self) -> None:
-        """A lane that is not open issues nothing: by chance alone it would not be open often."""
-        for group, count in EXPECTED.items():
-            for _ in range(count - list(self.readers.values()).count(group)):
-                self.check_join(min(set(NUMBERS) - set(self.readers)), group)
-        assert self.ledger.is_open()
-
-    @precondition(lambda self: len(self.readers) > 4)
-    @rule(data=st.data())
-    def one_of_many_leaves(self, data: st.DataObject) -> None:
-        self.leave(data)
-
-    @precondition(lambda self: self.readers)
-    @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
-        """In whatever state (4)."""
-        number = data.draw(st.sampled_from(sorted(self.readers)), "number")
-        self.changing = True
-        self.ledger.leave(number)
-        self.changing = False
-        del self.readers[number]
-        for ticket in self.live():
-            if number in ticket.waiting:
-                self.done(number, ticket)
-
-    @rule(number=st.sampled_from(NUMBERS))
-    def somebody_leaves_who_is_not_there(self, number: int) -> None:
-        if number not in self.readers:
-            self.ledger.leave(number)
+    def owes(self, member: Member, ticket: Out) -> bool:
+        return not ticket.ended and member in ticket.waiting
 
     # --- extents -------------------------------------------------------------------------------------------
 
     def issue(self, extent: Extent) -> None:
         self.clock += 1
-        ticket = self.ledger.issue(extent, self.clock)
+        ticket = self.books.issue(extent, self.clock)
         if len(self.live()) == SLOTS:
             assert ticket is None
             return
         assert ticket is not None and ticket.extent is extent and 0 <= ticket.slot < SLOTS
         assert ticket.slot not in {other.live.slot for other in self.live()}
         assert all(ticket.serial > other.live.serial for other in self.out)
-        new = Out(ticket, extent, self.clock, dict(self.readers))
+        assert ticket.issued == self.clock
+        new = Out(ticket, extent, self.clock, set(MEMBERS))
         self.out.append(new)
         self.extents[extent].tickets.add(new)
 
-    @precondition(lambda self: self.is_open())
-    @rule(nbytes=st.integers(0, CAPACITY), shared=st.booleans())
-    def put(self, nbytes: int, shared: bool) -> None:
-        """As the lane does it: a place, the copy, perhaps a share that holds it, a ticket or none."""
-        offset = self.space.find(nbytes)
+    def allocate(self, nbytes: int) -> tuple[Extent, Hold] | None:
+        offset = self.allocator.find(nbytes)
         if offset is None:
-            return
-        taken = self.space.taken()
-        extent = self.ledger.allocate(offset, nbytes)
-        assert (extent.offset, extent.nbytes) == (offset, self.space.rounded(nbytes))
-        assert all(offset + extent.nbytes <= at or at + size <= offset for at, size in taken.items())  # (6)
-        if shared:
-            self.ledger.hold(extent)
-        self.extents[extent] = Held(shared=shared)
-        self.issue(extent)
-        if not self.extents[extent].tickets:
-            self.ledger.settle(extent)
-            if not shared:
-                del self.extents[extent]
+            return None
+        used = self.allocator.used()
+        hold = Hold()
+        extent = self.books.allocate(offset, nbytes, hold)
+        assert (extent.offset, extent.nbytes) == (offset, self.allocator.rounded(nbytes))
+        assert hold.extent is extent
+        assert all(offset + extent.nbytes <= at or at + size <= offset for at, size in used.items())  # (6)
+        return extent, hold
 
-    @precondition(lambda self: self.is_open())
+    @rule(nbytes=st.integers(0, CAPACITY), keepers=st.integers(0, 2))
+    def put(self, nbytes: int, keepers: int) -> None:
+        """As the lane does it: a place, the copy, perhaps shares that keep it, a ticket or none."""
+        made = self.allocate(nbytes)
+        if made is None:
+            return
+        extent, hold = made
+        holds = [Hold() for _ in range(keepers)]
+        for keeper in holds:
+            self.books.keep(extent, keeper)
+        self.extents[extent] = Held(holds=holds)
+        self.issue(extent)
+        self.books.let_go(hold)
+        assert hold.extent is None
+        self.books.let_go(hold)  # once more is nothing
+        self.settle(extent)
+
     @rule(nbytes=st.integers(0, CAPACITY))
     def put_that_fails_before_its_ticket(self, nbytes: int) -> None:
-        offset = self.space.find(nbytes)
-        if offset is not None:
-            self.ledger.settle(self.ledger.allocate(offset, nbytes))
+        """Whatever it is: its hold goes with its frame."""
+        made = self.allocate(nbytes)
+        del made
+        self.books.end_dropped()
 
-    @precondition(lambda self: self.is_open() and self.extents)
+    @precondition(lambda self: self.extents)
     @rule(data=st.data(), times=st.integers(1, SLOTS + 1))
     def put_again(self, data: st.DataObject, times: int) -> None:
         """Until there are no slots any more, and once more."""
         extent = data.draw(st.sampled_from(list(self.extents)), "extent")
         for _ in range(times):
             self.issue(extent)
-        if not self.extents[extent].tickets:
-            self.ledger.settle(extent)  # nothing to settle: it is shared, or it would not be there
 
     @precondition(lambda self: self.extents)
     @rule(data=st.data())
-    def hold(self, data: st.DataObject) -> None:
+    def keep(self, data: st.DataObject) -> None:
         extent = data.draw(st.sampled_from(list(self.extents)), "extent")
-        self.ledger.hold(extent)
-        self.extents[extent].shared = True
+        hold = Hold()
+        self.books.keep(extent, hold)
+        self.extents[extent].holds.append(hold)
 
-    @precondition(lambda self: self.extents)
-    @rule(data=st.data())
-    def let_go(self, data: st.DataObject) -> None:
-        extent = data.draw(st.sampled_from(list(self.extents)), "extent")
-        self.ledger.let_go(extent)
-        self.extents[extent].shared = False
-        if not self.extents[extent].tickets:
-            del self.extents[extent]
+    @precondition(lambda self: any(held.holds for held in self.extents.values()))
+    @rule(data=st.data(), how=st.sampled_from(["let go", "dropped", "dropped in a cycle"]))
+    def end_a_hold(self, data: st.DataObject, how: str) -> None:
+        held_ones = [extent for extent, held in self.extents.items() if held.holds]
+        extent = data.draw(st.sampled_from(held_ones), "extent")
+        hold = self.extents[extent].holds.pop()
+        if how == "let go":
+            self.books.let_go(hold)
+        elif how == "dropped":
+            del hold
+        else:
+            cycle: list[Any] = [hold]
+            cycle.append(cycle)
+            del cycle, hold
+            gc.collect(0)
+            gc.collect(1)
+        used = self.allocator.used()
+        self.books.end_dropped()
+        if how == "let go":
+            assert self.allocator.used() == used
+        self.settle(extent)
 
     # --- what readers say: anything about any ticket, also twice, late, or of no ticket that ever was ---------
 
     @precondition(lambda self: self.out)
-    @rule(data=st.data(), reader=st.sampled_from(NUMBERS))
-    def give_back(self, data: st.DataObject, reader: int) -> None:
+    @rule(data=st.data(), member=st.sampled_from([*MEMBERS, *STRANGERS]))
+    def release(self, data: st.DataObject, member: Member) -> None:
         ticket = data.draw(st.sampled_from(self.out[-12:]), "ticket")
-        owed = self.owes(reader, ticket)
-        self.changing = True
-        assert self.ledger.give_back(reader, ticket.live.slot, ticket.live.serial) == owed
+        self.check_release(member, ticket)
+
+    def check_release(self, member: Member, ticket: Out) -> None:
+        owed = self.owes(member, ticket)
+        self.changing = owed
+        assert self.books.release(member, ticket.live.slot, ticket.live.serial)  # it was issued
         self.changing = False
         if owed:
-            if not ticket.heard_of:  # its group is known from now on (2)
-                ticket.heard_of = True
-                group = ticket.waiting[reader]
-                ticket.waiting = {who: theirs for who, theirs in ticket.waiting.items() if theirs == group}
-            self.done(reader, ticket)
+            if not ticket.claimed:  # its group is known from now on (2)
+                ticket.claimed = True
+                ticket.waiting = {other for other in ticket.waiting if other.group == member.group}
+            self.done(member, ticket)
 
     @precondition(lambda self: self.live())
     @rule(data=st.data())
-    def give_back_by_all_of_a_group(self, data: st.DataObject) -> None:
+    def release_by_all_of_a_group(self, data: st.DataObject) -> None:
         """What happens when nothing goes wrong; by chance alone it would hardly ever."""
         ticket = data.draw(st.sampled_from(self.live()), "ticket")
-        group = data.draw(st.sampled_from(sorted(set(ticket.waiting.values()))), "group")
-        self.changing = True
-        ticket.heard_of = True
-        for reader in [reader for reader, theirs in ticket.waiting.items() if theirs == group]:
+        group = data.draw(st.sampled_from(sorted({member.group for member in ticket.waiting})), "group")
+        for member in [member for member in MEMBERS if member in ticket.waiting and member.group == group]:
             assert not ticket.ended
-            assert self.ledger.give_back(reader, ticket.live.slot, ticket.live.serial)
-            ticket.waiting = {who: theirs for who, theirs in ticket.waiting.items() if theirs == group}
-            self.done(reader, ticket)
-        self.changing = False
+            self.check_release(member, ticket)
         assert ticket.ended
 
     @precondition(lambda self: self.out)
-    @rule(data=st.data(), reader=st.sampled_from(NUMBERS))
-    def forgo(self, data: st.DataObject, reader: int) -> None:
+    @rule(data=st.data(), member=st.sampled_from([*MEMBERS, *STRANGERS]))
+    def not_seen(self, data: st.DataObject, member: Member) -> None:
         ticket = data.draw(st.sampled_from(self.out[-12:]), "ticket")
-        self.check_forgo(reader, ticket)
+        self.check_not_seen(member, ticket)
 
     @precondition(lambda self: self.live())
     @rule(data=st.data())
-    def forgo_by_all(self, data: st.DataObject) -> None:
-        """A ticket that was lost: nobody has it (3)."""
+    def seen_by_nobody(self, data: st.DataObject) -> None:
+        """A ticket that was lost (3)."""
         ticket = data.draw(st.sampled_from(self.live()), "ticket")
-        for reader in list(ticket.waiting):
+        for member in list(ticket.waiting):
             assert not ticket.ended
-            self.check_forgo(reader, ticket)
+            self.check_not_seen(member, ticket)
         assert ticket.ended
 
-    def check_forgo(self, reader: int, ticket: Out) -> None:
-        owed = self.owes(reader, ticket)
-        self.changing = True
-        assert self.ledger.forgo(reader, ticket.live.slot, ticket.live.serial) == owed
+    def check_not_seen(self, member: Member, ticket: Out) -> None:
+        owed = self.owes(member, ticket)
+        self.changing = owed
+        assert self.books.not_seen(member, ticket.live.slot, ticket.live.serial)
         self.changing = False
         if owed:
-            self.done(reader, ticket)
-            self.orphans += ticket.ended  # the last one has said that it never had it (3)
+            self.done(member, ticket)
+            self.lost += ticket.ended  # the last one has said that it never had it (3)
 
     @precondition(lambda self: self.out)
     @rule(data=st.data())
     def withdraw(self, data: st.DataObject) -> None:
         ticket = data.draw(st.sampled_from(self.out[-12:]), "ticket")
-        possible = not ticket.ended and not ticket.heard_of
-        self.changing = True
-        assert self.ledger.withdraw(ticket.live.slot, ticket.live.serial) == possible
+        possible = not ticket.ended and not ticket.claimed
+        self.changing = possible
+        self.books.withdraw(ticket.live.slot, ticket.live.serial)
         self.changing = False
         if possible:
             self.end(ticket)
 
     @rule(
-        reader=st.sampled_from(NUMBERS),
+        member=st.sampled_from(MEMBERS),
         slot=st.integers(0, SLOTS + 1) | st.integers(0, (1 << 64) - 1),
         serial=st.integers(0, (1 << 64) - 1),
     )
-    def nonsense(self, reader: int, slot: int, serial: int) -> None:
-        if serial not in {ticket.live.serial for ticket in self.live()}:
-            assert not self.ledger.give_back(reader, slot, serial)
-            assert not self.ledger.forgo(reader, slot, serial)
-            assert not self.ledger.withdraw(slot, serial)
+    def nonsense(self, member: Member, slot: int, serial: int) -> None:
+        if serial not in {ticket.live.serial for ticket in self.out}:
+            assert not self.books.release(member, slot, serial)
+            assert not self.books.not_seen(member, slot, serial)
+            self.books.withdraw(slot, serial)
+
+    @precondition(lambda self: self.out)
+    @rule(beyond=st.integers(1, 3), member=st.sampled_from(MEMBERS), slot=st.integers(0, SLOTS))
+    def serials_just_beyond_those_issued(self, beyond: int, member: Member, slot: int) -> None:
+        for serial in (self.out[0].live.serial - beyond, self.out[-1].live.serial + beyond):
+            assert not self.books.release(member, slot, serial)
+            assert not self.books.not_seen(member, slot, serial)
+            self.books.withdraw(slot, serial)
 
     @precondition(lambda self: self.live())
-    @rule(data=st.data(), reader=st.sampled_from(NUMBERS), by=st.integers(1, SLOTS))
-    def the_right_serial_in_another_slot(self, data: st.DataObject, reader: int, by: int) -> None:
+    @rule(data=st.data(), member=st.sampled_from(MEMBERS), by=st.integers(1, SLOTS))
+    def the_right_serial_in_another_slot(self, data: st.DataObject, member: Member, by: int) -> None:
+        """Changes nothing."""
         live = data.draw(st.sampled_from(self.live()), "ticket").live
-        assert not self.ledger.give_back(reader, live.slot + by, live.serial)
-        assert not self.ledger.forgo(reader, live.slot - by, live.serial)
-        assert not self.ledger.withdraw(live.slot + by, live.serial)
+        self.books.release(member, live.slot + by, live.serial)
+        self.books.not_seen(member, live.slot - by, live.serial)
+        self.books.withdraw(live.slot + by, live.serial)
 
     # --- always --------------------------------------------------------------------------------------------
 
     @invariant()
-    def memory_is_taken_exactly_as_long_as_something_refers_to_it(self) -> None:
-        """Not freed while a ticket is out (2, 6) or a share holds it, freed when there is neither."""
-        assert self.space.taken() == {extent.offset: extent.nbytes for extent in self.extents}
-        assert all(held.tickets or held.shared for held in self.extents.values())
+    def memory_is_used_exactly_as_long_as_something_refers_to_it(self) -> None:
+        """Not freed while a ticket is out (2, 6) or a hold keeps it, freed when there is neither."""
+        assert self.allocator.used() == {extent.offset: extent.nbytes for extent in self.extents}
+        assert all(held.tickets or held.holds for held in self.extents.values())
 
     @invariant()
     def extents_know_their_tickets(self) -> None:
-        assert {extent: (extent.tickets, extent.shared) for extent in self.extents} == {
-            extent: (len(held.tickets), held.shared) for extent, held in self.extents.items()
+        assert {extent: (extent.tickets, extent.holds) for extent in self.extents} == {
+            extent: (len(held.tickets), len(held.holds)) for extent, held in self.extents.items()
         }
 
     @invariant()
     def every_ticket_ends_once(self) -> None:
-        assert self.ledger.live == {ticket.live.slot: ticket.live for ticket in self.live()}
+        assert self.books.live == {ticket.live.slot: ticket.live for ticket in self.live()}
         assert self.ends == Counter((ticket.live.slot, ticket.live.serial) for ticket in self.out if ticket.ended)
 
     @invariant()
     def who_owes_what(self) -> None:
-        """All readers there were, one group from the first give-back on, nobody who joined later, nobody dead."""
+        """All members, one group from the first release on."""
         for ticket in self.live():
-            owed = {reader: group for group, readers in ticket.live.owed.items() for reader in readers}
-            assert owed == ticket.waiting
-            assert ticket.live.debtors() == set(ticket.waiting)
-            assert set(ticket.waiting) <= set(self.readers)
+            debtors = ticket.live.debtors()
+            assert len(debtors) == len(set(debtors)) and set(debtors) == ticket.waiting
+            assert ticket.live.claimed == ticket.claimed
 
     @invariant()
-    def the_lane_is_open_while_all_expected_readers_are_there(self) -> None:
-        """(1)"""
-        assert self.ledger.is_open() == self.is_open()
-        assert self.ledger.readers == self.readers
-
-    @invariant()
-    def orphans_are_counted(self) -> None:
+    def lost_tickets_are_counted(self) -> None:
         """(3)"""
-        assert self.ledger.orphans == self.orphans
-        for before in (0.0, self.clock / 2, self.clock + 1):
-            assert self.ledger.issued_before(before) == [out.live for out in self.live() if out.at < before]
+        assert self.books.lost == self.lost
+        oldest = [ticket.live for ticket in self.live()]
+        for count in (0, 1, SLOTS):
+            assert self.books.older(count) == oldest[:count]
 
     def teardown(self) -> None:
-        """When all readers are gone and no share is left, nothing is left (4)."""
-        self.changing = True
-        for number in list(self.readers):
-            self.ledger.leave(number)
-        assert self.ledger.live == {}
-        for extent, held in self.extents.items():
-            if held.shared:
-                self.ledger.let_go(extent)
-        assert self.space.free() == {0: CAPACITY}
-        assert not self.ledger.is_open()
+        """When all members have released all tickets and no hold is left, nothing is left (4)."""
+        for ticket in self.live():
+            for member in MEMBERS:
+                self.check_release(member, ticket)
+        assert self.books.live == {}
+        for held in self.extents.values():
+            held.holds.clear()
+        self.books.end_dropped()
+        assert self.allocator.unused() == {0: CAPACITY}
         assert self.ends == Counter((ticket.live.slot, ticket.live.serial) for ticket in self.out)
 
 
@@ -356,177 +332,178 @@ TestBooks = Books.TestCase
 
 # --- stories -----------------------------------------------------------------------------------------------
 
+TP0, TP1, DP0 = Member("tp", 0), Member("tp", 1), Member("dp", 0)
+
 
 class Story:
-    """Books in which readers 1 and 2 of `tp` and 3 of `dp` have joined, and the slots of tickets that ended."""
+    """Bookkeeping for members 0 and 1 of `tp` and 0 of `dp`, and the slots of tickets that ended."""
 
     def __init__(self, slots: int = 4) -> None:
         self.ended: list[int] = []
-        self.space = Space(CAPACITY, SEGMENT, PAGE)
-        self.ledger = Ledger(self.space, slots, dict(EXPECTED), self.ended.append)
-        for reader, group in ((1, "tp"), (2, "tp"), (3, "dp")):
-            self.ledger.join(reader, group)
+        self.holds: list[Hold] = []
+        self.allocator = Allocator(CAPACITY, SEGMENT, PAGE)
+        groups = {"tp": frozenset({0, 1}), "dp": frozenset({0})}
+        self.books = Bookkeeping(self.allocator, slots, groups, self.ended.append)
 
-    def extent(self, nbytes: int = PAGE) -> Extent:
-        offset = self.space.find(nbytes)
+    def extent(self, nbytes: int = PAGE) -> tuple[Extent, Hold]:
+        offset, hold = self.allocator.find(nbytes), Hold()
         assert offset is not None
-        return self.ledger.allocate(offset, nbytes)
+        return self.books.allocate(offset, nbytes, hold), hold
 
     def issue(self, extent: Extent | None = None) -> Live:
-        ticket = self.ledger.issue(extent or self.extent(), 0.0)
+        """A ticket on an extent, by default one that nothing else keeps."""
+        new, hold = self.extent() if extent is None else (extent, Hold())
+        ticket = self.books.issue(new, 0.0)
         assert ticket is not None
+        self.books.let_go(hold)
         return ticket
 
+    def release(self, member: Member, ticket: Live) -> None:
+        assert self.books.release(member, ticket.slot, ticket.serial)
 
-def test_the_first_to_give_back_tells_whose_a_ticket_is() -> None:
+    def not_seen(self, member: Member, ticket: Live) -> None:
+        assert self.books.not_seen(member, ticket.slot, ticket.serial)
+
+    def withdraw(self, ticket: Live) -> None:
+        self.books.withdraw(ticket.slot, ticket.serial)
+
+
+def test_the_first_release_tells_whose_a_ticket_is() -> None:
     """(2): the other group never had it, and need not say so."""
     story = Story()
     ticket = story.issue()
-    assert story.ledger.give_back(2, ticket.slot, ticket.serial)
-    assert not story.ledger.give_back(3, ticket.slot, ticket.serial)
-    assert not story.ledger.forgo(3, ticket.slot, ticket.serial)
-    assert story.space.taken_bytes == PAGE and story.ended == []
-    assert story.ledger.give_back(1, ticket.slot, ticket.serial)
-    assert story.space.taken_bytes == 0 and story.ended == [ticket.slot]
+    story.release(TP1, ticket)
+    assert ticket.debtors() == [TP0]
+    story.release(DP0, ticket)
+    story.not_seen(DP0, ticket)
+    assert story.allocator.used_bytes == PAGE and story.ended == []
+    story.release(TP0, ticket)
+    assert story.allocator.used_bytes == 0 and story.ended == [ticket.slot]
 
 
-def test_a_ticket_that_one_reader_has_had_cannot_be_withdrawn() -> None:
-    """(3): the other reader of the group has it, or will."""
+def test_a_release_that_is_said_twice_counts_once() -> None:
+    """A reader whose sending was interrupted may say it again."""
     story = Story()
     ticket = story.issue()
-    assert story.ledger.give_back(1, ticket.slot, ticket.serial)
-    assert not story.ledger.withdraw(ticket.slot, ticket.serial)
-    assert story.space.taken_bytes == PAGE and story.ended == []
-    assert story.ledger.give_back(2, ticket.slot, ticket.serial)
-    assert story.space.taken_bytes == 0 and story.ended == [ticket.slot]
+    for _ in range(3):
+        story.release(TP1, ticket)
+    assert ticket.debtors() == [TP0] and story.ended == []
+    for _ in range(3):
+        story.release(TP0, ticket)
+    assert story.ended == [ticket.slot]
 
 
-def test_a_group_that_forgoes_leaves_the_ticket_to_the_other() -> None:
-    """(3): it is no orphan as long as somebody may have it."""
+def test_a_ticket_that_one_member_has_had_cannot_be_withdrawn() -> None:
+    """(3): the other member of the group has it, or will."""
     story = Story()
     ticket = story.issue()
-    for reader in (1, 2):
-        assert story.ledger.forgo(reader, ticket.slot, ticket.serial)
-    assert story.ledger.orphans == 0 and story.ledger.live
-    assert story.ledger.give_back(3, ticket.slot, ticket.serial)
-    assert story.ledger.orphans == 0 and not story.ledger.live
+    story.release(TP0, ticket)
+    story.withdraw(ticket)
+    assert story.allocator.used_bytes == PAGE and story.ended == []
+    story.release(TP1, ticket)
+    assert story.allocator.used_bytes == 0 and story.ended == [ticket.slot]
 
 
-def test_a_ticket_that_all_forgo_is_an_orphan() -> None:
+def test_a_group_that_has_not_seen_a_ticket_leaves_it_to_the_other() -> None:
+    """(3): it is not lost as long as somebody may have it."""
+    story = Story()
+    ticket = story.issue()
+    for member in (TP0, TP1):
+        story.not_seen(member, ticket)
+    assert story.books.lost == 0 and story.books.live
+    story.release(DP0, ticket)
+    assert story.books.lost == 0 and not story.books.live
+
+
+def test_a_ticket_that_nobody_has_seen_is_lost() -> None:
     """(3)"""
     story = Story()
     ticket = story.issue()
-    for reader in (3, 1, 2):
-        assert story.ledger.live
-        assert story.ledger.forgo(reader, ticket.slot, ticket.serial)
-    assert story.ledger.orphans == 1 and story.space.taken_bytes == 0
+    for member in (DP0, TP0, TP1):
+        assert story.books.live
+        story.not_seen(member, ticket)
+    assert story.books.lost == 1 and story.allocator.used_bytes == 0
 
 
-def test_a_ticket_that_one_of_the_group_never_got_is_an_orphan_as_well() -> None:
-    """(3): lost on its way to one rank only."""
+def test_a_ticket_that_one_of_the_group_never_got_is_lost_as_well() -> None:
+    """(3): on its way to one rank only."""
     story = Story()
     ticket = story.issue()
-    assert story.ledger.give_back(1, ticket.slot, ticket.serial)
-    assert story.ledger.issued_before(1.0) == [ticket]
-    assert story.ledger.forgo(2, ticket.slot, ticket.serial)
-    assert story.ledger.orphans == 1 and story.space.taken_bytes == 0
-
-
-def test_the_death_of_the_last_one_that_could_have_it_frees_it() -> None:
-    """(4)"""
-    story = Story()
-    ticket = story.issue()
-    story.ledger.give_back(1, ticket.slot, ticket.serial)
-    story.ledger.leave(3)
-    assert story.ledger.live
-    story.ledger.leave(2)
-    assert not story.ledger.live and story.space.taken_bytes == 0
-
-
-def test_who_joins_later_owes_only_what_comes_later() -> None:
-    story = Story()
-    before = story.issue()
-    floor = story.ledger.join(4, "tp")
-    after = story.issue()
-    assert before.serial <= floor < after.serial
-    assert not story.ledger.give_back(4, before.slot, before.serial)
-    for reader in (1, 2):
-        assert story.ledger.give_back(reader, before.slot, before.serial)
-        assert story.ledger.give_back(reader, after.slot, after.serial)
-    assert list(story.ledger.live.values()) == [after]
-    assert story.ledger.give_back(4, after.slot, after.serial)
-    assert not story.ledger.live
-
-
-def test_a_new_reader_with_the_number_of_a_dead_one_does_not_owe_its_tickets() -> None:
-    story = Story()
-    ticket = story.issue()
-    story.ledger.leave(1)
-    story.ledger.join(1, "tp")
-    assert not story.ledger.give_back(1, ticket.slot, ticket.serial)
-    assert story.ledger.give_back(2, ticket.slot, ticket.serial)
-    assert not story.ledger.live
+    story.release(TP0, ticket)
+    assert story.books.older(10) == [ticket]
+    story.not_seen(TP1, ticket)
+    assert story.books.lost == 1 and story.allocator.used_bytes == 0
 
 
 def test_a_slot_that_is_used_again_is_another_ticket() -> None:
     """(5): what is said late of the ticket before does not touch the one that has its slot now."""
     story = Story(slots=1)
-    extent = story.extent()
+    extent, _hold = story.extent()
     first = story.issue(extent)
-    assert story.ledger.issue(extent, 0.0) is None
+    assert story.books.issue(extent, 0.0) is None
     assert extent.tickets == 1
-    for reader in (1, 2):
-        story.ledger.give_back(reader, first.slot, first.serial)
+    for member in (TP0, TP1):
+        story.release(member, first)
     second = story.issue()
     assert second.slot == first.slot and second.serial != first.serial
-    assert not story.ledger.give_back(1, first.slot, first.serial)
-    assert not story.ledger.forgo(2, first.slot, first.serial)
-    assert not story.ledger.withdraw(first.slot, first.serial)
-    assert list(story.ledger.live.values()) == [second] and story.ended == [first.slot]
+    for member in (TP0, DP0):
+        story.release(member, first)
+        story.not_seen(member, first)
+    story.withdraw(first)
+    assert list(story.books.live.values()) == [second] and story.ended == [first.slot]
+    assert set(second.debtors()) == {TP0, TP1, DP0}
 
 
-def test_a_share_holds_an_extent_over_the_ends_of_its_tickets() -> None:
+def test_a_hold_keeps_an_extent_over_the_ends_of_its_tickets() -> None:
     story = Story()
-    extent = story.extent()
-    story.ledger.hold(extent)
-    first, second = story.issue(extent), story.issue(extent)
-    assert story.ledger.withdraw(first.slot, first.serial)
-    assert story.ledger.withdraw(second.slot, second.serial)
-    assert (extent.tickets, story.space.taken_bytes) == (0, PAGE)
+    extent, hold = story.extent()
+    story.withdraw(story.issue(extent))
+    story.withdraw(story.issue(extent))
+    assert (extent.tickets, story.allocator.used_bytes) == (0, PAGE)
     third = story.issue(extent)
-    story.ledger.let_go(extent)
-    assert story.space.taken_bytes == PAGE
-    assert story.ledger.withdraw(third.slot, third.serial)
-    assert story.space.taken_bytes == 0
+    story.books.let_go(hold)
+    assert story.allocator.used_bytes == PAGE
+    story.withdraw(third)
+    assert story.allocator.used_bytes == 0
 
 
-def test_a_shared_extent_without_a_slot_for_its_first_ticket_waits_for_the_next() -> None:
+def test_an_extent_without_a_slot_for_its_first_ticket_waits_for_the_next() -> None:
     """Nothing is lost when tickets have run out between the copy and the ticket."""
     story = Story(slots=1)
     story.issue()
-    extent = story.extent()
-    story.ledger.hold(extent)
-    assert story.ledger.issue(extent, 0.0) is None
-    story.ledger.settle(extent)
-    assert story.space.taken_bytes == 2 * PAGE
-    story.ledger.let_go(extent)
-    assert story.space.taken_bytes == PAGE
+    extent, hold = story.extent()
+    share = Hold()
+    story.books.keep(extent, share)
+    assert story.books.issue(extent, 0.0) is None
+    story.books.let_go(hold)
+    assert story.allocator.used_bytes == 2 * PAGE
+    story.books.let_go(share)
+    assert story.allocator.used_bytes == PAGE
 
 
-@pytest.mark.parametrize("lost", [1, 3])
-def test_a_lane_that_lost_a_reader_is_not_open_until_another_comes(lost: int) -> None:
-    """(1)"""
+def test_a_hold_that_is_dropped_is_noted_and_no_more() -> None:
+    """Python may collect it in the middle of whatever is done here."""
     story = Story()
-    group = story.ledger.readers[lost]
-    assert story.ledger.is_open()
-    story.ledger.leave(lost)
-    assert not story.ledger.is_open()
-    story.ledger.join(9, "dp" if group == "tp" else "tp")
-    assert not story.ledger.is_open()  # one more in the other group does not make up for it
-    story.ledger.join(10, group)
-    assert story.ledger.is_open()
+    extent, hold = story.extent()
+    del hold
+    assert (extent.holds, story.allocator.used_bytes) == (1, PAGE)
+    story.books.end_dropped()
+    assert (extent.holds, story.allocator.used_bytes) == (0, 0)
+
+
+def test_a_hold_that_outlives_the_bookkeeping_ends_without_a_word() -> None:
+    story = Story()
+    _, hold = story.extent()
+    del story
+    gc.collect()
+    del hold
 
 
 def test_serials_of_two_lanes_do_not_meet() -> None:
     one, two = Story().issue(), Story().issue()
     assert abs(one.serial - two.serial) > 1 << 16
+
+
+@pytest.mark.parametrize(("member", "says"), [(TP1, "reader 1 of 'tp'"), (DP0, "reader 0 of 'dp'")])
+def test_a_member_is_named_for_people(member: Member, says: str) -> None:
+    assert str(member) == says

@@ -83,9 +83,9 @@ def test_a_tensor_that_is_changed_while_it_is_put(
     """What another thread may do. The ticket says what was there before or after, the next one what is there."""
     tensor = random((100,))
     before = tensor.clone()
-    monkeypatch.setattr(points, "probe", lambda name: name == point and tensor.add_(1))
+    monkeypatch.setattr(failpoints, "probe", lambda name: name == point and tensor.add_(1))
     first = wide.put(tensor)
-    monkeypatch.setattr(points, "probe", None)
+    monkeypatch.setattr(failpoints, "probe", None)
     second = wide.put(tensor)
     assert same(wide.reader.take(first), before if point == "put.copied" else tensor)
     assert same(wide.reader.take(second), tensor)
@@ -100,7 +100,7 @@ def test_the_lane_keeps_no_tensor_alive(wide: Together, shared: bool) -> None:
     assert storage() is not None
     del tensor
     assert storage() is None
-    wide.reader.discard(ticket)
+    wide.discard(ticket)
     del share
 
 
@@ -109,7 +109,7 @@ def test_what_tickets_refer_to_stays_when_room_is_short(wide: Together) -> None:
     tensors = [random((8 * SEGMENT,), seed=seed) for seed in range(8)]
     out = [wide.put(tensor) for tensor in tensors]
     assert wide.refused(random((1,))).cause == "full"
-    wide.reader.discard(out[3])
+    wide.discard(out[3])
     again = wide.put(random((8 * SEGMENT,), seed=9))
     assert offset(again) == offset(out[3])
     for ticket, tensor in zip(out, tensors, strict=True):

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from mmlane.lane import Invitation, Lane, Reader, Share, control, protocol
+from mmlane.lane import Invitation, Lane, Reader, Refused, Reservation, control, protocol
 from tests.effort import examples
 from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child, die_with_the_parent
@@ -221,7 +221,7 @@ class Conversation(RuleBasedStateMachine):
         self.honest: set[int] = set()  # numbers of tickets not released by the honest reader
         self.hostile: set[int] = set()  # and by the other
         self.held: dict[int, torch.Tensor] = {}
-        self.shares: list[tuple[Share, torch.Tensor]] = []
+        self.copies: list[tuple[Reservation, torch.Tensor]] = []
         self.malformed_messages = self.lost_tickets = 0
 
     @initialize()
@@ -234,36 +234,41 @@ class Conversation(RuleBasedStateMachine):
         self.reader.join(self.lane.invitation)
         assert self.lane.wait_open(DEADLINE)
 
-    @rule(elements=st.integers(0, 40_000), uses=st.integers(0, 3))
-    def put(self, elements: int, uses: int) -> None:
+    @rule(elements=st.integers(0, 40_000))
+    def put(self, elements: int) -> None:
         tensor = new_tensor(elements)
-        share = self.lane.share(uses) if uses else None
-        self.check_put(tensor, share)
-        if share is not None:
-            self.shares.append((share, tensor))
+        self.issue(self.lane.put(tensor), tensor)
+
+    @rule(elements=st.integers(0, 40_000))
+    def copy(self, elements: int) -> None:
+        """One copy for several tickets."""
+        tensor = new_tensor(elements)
+        copy = self.lane.copy(tensor)
+        if isinstance(copy, Refused):
+            self.issue(copy, tensor)
+        else:
+            self.copies.append((copy, tensor))
 
     @rule(data=st.data())
-    def put_again(self, data: st.DataObject) -> None:
-        """Within the uses of a share, or beyond them."""
-        if self.shares:
-            share, tensor = self.shares[data.draw(st.integers(0, len(self.shares) - 1))]
-            self.check_put(tensor, share)
+    def publish(self, data: st.DataObject) -> None:
+        if self.copies:
+            copy, tensor = self.copies[data.draw(st.integers(0, len(self.copies) - 1))]
+            self.issue(copy.publish(), tensor)
 
-    def check_put(self, tensor: torch.Tensor, share: Share | None) -> None:
-        ticket = self.lane.put(tensor, share=share)
-        if isinstance(ticket, bytes):
+    def issue(self, ticket: bytes | Refused, tensor: torch.Tensor) -> None:
+        if isinstance(ticket, Refused):
+            assert ticket.cause == "full" and (self.honest | self.hostile or self.copies), ticket
+        else:
             self.honest.add(len(self.issued))
             self.hostile.add(len(self.issued))
             self.issued.append((ticket, tensor))
-        else:
-            assert ticket.cause == "full" and (self.honest | self.hostile or self.shares), ticket
 
     @rule(data=st.data(), close=st.booleans())
-    def end_a_share(self, data: st.DataObject, close: bool) -> None:
-        if self.shares:
-            share, _ = self.shares.pop(data.draw(st.integers(0, len(self.shares) - 1)))
+    def end_a_copy(self, data: st.DataObject, close: bool) -> None:
+        if self.copies:
+            copy, _ = self.copies.pop(data.draw(st.integers(0, len(self.copies) - 1)))
             if close:
-                share.close()
+                copy.close()
 
     @rule(data=st.data())
     def take(self, data: st.DataObject) -> None:
@@ -348,7 +353,7 @@ class Conversation(RuleBasedStateMachine):
             for number in sorted(self.hostile):
                 self.other.send(protocol.pairs(protocol.RELEASE, [slot_and_serial(self.issued[number][0])]))
             self.held.clear()
-            self.shares.clear()
+            self.copies.clear()
             self.issued.clear()
             eventually(lambda: self.lane.stats().tickets == 0, "what was released")
             stats = self.lane.stats()

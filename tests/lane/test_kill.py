@@ -40,7 +40,9 @@ TIMES = (1, 3)  # a first time and one amid everything
 Case = tuple[str, int, Where]
 # Points that the main thread comes past first, and another one too.
 BESIDE = tuple(
-    name for name in (*failpoints.PRODUCER, *failpoints.READER) if name.startswith(("grow.", "drain.", "give_back."))
+    name
+    for name in (*failpoints.PRODUCER, *failpoints.READER)
+    if name.startswith(("grow.", "drain.", "give_back."))
 )
 
 

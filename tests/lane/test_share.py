@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmlane.lane import Lane, Share, points
+from mmlane.lane import Lane, Share, failpoints
+from mmlane.lane.bookkeeping import Hold
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.together import PAGE, Together, held, offset, together
 from tests.lane.harness.waiting import DEADLINE, eventually
@@ -57,7 +58,7 @@ def test_the_copy_of_a_share_outlives_all_its_tickets(wide: Together) -> None:
         assert same(taken, tensor) and held(wide.lane.stats()) == (1, 1, 1)
         del taken
         assert held(wide.lane.stats()) == ((0, 1, 1) if left else (0, 0, 0))
-        wide.reader.discard(wide.put(random((PAGE,), seed=left + 1)))  # never there
+        wide.discard(wide.put(random((PAGE,), seed=left + 1)))  # never there
     assert len(offsets) == 1 and wide.lane.stats().copied_bytes == 5 * PAGE
 
 
@@ -133,7 +134,7 @@ def test_a_share_that_ends_before_its_uses_are_spent(
     tickets = [wide.put(tensor, share=share[0]) for _ in range(puts)]
     if first == "tickets":
         while tickets:
-            wide.reader.discard(tickets.pop())
+            wide.discard(tickets.pop())
         assert held(wide.lane.stats()) == (0, bool(puts), bool(puts))
     end(share)
     while tickets:
@@ -153,7 +154,7 @@ def test_a_put_with_a_closed_share_copies(wide: Together) -> None:
     tensor.add_(1)
     second, third = wide.put(tensor, share=share), wide.put(random((3,)), share=share)  # nor is it of its kind
     assert len({offset(ticket) for ticket in (first, second, third)}) == 3
-    wide.reader.discard(first)
+    wide.discard(first)
     assert held(wide.lane.stats()) == (2, 2, 2)
     assert same(wide.reader.take(second), tensor) and same(wide.reader.take(third), random((3,)))
 
@@ -174,7 +175,7 @@ def test_a_share_of_another_lane_is_an_error(wide: Together) -> None:
         share = other.lane.share(uses=2)
         ticket = other.put(random((5,)), share=share)
         for what in (random((5,)), "not even a tensor"):
-            with pytest.raises(ValueError, match=f"{other.lane.address}.*{wide.lane.address}"):
+            with pytest.raises(ValueError, match=f"{other.lane.name}.*{wide.lane.name}"):
                 wide.lane.put(what, share=share)  # type: ignore[arg-type]
         assert held(wide.lane.stats()) == (0, 0, 0) and held(other.lane.stats()) == (1, 1, 1)
         assert offset(other.put(random((5,)), share=share)) == offset(ticket)  # no use was spent
@@ -215,9 +216,9 @@ def test_tensors_of_other_sizes_at_the_same_time_are_copied_or_an_error(
             inner.append(b"")
             inner.append(wide.put(big, share=share))
 
-    monkeypatch.setattr(points, "probe", probe)
+    monkeypatch.setattr(failpoints, "probe", probe)
     outer = wide.put(small, share=share)
-    monkeypatch.setattr(points, "probe", None)
+    monkeypatch.setattr(failpoints, "probe", None)
     with pytest.raises(ValueError, match="a share for"):
         wide.lane.put(small, share=share)
     assert same(wide.reader.take(inner[1]), big) and same(wide.reader.take(outer), small)
@@ -242,13 +243,20 @@ def test_what_a_share_is_for_is_looked_at_with_the_lock_held(wide: Together) -> 
         with pytest.raises(ValueError) as error:
             lane.put(random((5 * PAGE,)), share=share)
         errors.append(str(error.value))
+        del error  # with the frame that has the share
 
     thread = threading.Thread(target=work)
-    with lane._lock:
+    with lane.lock:
         thread.start()
         eventually(lambda: stands_in(thread, Lane.put.__code__), "it waits for the lock")
-        extent = lane._ledger.allocate(0, 10)
-        ticket = lane._publish(random((10,)), 10, extent, share.held)
+        shared, small, hold = share.shared, random((10,)), Hold()
+        assert shared is not None
+        extent = lane._tickets.allocate(0, 10, hold)
+        shared.content = small.dtype, small.shape
+        lane._tickets.keep(extent, shared)
+        del shared
+        ticket = lane._issue(small, extent, 0)
+        lane._tickets.let_go(hold)
     thread.join(DEADLINE)
     assert len(errors) == 1 and isinstance(ticket, bytes)
     lane.withdraw(ticket)

@@ -153,7 +153,7 @@ class Shares(RuleBasedStateMachine):
             return
         copy.tickets -= 1
         if fate == "discard":
-            self.pair.reader.discard(ticket)
+            self.pair.discard(ticket)
         else:
             self.pair.lane.withdraw(ticket)
 

@@ -1,4 +1,4 @@
-"""What becomes of a share when a put is refused, or its lane shuts, ends, or forks.
+"""What becomes of a share when a put is refused, or its lane is off, ends, or forks.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -11,12 +11,12 @@ import os
 import pytest
 import torch
 
-from mmlane.lane import LaneError, Reader, Refused
+from mmlane.lane import LaneError, Refused
 from mmlane.lane.producer import SLOTS
 from tests.lane.harness.child import run
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, together, uses_left
-from tests.lane.harness.waiting import DEADLINE, eventually
+from tests.lane.harness.waiting import eventually
 
 
 def test_a_refused_put_spends_a_use() -> None:
@@ -27,8 +27,8 @@ def test_a_refused_put_spends_a_use() -> None:
         share = pair.lane.share(uses=4)
         assert pair.refused(tensor, share=share).cause == "full" and uses_left(share) == 3
         assert pair.refused("no tensor", share=share).cause == "unsupported" and uses_left(share) == 2
-        pair.reader.discard(ticket)
-        pair.reader.discard(pair.put(tensor, share=share))
+        pair.discard(ticket)
+        pair.discard(pair.put(tensor, share=share))
         assert uses_left(share) == 1 and held(pair.lane.stats())[:2] == (0, 1)
         assert pair.refused(random((1,))).cause == "full"  # the room is held
         refused = pair.lane.put(tensor.to_sparse(), share=share)  # not a word of its shape
@@ -43,45 +43,48 @@ def test_a_refused_put_spends_a_use() -> None:
         assert isinstance(refused, Refused) and refused.cause == "closed" and uses_left(share) == 0
 
 
-def test_a_lane_that_is_not_open_between_the_uses() -> None:
-    """What died was no use of the copy; who comes in its place reads it like any other (1, 4)."""
+def test_a_lane_that_is_off_between_the_uses(wide: Together) -> None:
+    """The copy is there still when the lane is on again."""
+    tensor, share = random((PAGE,)), wide.lane.share(uses=4)
+    first = wide.put(tensor, share=share)
+    taken = wide.reader.take(first)
+    wide.lane.switch(off=True)
+    assert wide.refused(tensor, share=share).cause == "off" and uses_left(share) == 2
+    del taken
+    assert held(wide.lane.stats()) == (0, 1, 1)
+    wide.lane.switch(off=False)
+    tickets = [wide.put(tensor, share=share) for _ in range(2)]
+    assert {offset(ticket) for ticket in tickets} == {offset(first)}
+    assert all(same(wide.reader.take(ticket), tensor) for ticket in tickets)
+
+
+def test_a_last_use_while_the_lane_is_off_frees_the_copy(wide: Together) -> None:
+    tensor, share = random((PAGE,)), wide.lane.share(uses=2)
+    wide.discard(wide.put(tensor, share=share))
+    wide.lane.switch(off=True)
+    refused = wide.lane.put(tensor, share=share)
+    assert isinstance(refused, Refused) and refused.cause == "off"
+    assert wide.nothing_is_out()
+
+
+def test_a_reader_that_ends_between_the_uses() -> None:
+    """The lane is closed, and the share with it; what was issued can be taken by the others (1, 4)."""
     with together(readers=2) as pair:
         tensor, share = random((PAGE,)), pair.lane.share(uses=4)
-        first = pair.put(tensor, share=share)
-        taken = pair.readers[0].take(first)
+        first, second = pair.put(tensor, share=share), pair.put(tensor, share=share)
+        taken = pair.reader.take(first)
         pair.readers[1].close()
-        eventually(lambda: not pair.lane.is_open, "the lane shuts")
+        eventually(lambda: pair.lane.is_closed, "the lane ends")
         refused = pair.lane.put(tensor, share=share)
-        assert isinstance(refused, Refused) and refused.cause == "not_open"
+        assert isinstance(refused, Refused) and refused.cause == "closed" and uses_left(share) == 1
+        share.close()
+        assert same(taken, tensor) and same(pair.reader.take(second), tensor)
         del taken
-        eventually(lambda: pair.lane.stats().tickets == 0, "the ticket is back")
-        assert held(pair.lane.stats()) == (0, 1, 1)
-
-        another = Reader("tp")
-        pair.readers.append(another)
-        another.join(pair.lane.invitation, DEADLINE)
-        assert pair.lane.wait_open(DEADLINE)
-        tickets = [pair.put(tensor, share=share) for _ in range(2)]
-        assert {offset(ticket) for ticket in tickets} == {offset(first)}
-        for ticket in tickets:
-            assert same(another.take(ticket), tensor) and same(pair.reader.take(ticket), tensor)
-        eventually(pair.nothing_is_out, "the copy is free")
-
-
-def test_a_last_use_while_the_lane_is_not_open_frees_the_copy() -> None:
-    with together() as pair:
-        tensor, share = random((PAGE,)), pair.lane.share(uses=2)
-        pair.reader.discard(pair.put(tensor, share=share))
-        pair.reader.close()
-        eventually(lambda: not pair.lane.is_open, "the lane shuts")
-        refused = pair.lane.put(tensor, share=share)
-        assert isinstance(refused, Refused) and refused.cause == "not_open"
-        assert pair.nothing_is_out()
 
 
 def test_a_share_that_holds_all_the_room_until_it_is_closed(wide: Together) -> None:
     large, share = random((64 * SEGMENT,)), wide.lane.share(uses=3)
-    wide.reader.discard(wide.put(large, share=share))
+    wide.discard(wide.put(large, share=share))
     for _ in range(3):
         assert wide.refused(random((1,))).cause == "full"
     share.close()

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from mmlane.lane import Lane, Reader, Refused, Share, ledger, points, producer
+from mmlane.lane import Lane, Reader, Refused, Share, bookkeeping, failpoints, producer
 from mmlane.lane import share as sharing
 from tests.lane.harness.child import run
 from tests.lane.harness.payloads import random, same
-from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset
+from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, put
 from tests.lane.harness.waiting import DEADLINE
 
 
@@ -33,9 +33,9 @@ def test_puts_that_copy_at_the_same_time(wide: Together, monkeypatch: pytest.Mon
             inner.append(b"")
             inner.append(wide.put(tensor, share=share))
 
-    monkeypatch.setattr(points, "probe", probe)
+    monkeypatch.setattr(failpoints, "probe", probe)
     outer = wide.put(tensor, share=share)
-    monkeypatch.setattr(points, "probe", None)
+    monkeypatch.setattr(failpoints, "probe", None)
     tickets = [outer, *filter(None, inner), wide.put(tensor, share=share)]
     assert len(tickets) == 5 and len({offset(ticket) for ticket in tickets}) == (4 if uses > 4 else 5)
     for ticket in tickets:
@@ -58,9 +58,9 @@ def test_a_share_that_is_closed_while_it_is_put(
                 if drained:
                     wide.lane.drain()
 
-        monkeypatch.setattr(points, "probe", probe)
+        monkeypatch.setattr(failpoints, "probe", probe)
         ticket = wide.put(tensor, share=share)
-        monkeypatch.setattr(points, "probe", None)
+        monkeypatch.setattr(failpoints, "probe", None)
         assert same(wide.reader.take(ticket), tensor)
         assert held(wide.lane.stats()) == (0, 0, 0)
 
@@ -95,7 +95,7 @@ def test_one_share_from_several_threads_at_once(wide: Together, spent: bool) -> 
     assert wide.nothing_is_out()
 
 
-FILES = {module.__file__ for module in (producer, ledger, sharing)}
+FILES = {module.__file__ for module in (producer, bookkeeping, sharing)}
 
 
 class Interrupted(Exception):
@@ -103,7 +103,7 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Raises where Python looks for signals in the lane's books, the nth time. Says whether it has.
+    """Raises where Python looks for signals in the lane's bookkeeping, the nth time. Says whether it has.
 
     That is where a function begins, and where one that is not written in Python has returned.
     """
@@ -127,7 +127,7 @@ class Interrupt:
                 raise Interrupted
 
 
-INTERRUPTED = ("first", "second", "last", "close")
+INTERRUPTED = {"first": 0, "second": 1, "last": 2, "close": 2}  # puts before that
 
 
 def interrupted_everywhere(what: str) -> tuple[int, int]:
@@ -140,14 +140,14 @@ def interrupted_everywhere(what: str) -> tuple[int, int]:
             reader.join(lane.invitation, DEADLINE)
             assert lane.wait_open(DEADLINE)
             share = lane.share(uses=3)
-            for _ in range(INTERRUPTED.index(what)):
-                lane.put(tensor, share=share)
+            for _ in range(INTERRUPTED[what]):
+                put(lane, tensor, share=share)
             try:
                 with Interrupt(nth) as interrupt:
                     if what == "close":
                         share.close()
                     else:
-                        lane.put(tensor, share=share)
+                        put(lane, tensor, share=share)
             except Interrupted:
                 assert interrupt.raised
             if not interrupt.raised:
@@ -159,16 +159,17 @@ def interrupted_everywhere(what: str) -> tuple[int, int]:
                 continue
             unharmed += 1
             share.close()
-            lane.drain()
-            assert set(lane._ledger.space.taken()) == {live.extent.offset for live in lane._ledger.live.values()}
+            # Of a put that was interrupted at its very end nobody has the ticket.
+            lane._withdrawn.extend((live.slot, live.serial) for live in lane._tickets.live.values())
+            assert held(lane.stats()) == (0, 0, 0), nth
     raise AssertionError
 
 
 @pytest.mark.parametrize("what", INTERRUPTED)
 def test_a_signal_handler_that_raises_anywhere(what: str) -> None:
-    """The lane has ended with its books, or nothing is lost: no copy without a share or a ticket (2)."""
+    """The lane has ended with its state, or nothing is lost: no copy without a share or a ticket (2)."""
     ended, unharmed = run(interrupted_everywhere, what)
     if what == "close":
-        assert (ended, unharmed) == (0, 2)
+        assert (ended, unharmed) == (0, 1)  # the rest of it is not in Python
     else:
         assert ended > 10 and unharmed > 10

@@ -89,7 +89,7 @@ def test_a_lane_tells_what_its_producer_knows_in_every_state(company: Company) -
             reader.call(Reading.discard, ticket)
     eventually(lambda: ask(name).tickets == 0, "the tickets are released")  # nobody else has drained the lane
     stats = ask(name)
-    assert (stats.tickets, stats.used_bytes, stats.extents) == (0, MIB, 1)  # a use is left
+    assert (stats.tickets, stats.used_bytes, stats.extents) == (0, MIB, 1)  # a copy is kept for one ticket more
     producer.call(Producing.forget, 1)
     stats = ask(name)
     assert (stats.used_bytes, stats.extents) == (0, 0)

@@ -1,11 +1,14 @@
-"""Several threads at once, and Python's collector anywhere: every ticket goes back, nobody waits for a lock."""
+"""Several threads at once, and Python's collector anywhere: every ticket is released, nobody waits for a lock."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
 
-from mmlane.lane import Refused
+from mmlane.lane import Refused, failpoints, link
+from mmlane.lane.ticket import digest
 from tests.lane.harness.payloads import MODES, SHAPE, random, same
 from tests.lane.harness.programs import run_beside_a_lane
 from tests.lane.harness.together import PAGE, SEGMENT, Together
@@ -40,8 +43,8 @@ def test_tensors_may_be_let_go_by_any_thread(pair: Together) -> None:
     eventually(lambda: pair.lane.stats().tickets == 0, "all are heard of")  # more than the socket holds at once
 
 
-def test_more_give_backs_at_once_than_the_socket_holds(pair: Together) -> None:
-    """They wait in the reader, and go on by themselves when the producer reads."""
+def test_more_releases_at_once_than_the_socket_holds(pair: Together) -> None:
+    """They wait in the reader, and go on when the producer reads."""
     tensor, share = random((10,)), pair.lane.share(uses=20_000)
     tickets = [pair.put(tensor, share=share) for _ in range(20_000)]
     for ticket in tickets:
@@ -74,7 +77,7 @@ COLLECTED_ANYWHERE = """
             made = lane.put(tensor, share=share)
             if isinstance(made, bytes):
                 return made
-            assert made.cause == "full", made  # a thread that gives back may wait for its turn
+            assert made.cause == "full", made  # a thread that releases may wait for its turn
         return eventually(issued, "there is room")
 
     def cycle(*what):
@@ -122,7 +125,7 @@ def test_tensors_are_collected_wherever_python_likes(threads: int) -> None:
 
 
 @pytest.mark.timeout(120)  # it hangs if it fails
-@pytest.mark.parametrize("lock", ["_lock", "_committing"])
+@pytest.mark.parametrize("lock", ["lock", "_committing"])
 def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> None:
     """The one above made certain, for the locks of the producer."""
     taken = pair.reader.take(pair.put(random(SHAPE)))
@@ -134,13 +137,48 @@ def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> 
 
 
 @pytest.mark.timeout(120)  # it hangs if it fails
-@pytest.mark.parametrize("lock", ["_claiming", "_sending"])
-def test_letting_go_waits_for_no_lock_of_the_reader(pair: Together, lock: str) -> None:
-    """While this very thread has it, as a collection in the middle of a take or of a give-back would find it."""
-    taken, other = pair.reader.take(pair.put(random(SHAPE))), pair.reader.take(pair.put(random((7,))))
+def test_letting_go_waits_for_no_lock_of_the_reader(pair: Together) -> None:
+    """Another thread's tensor is let go while one takes."""
+    taken, ticket = [pair.reader.take(pair.put(random(SHAPE)))], pair.put(random((8,)))
+    with pair.reader._links[pair.lane.name]._claiming:
+        in_threads([taken.clear])
+        assert pair.lane.stats().tickets == 1
+        pair.reader.discard(ticket)  # which leaves it to the reader's thread
+    eventually(pair.nothing_is_out, "the ticket is discarded")
+
+
+@pytest.mark.timeout(120)  # it hangs if it fails
+def test_letting_go_amid_a_take_of_the_same_thread(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a collection in the middle of it does."""
+    held = [pair.reader.take(pair.put(random(SHAPE)))]
     ticket = pair.put(random((8,)))
-    with getattr(pair.reader._links[pair.lane.address], lock):
-        del taken
-        pair.reader.discard(ticket)
-    del other  # whoever sends next sends what is left
-    assert pair.lane.stats().tickets == 0
+
+    def digest_and_collect(ticket: bytes) -> int:
+        with pair.reader._links[pair.lane.name]._claiming:
+            held.clear()
+        return digest(ticket)
+
+    monkeypatch.setattr(link, "digest", digest_and_collect)
+    assert same(pair.reader.take(ticket), random((8,)))
+    assert pair.nothing_is_out()
+
+
+def test_a_release_that_was_interrupted_is_sent_with_the_next(
+    pair: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a signal handler that raised: what a finalizer raises goes nowhere."""
+    one, two = pair.reader.take(pair.put(random(SHAPE))), pair.reader.take(pair.put(random((7,))))
+    swallowed: list[str] = []
+
+    def probe(name: str) -> None:
+        if name == "release.queued":
+            failpoints.probe = None
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda hook: swallowed.append(hook.exc_type.__name__))
+    monkeypatch.setattr(failpoints, "probe", probe)
+    del one
+    assert swallowed == ["KeyboardInterrupt"] and pair.lane.stats().tickets == 2
+    del two
+    eventually(pair.nothing_is_out, "both are released")
+    assert pair.lane.stats().malformed_messages == 0

@@ -1,4 +1,4 @@
-"""`mmlane status`, `off` and `on`: which sockets are lanes, what they tell in words, and which are switched."""
+"""`mmlane status`: which sockets are lanes, and how what lanes tell is put into words. `mmlane off` and `on`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
@@ -17,7 +18,10 @@ from typer.testing import CliRunner
 
 from mmlane.cli import app
 from mmlane.cli.status import Found, render
-from mmlane.lane.status import LaneStats, OtherUser, StatusError, running
+from mmlane.lane.status import LaneStats, OtherUser, StatusError, ask, running
+
+if TYPE_CHECKING:  # which needs torch
+    from mmlane.lane import Lane
 
 NAME = "mmlane-123-abcdef"
 MODULE = import_module("mmlane.cli.status")  # by its name, the package has the command
@@ -104,9 +108,8 @@ def test_a_lane_is_listed_once_whoever_is_connected_and_by_its_pid(scope: ExitSt
 
 
 def test_an_open_lane() -> None:
-    lane = stats(
-        used_bytes=2 << 20, extents=2, tickets=1, puts=5, shared=2, copied_bytes=3 << 30, copy_seconds=1.5
-    )
+    memory = stats(used_bytes=2 << 20, extents=2)
+    lane = replace(memory, tickets=1, puts=5, shared=2, copied_bytes=3 << 30, copy_seconds=1.5)
     text = said(Found(NAME, lane, "sglang serve"))
     assert text.splitlines()[0] == NAME
     for words in (
@@ -125,20 +128,19 @@ def test_an_open_lane() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"state": "waiting", "joined": {"tp": []}}, "waiting for readers: 0 of 'tp', 1 of 'tp'"),
-        ({"state": "waiting", "joined": {"tp": [0]}}, "waiting for readers: 1 of 'tp'"),
-        (
-            {"state": "waiting", "expected": {"tp": 2, "vit": 1}, "joined": {"tp": [0, 1]}},
-            "waiting for readers: 0 of 'vit'",
-        ),
+        ({"state": "waiting", "joined": {}}, "waiting for readers: 0 of 'tp', 1 of 'tp'"),
         ({"pinned_bytes": 32 << 20}, "64 MiB committed (32 MiB of it to be pinned), 8 GiB capacity"),
-        ({"state": "closed"}, "closed"),
+        (
+            {"state": "waiting", "expected": {"tp": 3, "vit": 1}, "joined": {"tp": [0, 2], "vit": [0]}},
+            "waiting for readers: 1 of 'tp'",
+        ),
         ({"state": "off"}, "off: puts are refused until `mmlane on`"),
-        ({"state": "off", "joined": {"tp": [0]}}, "'tp' 1/2"),
+        ({"state": "closed"}, "closed"),
+        ({"joined": {"tp": [1]}}, "'tp' 1/2"),
         ({"fallbacks": {"not_open": 3, "full": 1}}, "1 full, 3 not_open"),
         ({"lost_tickets": 1}, "1 lost and reclaimed"),
         ({"malformed_messages": 1, "rejected_peers": 2}, "1 malformed message, 2 processes"),
-        ({"malformed_messages": 2, "rejected_peers": 1}, "2 malformed messages, 1 process"),
+        ({"rejected_peers": 1}, "0 malformed messages, 1 process"),
         ({"degraded": ("hole punching: no",)}, "hole punching: no"),
         ({"expected": {"[red]tp": 1}, "joined": {}, "state": "waiting"}, "'[red]tp' 0/1"),
     ],
@@ -193,100 +195,101 @@ def test_no_lane_is_one_line_that_says_what_would_make_one(monkeypatch: pytest.M
 
 
 @pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> dict[str, LaneStats | StatusError]:
-    """What runs here instead of the lanes of this machine: name -> its state, or why it does not tell."""
-    found: dict[str, LaneStats | StatusError] = {}
+def two(scope: ExitStack, monkeypatch: pytest.MonkeyPatch) -> list[Lane]:
+    """Two lanes of this process; others that may run on this machine are out of sight."""
+    pytest.importorskip("torch")
+    from mmlane.lane import Lane
 
-    def tell(name: str) -> LaneStats:
-        if isinstance(answer := found[name], StatusError):
-            raise answer
-        return answer
-
-    def switch(name: str, off: bool) -> LaneStats:
-        found[name] = replace(tell(name), state="off" if off else "open")
-        return tell(name)
-
-    monkeypatch.setattr(MODULE, "running", lambda: tuple(found))
-    monkeypatch.setattr(MODULE, "ask", tell)
-    monkeypatch.setattr(MODULE, "switch", switch)
-    return found
+    lanes = [scope.enter_context(Lane({"tp": 1}, capacity=4 << 20)) for _ in range(2)]
+    monkeypatch.setattr(MODULE, "running", lambda: tuple(lane.name for lane in lanes))
+    return lanes
 
 
-def states(lanes: dict[str, LaneStats | StatusError]) -> list[str]:
-    return [lane.state for lane in lanes.values() if isinstance(lane, LaneStats)]
+@pytest.mark.parametrize("which", [["--all"], [str(os.getpid())]])
+def test_lanes_are_switched_off_and_on(which: list[str], two: list[Lane]) -> None:
+    for word, state in (("off", "off"), ("off", "off"), ("on", "waiting"), ("on", "waiting")):
+        done = CliRunner().invoke(app, [word, *which])
+        assert (done.exit_code, done.output) == (0, "".join(f"{lane.name}: {state}\n" for lane in two))
+        assert [lane.state for lane in two] == [state] * 2
 
 
-def test_the_lanes_of_one_process_are_switched_off_and_on(lanes: dict[str, LaneStats | StatusError]) -> None:
-    for name, pid in (("mmlane-7-a", 7), ("mmlane-7-b", 7), ("mmlane-8-c", 8)):
-        lanes[name] = stats(name=name, pid=pid)
-    done = CliRunner().invoke(app, ["off", "7"])
-    assert (done.exit_code, done.output) == (0, "mmlane-7-a: off\nmmlane-7-b: off\n")
-    assert states(lanes) == ["off", "off", "open"]
-    done = CliRunner().invoke(app, ["on", "7"])
-    assert (done.exit_code, done.output) == (0, "mmlane-7-a: open\nmmlane-7-b: open\n")
-    assert states(lanes) == ["open"] * 3
+def test_only_lanes_of_the_process_that_was_named_are_switched(two: list[Lane]) -> None:
+    other = 1 if os.getpid() != 1 else 2
+    done = CliRunner().invoke(app, ["off", str(other)])
+    assert done.exit_code == 1 and f"no lane of process {other}; `mmlane status`" in done.output
+    assert [lane.state for lane in two] == ["waiting"] * 2
 
 
-def test_all_lanes_of_this_user_are_switched_and_those_of_others_are_no_failure(
-    lanes: dict[str, LaneStats | StatusError],
+def test_a_lane_that_cannot_be_switched_keeps_none_of_the_others(
+    two: list[Lane], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lanes["mmlane-7-a"] = stats(name="mmlane-7-a", pid=7)
-    lanes["mmlane-8-b"] = OtherUser("lane mmlane-8-b does not tell its status: it belongs to user 8")
-    lanes["mmlane-9-c"] = stats(name="mmlane-9-c", pid=9)
+    names = [two[0].name, NAME, two[1].name]
+    monkeypatch.setattr(MODULE, "running", lambda: tuple(names))
     done = CliRunner().invoke(app, ["off", "--all"])
-    assert (done.exit_code, done.output) == (0, "mmlane-7-a: off\nmmlane-9-c: off\n")
-    assert CliRunner().invoke(app, ["on", "--all"]).exit_code == 0
-    assert states(lanes) == ["open"] * 2
+    assert done.exit_code == 1 and f"mmlane: lane {NAME} does not tell its status: nobody listens" in done.output
+    assert [lane.state for lane in two] == ["off"] * 2
 
 
-@pytest.mark.parametrize("words", [["--all"], ["8"]])
-def test_a_lane_that_cannot_be_switched_is_a_failure_and_the_others_are_switched(
-    lanes: dict[str, LaneStats | StatusError], words: list[str]
-) -> None:
-    problem = "lane mmlane-8-b does not tell its status: no answer within 2 s"
-    lanes["mmlane-8-b"] = StatusError(problem)
-    lanes["mmlane-9-c"] = stats(name="mmlane-9-c", pid=8)
-    done = CliRunner().invoke(app, ["off", *words])
-    assert done.exit_code == 1
-    assert f"mmlane: {problem}\n" in done.output and "mmlane-9-c: off\n" in done.output
+@pytest.mark.parametrize("word", ["off", "on"])
+@pytest.mark.parametrize("words", [[], ["123", "--all"], ["abc"]])
+def test_it_must_be_clear_which_lanes_are_meant(word: str, words: list[str], two: list[Lane]) -> None:
+    assert CliRunner().invoke(app, [word, *words]).exit_code == 2
+    assert [lane.state for lane in two] == ["waiting"] * 2
 
 
-@pytest.mark.parametrize("command", ["off", "on"])
-def test_a_lane_of_another_user_cannot_be_switched_by_its_pid(
-    lanes: dict[str, LaneStats | StatusError], command: str
-) -> None:
-    lanes["mmlane-8-b"] = OtherUser("lane mmlane-8-b does not tell its status: it belongs to user 8")
-    done = CliRunner().invoke(app, [command, "8"])
-    assert done.exit_code == 1 and "it belongs to user 8" in done.output
+@pytest.mark.parametrize("word", ["off", "on"])
+def test_where_no_lane_runs_nothing_was_switched(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "running", lambda: ())
+    done = CliRunner().invoke(app, [word, "--all"])
+    assert done.exit_code == 1 and "No lane runs in this network namespace" in done.output
 
 
-@pytest.mark.parametrize("command", ["off", "on"])
-def test_nothing_to_switch_is_a_failure_that_says_so(
-    lanes: dict[str, LaneStats | StatusError], command: str
-) -> None:
-    done = CliRunner().invoke(app, [command, "--all"])
-    assert done.exit_code == 1 and "No lane runs" in done.output
-    lanes["mmlane-7-a"] = OtherUser("it belongs to user 8")
-    done = CliRunner().invoke(app, [command, "--all"])
-    assert done.exit_code == 1 and "no lane of this user; `mmlane status` lists all" in done.output
-    done = CliRunner().invoke(app, [command, "8"])
-    assert done.exit_code == 1 and "no lane of process 8; `mmlane status` lists all" in done.output
-
-
-@pytest.mark.parametrize("command", ["off", "on"])
-@pytest.mark.parametrize("words", [[], ["7", "--all"]])
-def test_a_pid_or_all_is_needed(command: str, words: list[str]) -> None:
-    done = CliRunner().invoke(app, [command, *words])
-    assert done.exit_code == 2 and "--all" in done.output
-
-
-@pytest.mark.parametrize("command", ["off", "on"])
-def test_switching_where_lanes_cannot_be_listed_is_a_clear_error(
-    command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("word", ["off", "on"])
+def test_lanes_that_cannot_be_listed_are_not_switched(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> tuple[str, ...]:
         raise StatusError("the lanes of this machine cannot be listed: no /proc")
 
     monkeypatch.setattr(MODULE, "running", fail)
-    done = CliRunner().invoke(app, [command, "--all"])
-    assert done.exit_code == 1 and "mmlane: the lanes of this machine cannot be listed: no /proc" in done.output
+    done = CliRunner().invoke(app, [word, "--all"])
+    assert done.exit_code == 1 and "cannot be listed: no /proc" in done.output
+
+
+FOREIGN = "mmlane-8-abcdef"
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane of another user is there, too."""
+
+    def tell(name: str) -> LaneStats:
+        if name == FOREIGN:
+            raise OtherUser(f"lane {name} does not tell its status: it belongs to user 8, this is user 9")
+        return ask(name)
+
+    ours = MODULE.running
+    monkeypatch.setattr(MODULE, "running", lambda: (FOREIGN, *ours()))
+    monkeypatch.setattr(MODULE, "ask", tell)
+
+
+def test_all_lanes_of_this_user_are_switched_and_those_of_others_are_no_failure(
+    two: list[Lane], foreign: None
+) -> None:
+    done = CliRunner().invoke(app, ["off", "--all"])
+    assert (done.exit_code, done.output) == (0, "".join(f"{lane.name}: off\n" for lane in two))
+
+
+@pytest.mark.parametrize("word", ["off", "on"])
+def test_a_lane_of_another_user_cannot_be_switched_by_its_pid(word: str, two: list[Lane], foreign: None) -> None:
+    done = CliRunner().invoke(app, [word, "8"])
+    assert done.exit_code == 1 and f"mmlane: lane {FOREIGN}" in done.output
+    assert [lane.state for lane in two] == ["waiting"] * 2
+
+
+def test_where_only_others_have_lanes_nothing_was_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(name: str) -> LaneStats:
+        raise OtherUser("it belongs to user 8, this is user 9")
+
+    monkeypatch.setattr(MODULE, "running", lambda: (FOREIGN,))
+    monkeypatch.setattr(MODULE, "ask", tell)
+    done = CliRunner().invoke(app, ["off", "--all"])
+    assert done.exit_code == 1 and "no lane of this user; `mmlane status` lists all" in done.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,7 +144,10 @@ def _switch_all(pid: int | None, everything: bool, *, off: bool) -> None:
 
 def look() -> list[Found]:
     """Ask all lanes that run. Raises StatusError where they cannot be listed."""
-    return [_found(name) for name in running()]
+    names = running()
+    # At once: any user can have a name here at which nobody answers.
+    with ThreadPoolExecutor(max(len(names), 1)) as pool:
+        return list(pool.map(_found, names))
 
 
 def _found(name: str) -> Found:

@@ -10,6 +10,9 @@
 Any process of the same user can ask after lanes: mmlane.lane.status.
 
 docs/lane.md explains the protocol. `Lane` and `Reader` need torch; nothing here knows the engine.
+
+No error is logged as an object, only its text: a handler that keeps records would keep its traceback, and with
+that a lane's memory.
 """
 
 from importlib import import_module
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from mmlane.lane.producer import Lane
     from mmlane.lane.reader import Mode, Reader
     from mmlane.lane.reservation import Reservation
-    from mmlane.lane.share import Share
 else:
     # These need torch, which takes seconds to import; who asks for a lane's status does not.
     _LATER = {
@@ -42,7 +44,6 @@ else:
         "Mode": "reader",
         "Reader": "reader",
         "Reservation": "reservation",
-        "Share": "share",
     }
 
     def __getattr__(name):
@@ -64,7 +65,6 @@ __all__ = [
     "Reader",
     "Refused",
     "Reservation",
-    "Share",
     "StaleHere",
     "StaleTicket",
     "StatusError",

@@ -6,11 +6,11 @@ The numbers in brackets are those of the invariants in docs/lane.md.
 from __future__ import annotations
 
 import secrets
-import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from mmlane.lane.allocator import Allocator
 
@@ -27,30 +27,31 @@ class Member(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Extent:
-    """A range of the lane that holds one tensor. holds: how many puts, shares and reservations keep it."""
+    """A range of the lane that holds one tensor. kept: by a hold. published: it has had a ticket."""
 
     offset: int
     nbytes: int
     tickets: int = 0
-    holds: int = 0
+    kept: bool = True
+    published: bool = False
 
 
 class Hold:
     """Keeps an extent until it is let go, or dropped.
 
-    `end` is called with the extent in the latter case, wherever Python runs: it must only take a note. So a put
-    that is interrupted, however often, leaves nothing behind.
+    end: called in the latter case with what `Bookkeeping.dropped` wants, wherever Python runs. It has to be one
+    that is written in C, like the `append` of a deque: no signal handler can interrupt that, so nothing is lost.
     """
 
-    __slots__ = ("_end", "extent")
+    __slots__ = ("__weakref__", "end", "extent", "kept")
 
-    def __init__(self, end: Callable[[Extent], None]) -> None:
-        self._end = end
+    def __init__(self, end: Callable[[Kept], object]) -> None:
+        self.end = end
         self.extent: Extent | None = None
+        self.kept: Kept | None = None
 
-    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if self.extent is not None and not ending():
-            self._end(self.extent)
+
+Kept: TypeAlias = "weakref.ref[Hold]"  # stands for a hold that may be gone
 
 
 @dataclass(eq=False, slots=True)
@@ -87,8 +88,9 @@ class Bookkeeping:
         self.slots = slots
         self.members = members
         self.live: dict[int, Live] = {}  # by slot, oldest first
-        self.lost = 0  # tickets that no member ever saw
+        self.lost = 0  # tickets that at least one member never saw
         self._on_end = on_end
+        self._kept: dict[Kept, Extent] = {}
         self._unused: list[int] = []  # slots
         self._highest = 0
         # Serials of two lanes do not meet, even if one should have the other's name.
@@ -99,28 +101,25 @@ class Bookkeeping:
     def allocate(self, offset: int, nbytes: int, hold: Hold) -> Extent:
         """An extent for `nbytes` at a place that the allocator has found, kept by a hold."""
         self.allocator.use(offset, nbytes)
-        extent = Extent(offset, self.allocator.rounded(nbytes))
-        self.keep(extent, hold)
-        return extent
-
-    def keep(self, extent: Extent, hold: Hold) -> None:
-        """Have a hold keep an extent."""
-        extent.holds += 1
-        hold.extent = extent
+        hold.extent = Extent(offset, self.allocator.rounded(nbytes))
+        hold.kept = weakref.ref(hold, hold.end)
+        self._kept[hold.kept] = hold.extent
+        return hold.extent
 
     def let_go(self, hold: Hold) -> None:
         """A hold keeps its extent no longer."""
-        extent, hold.extent = hold.extent, None
-        if extent is not None:
-            self.dropped(extent)
+        kept, hold.kept, hold.extent = hold.kept, None, None
+        if kept is not None:
+            self.dropped(kept)
 
-    def dropped(self, extent: Extent) -> None:
-        """One of an extent's holds is gone."""
-        extent.holds -= 1
+    def dropped(self, kept: Kept) -> None:
+        """A hold is gone."""
+        extent = self._kept.pop(kept)
+        extent.kept = False
         self._settle(extent)
 
     def _settle(self, extent: Extent) -> None:
-        if not extent.tickets and not extent.holds:
+        if not extent.tickets and not extent.kept:
             self.allocator.free(extent.offset)
 
     # --- tickets -------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ logger = logging.getLogger("mmlane.lane")
 
 _UNPROVEN = 64  # connections at a time that have not proven that they are readers
 _PATIENCE = 2.0  # seconds they have for it
+_REASONS = 16  # to log; a crowd must not fill the log
 _REST = 0.02  # seconds without new connections after one was rejected
 _AT_ONCE = 1024  # messages of one member to read in one go: more than fit into a socket
 _SWITCHES = {protocol.STATUS: None, protocol.OFF: True, protocol.ON: False}
@@ -92,6 +93,7 @@ class Control:
         self._stop = self._has_work = False
         self._listens = True
         self.rejected = 0
+        self._reasons: set[str] = set()  # those that were logged
         with ExitStack() as scope:  # closes what there is, should the rest not be had
             with needed("a Unix socket in the abstract namespace"):
                 listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -99,13 +101,13 @@ class Control:
                 self._listener.bind(f"\0{invitation.name}")
                 self._listener.listen(_UNPROVEN)
                 self._listener.setblocking(False)
-            with needed("eventfd"):
-                self._wakeup = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             with needed("epoll"):
                 self._events = scope.enter_context(select.epoll())  # what wakes the thread
                 self._events.register(self._listener, select.EPOLLIN)
-                self._events.register(self._wakeup.fd, select.EPOLLIN)
                 self._inbox = scope.enter_context(select.epoll())  # what `received` reads
+            with needed("eventfd"):
+                self._wakeup = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+                self._events.register(self._wakeup.fd, select.EPOLLIN)
             scope.pop_all()
         self._thread = threading.Thread(target=self._run, name=invitation.name, daemon=True)
 
@@ -194,17 +196,18 @@ class Control:
         return False
 
     def _run(self) -> None:
-        problem = "the lane's control thread has failed"
+        failure: Exception | None = None
         try:
             while not self._stop:
                 self._turn()
-            problem = ""
-        except Exception as error:
-            problem = f"{problem}: {error!r}"
-            logger.exception("lane %s is closed: its control thread has failed", self._thread.name)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the lane ends, and says so last
+            failure = error
         finally:
-            self._host.ended(problem)
+            self._host.ended(f"the lane's control thread has failed: {failure!r}")
             self.abandon()
+        if failure is not None:
+            logger.error("lane %s is closed: its control thread has failed", self._thread.name, exc_info=failure)
+        self._host.work()
 
     def _turn(self) -> None:
         deadlines = [one.deadline for one in self._connections.values() if one.member is None]
@@ -254,7 +257,7 @@ class Control:
             return
         except OSError as error:  # out of descriptors: the process stays in the queue
             logger.warning(
-                "a lane could not let a reader in (%s): trying again in a second; raise `ulimit -n`", error
+                "a lane could not let a reader in (%s): trying again in a second; raise `ulimit -n`", str(error)
             )
             self._rest_for(1.0)
             return
@@ -303,6 +306,8 @@ class Control:
                 if not has_ended(other.socket):
                     raise ProtocolError(f"{member} is here already, as process {peer_of(other.socket).pid}")
                 self._drop(number)
+        if self._stop:
+            raise ProtocolError("this lane is closed")
         one.member = member
         message = protocol.welcome(self._invitation.secret, hello.nonce, *self._memory)
         socket.send_fds(one.socket, [message], [self._descriptor], protocol.QUIETLY)
@@ -327,6 +332,9 @@ class Control:
 
     def _reject(self, number: int, reason: str, level: int = logging.INFO) -> None:
         self.rejected += 1
+        if reason in self._reasons or len(self._reasons) >= _REASONS:  # `rejected` counts the rest
+            level = logging.DEBUG
+        self._reasons.add(reason)
         logger.log(level, "lane %s rejected a process: %s", self._invitation.name, reason)
         with suppress(OSError):  # gone already
             self._connections[number].socket.send(protocol.reject(reason), protocol.QUIETLY)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import struct
 from dataclasses import dataclass, field
 
 from mmlane.lane.errors import MalformedInvitation
+from mmlane.lane.protocol import VERSION
 
-_MAGIC = b"mmlane3 "  # with the version of the protocol
+_MAGIC = b"mmlane invitation "
+_VERSION = struct.Struct("<H")  # of the protocol
 _SECRET = 32  # bytes
 _NAME = 100  # bytes at most: what a socket's address holds
 
@@ -29,17 +32,20 @@ class Invitation:
         return cls(name, secrets.token_bytes(_SECRET))
 
     def __bytes__(self) -> bytes:
-        return _MAGIC + self.secret + self.name.encode()
+        return _MAGIC + _VERSION.pack(VERSION) + self.secret + self.name.encode()
 
     @classmethod
     def parse(cls, data: object) -> Invitation:
         """The invitation that `bytes` made. Raises MalformedInvitation, which quotes nothing of it."""
-        if not isinstance(data, bytes) or not data.startswith(_MAGIC):
+        head = len(_MAGIC) + _VERSION.size
+        if not isinstance(data, bytes) or not data.startswith(_MAGIC) or len(data) < head:
+            raise MalformedInvitation(f"not an invitation: {type(data).__name__}")
+        (version,) = _VERSION.unpack_from(data, len(_MAGIC))
+        if version != VERSION:
             raise MalformedInvitation(
-                f"no invitation of protocol {_MAGIC[6:].decode().strip()}, which this mmlane speaks: run one"
-                " version of mmlane in all processes of the engine"
+                f"an invitation of protocol {version}, this mmlane speaks {VERSION}: run one version of mmlane"
             )
-        secret, name = data[len(_MAGIC) :][:_SECRET], data[len(_MAGIC) + _SECRET :]
+        secret, name = data[head:][:_SECRET], data[head + _SECRET :]
         if len(secret) < _SECRET or not name.isascii() or not 0 < len(name) <= _NAME:
             raise MalformedInvitation("an invitation that was damaged on its way")
         return cls(name.decode(), secret)

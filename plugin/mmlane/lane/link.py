@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -25,12 +26,18 @@ logger = logging.getLogger("mmlane.lane")
 
 
 class _Mark:
-    """Stands for one claim where the claim itself would be kept alive."""
+    """What is known of a slot's last ticket here, without keeping its claim alive.
 
-    __slots__ = ("serial",)
+    is_held: tells whether the claim lives; None for a ticket that was never taken. is_lent: a device may read the
+    memory.
+    """
 
-    def __init__(self, serial: int) -> None:
+    __slots__ = ("is_held", "is_lent", "serial")
+
+    def __init__(self, serial: int, claim: Claim | None = None) -> None:
         self.serial = serial
+        self.is_held = None if claim is None else weakref.ref(claim)
+        self.is_lent = False
 
 
 class Claim:
@@ -40,24 +47,19 @@ class Claim:
     mapping: what the tensor lies in, which stays mapped as long as this.
     """
 
-    mark: _Mark | None = None
-    is_lent = False  # a device may read the memory
-
     def __init__(self, link: Link, content: Content) -> None:
         self.link = link
         self.content = content
         self.mapping: memory.Mapping = link.mapping
-        self.mark = _Mark(content.serial)
+        self.mark = _Mark(content.serial, self)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        """At the end of the interpreter, the end of the connection tells it all."""
-        if ending() or self.mark is None or self.link.owner(self.content.slot) is not self.mark:
-            return
-        release = partial(self.link.release, self.content, self.mapping)
-        if self.is_lent and self.link.device is not None:
-            self.link.device.settle(release)
-        else:
-            release()
+        """At the end of the interpreter, the end of the connection tells it all.
+
+        Where this is interrupted, the ticket is released when the producer asks after it.
+        """
+        if not ending() and hasattr(self, "mark") and self.link.owner(self.content.slot) is self.mark:
+            self.link.let_go(self.content.slot, self.mark, self.mapping)
 
 
 class Link:
@@ -92,6 +94,7 @@ class Link:
         self.base = slots * 8  # the directory's size: where extents begin
         self.gone_at: float | None = None  # when the producer ended
         self.wants_room = False  # the socket was full
+        self.is_promised_room = False  # the reader's thread knows that, and calls `flush`
         self._is_member = self._asked_to_pin = False
         self._directory = self.mapping.words(slots)
         self._wake = wake
@@ -147,20 +150,34 @@ class Link:
         return self._seen.get(slot)
 
     def promise(self, slot: int, serial: int) -> None:
-        """Answer that a ticket was never seen here, and see to it that it never will be; no answer if it was."""
+        """Answer that a ticket was never seen here, and see to it that it never will be.
+
+        If it was taken and let go, it is released once more, since that may have been interrupted. No answer if it
+        is held, was promised before, or was withdrawn and the slot used again.
+        """
         with self._claiming:
             seen = self._seen.get(slot)
-            if seen is not None and seen.serial >= serial:
-                return  # it is held, or was released, or was withdrawn and the slot used again
-            self._promised[slot] = serial
-            self._seen[slot] = _Mark(serial)
-        self._send_soon(protocol.NOT_SEEN, slot, serial)
+            is_new = seen is None or seen.serial < serial
+            if is_new:
+                self._promised[slot] = serial
+                self._seen[slot] = _Mark(serial)
+        if is_new:
+            self._send_soon(protocol.NOT_SEEN, slot, serial)
+        elif seen is not None and seen.serial == serial and seen.is_held is not None and seen.is_held() is None:
+            self.let_go(slot, seen)
 
-    def release(self, content: Content, mapping: memory.Mapping | None = None) -> None:
-        """A ticket is done with. Runs wherever Python lets the tensor go, so it waits for nothing."""
+    def let_go(self, slot: int, mark: _Mark, mapping: memory.Mapping | None = None) -> None:
+        """A ticket is done with here, and with what it is lent to. Runs in finalizers, so it waits for nothing."""
+        release = partial(self._release, slot, mark.serial, mapping)
+        if mark.is_lent and self.device is not None:
+            self.device.settle(mark, release)
+        else:
+            release()
+
+    def _release(self, slot: int, serial: int, mapping: memory.Mapping | None) -> None:
         if mapping is not None and mapping.private:
             mapping.unmap()
-        self._send_soon(protocol.RELEASE, content.slot, content.serial)
+        self._send_soon(protocol.RELEASE, slot, serial)
 
     # --- sending -------------------------------------------------------------------------------------------
 
@@ -169,7 +186,7 @@ class Link:
         item = (kind, slot, serial)
         self._outbox[item] = None
         failpoints.reached("release.queued")
-        if self.wants_room:
+        if self.is_promised_room:
             return
         try:
             if len(self._outbox) > 1:  # an interrupt left it here, or another thread is about to send it
@@ -185,7 +202,7 @@ class Link:
 
     def flush(self) -> None:
         """Send what could not be sent. Called by the reader's thread alone."""
-        self.wants_room = False
+        self.wants_room = self.is_promised_room = False
         try:
             while batch := self._batch():
                 self.connection.send(protocol.pairs(batch[0][0], [item[1:] for item in batch]), protocol.QUIETLY)
@@ -214,7 +231,7 @@ class Link:
             logger.warning(
                 "a lane's memory is not pinned (%s), so it is copied to the GPU from pageable memory, which is"
                 " slower; give the lane a smaller `pinned`, or 0 to silence this",
-                str(result),  # without its traceback: a handler that keeps records would keep the mapping
+                str(result),
             )
         elif self.gone_at is None:
             self.pinned = result
@@ -223,7 +240,7 @@ class Link:
     def unpin(self) -> None:
         """Let go of what is registered, as soon as the device has read what it was told to."""
         if self.device is not None and self.pinned is not None:
-            held = [self.pinned]
+            loan, held = object(), [self.pinned]
             self.pinned = None
-            self.device.owe()
-            self.device.settle(held.clear)  # in the device's thread, which disturbs nobody
+            self.device.owe(loan)
+            self.device.settle(loan, held.clear)  # in the device's thread, which disturbs nobody

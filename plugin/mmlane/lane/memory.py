@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
 from typing import ClassVar
+from weakref import WeakSet
 
 import torch
 
@@ -183,6 +184,18 @@ def copy(tensor: torch.Tensor, nbytes: int, owner: Owner) -> None:
         tensor_at(owner, tensor.dtype, tensor.shape).copy_(tensor.detach())
 
 
+class Grant:
+    """A number of bytes that may be reserved, and that nobody else is granted while this object lives.
+
+    nbytes: what is left of it. So a put that is interrupted keeps nothing.
+    """
+
+    __slots__ = ("__weakref__", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
 class Backing:
     """A lane's memory: `nbytes` of address room in an anonymous file. Nothing is committed before `reserve`.
 
@@ -195,7 +208,8 @@ class Backing:
     def __init__(self, nbytes: int) -> None:
         self.degraded: list[str] = []
         self._checked = 0.0  # when the machine was looked at last
-        self._granted = 0  # bytes that may be committed before it is looked at again
+        self._left = 0  # bytes that may be granted before it is looked at again
+        self._grants: WeakSet[Grant] = WeakSet()
         self._on_file_system = False
         self.fd = self.shared_fd = -1
         self.fd = self.shared_fd = self._create()
@@ -248,24 +262,27 @@ class Backing:
             self.degraded.append(f"read-only descriptor: {error}; readers could write to the memory")
             return self.fd
 
-    def check(self, nbytes: int) -> None:
-        """Raises OSError(ENOMEM) unless that much memory may be committed: at its limit a control group kills.
+    def grant(self, nbytes: int) -> Grant:
+        """Raises OSError(ENOMEM) unless that much memory may be reserved: at its limit a control group kills.
 
         Looks at the machine now and then only, which takes a quarter of a millisecond. For one thread at a time.
         """
         now = time.monotonic()
-        if nbytes <= self._granted and now < self._checked + _TRUSTED:
-            self._granted -= nbytes
-            return
-        facts = host.memory()
-        spare = min(min(facts.total, facts.limit or facts.total) // 16, 1 << 30)  # for everybody's other needs
-        left = min(facts.available - spare, self._room() - self._others)
-        if nbytes > left:
-            raise OSError(
-                errno.ENOMEM,
-                f"{nbytes} bytes wanted, {max(left, 0)} left for the lane, of {facts.available} available",
-            )
-        self._checked, self._granted = now, min(left, max(_GRANT, nbytes)) - nbytes
+        if nbytes > self._left or now > self._checked + _TRUSTED:
+            facts = host.memory()
+            spare = min(min(facts.total, facts.limit or facts.total) // 16, 1 << 30)  # for everybody's other needs
+            left = min(facts.available - spare, self._room() - self._others)
+            left -= sum(grant.nbytes for grant in self._grants)
+            if nbytes > left:
+                raise OSError(
+                    errno.ENOMEM,
+                    f"{nbytes} bytes wanted, {max(left, 0)} left for the lane, of {facts.available} available",
+                )
+            self._checked, self._left = now, min(left, max(_GRANT, nbytes))
+        self._left -= nbytes
+        grant = Grant(nbytes)
+        self._grants.add(grant)
+        return grant
 
     def reserve(self, offset: int, nbytes: int) -> None:
         """Commit memory for a range, so that writing to it cannot fail. Raises OSError when there is none."""

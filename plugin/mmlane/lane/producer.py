@@ -19,12 +19,11 @@ import torch
 
 from mmlane.lane import failpoints, memory, protocol
 from mmlane.lane.allocator import Allocator
-from mmlane.lane.bookkeeping import Bookkeeping, Extent, Hold, Live, Member
+from mmlane.lane.bookkeeping import Bookkeeping, Extent, Hold, Kept, Live, Member
 from mmlane.lane.control import Control
 from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused, needed
 from mmlane.lane.invitation import Invitation
 from mmlane.lane.reservation import Reservation
-from mmlane.lane.share import Share, Shared
 from mmlane.lane.status import LaneStats, State
 from mmlane.lane.ticket import DIMENSIONS, NAMES, Content, digest, read, write
 
@@ -119,7 +118,7 @@ class Lane:
         self._lines: deque[tuple[int, str, tuple[object, ...]]] = deque()  # to be logged by the control thread
         self._withdrawn: deque[tuple[int, int]] = deque()
         self._recalled: deque[tuple[int, int]] = deque()
-        self._dropped: deque[Extent] = deque()  # of which a hold was dropped
+        self._dropped: deque[Kept] = deque()  # for holds that were dropped
         self._refused: Counter[Cause] = Counter()
         self._puts = self._shared = self._copied = self._malformed = 0
         self._copy_seconds = 0.0
@@ -149,6 +148,7 @@ class Lane:
                 self, self.invitation, (self._base + capacity, SLOTS, path), backing.shared_fd, idle
             )
         except OSError as error:
+            backing.close()  # the error's traceback keeps the object
             raise LaneUnavailable(
                 f"a lane of {capacity} bytes could not be set up ({error}): ask for a smaller capacity, raise"
                 " `ulimit -v` or `ulimit -n`, or allow in the sandbox what is named here"
@@ -194,9 +194,7 @@ class Lane:
     def wait_open(self, timeout: float | None = None) -> bool:
         """Wait until the lane has opened; False after `timeout` seconds, or when it is closed."""
         self._check_process()
-        waiting = (
-            threading.Lock()
-        )  # neither a Condition nor an Event: a signal handler that raises can break those
+        waiting = threading.Lock()  # no Condition, no Event: a signal handler that raises can break those
         waiting.acquire()
         self._waiting.append(waiting)
         if not self._closed and not self._has_opened:
@@ -205,57 +203,32 @@ class Lane:
             self._waiting.remove(waiting)
         return self._has_opened and not self._closed
 
-    def put(self, tensor: torch.Tensor, *, share: Share | None = None) -> bytes | Refused:
+    def put(self, tensor: torch.Tensor) -> bytes | Refused:
         """Copy a tensor into the lane and return a ticket for it, for the readers of one group to take or discard.
 
         tensor: any shape, strides and dtype of whole bytes, dense, on the CPU; readers get it contiguous.
-        share: of this lane, made for this tensor (see `Lane.share`): only its first put copies.
 
-        Returns a Refused where no ticket can be had; never waits for readers. Raises LaneError in a forked child,
-        ValueError for a share that is not for this tensor or lane.
+        Returns a Refused where no ticket can be had; never waits for readers. Raises LaneError in a forked child.
         """
-        self._check_process()
-        shared = None if share is None else share.shared
-        if shared is not None and shared.lane is not self:
-            raise ValueError(f"a share of {shared.lane!r}, put into {self!r}")
-        problem = _unsupported(tensor)
-        if problem:
-            with self.lock, self._change:
-                self._spend(shared)
-                return self._refuse("unsupported", problem)
-        nbytes = tensor.numel() * tensor.itemsize
         hold = Hold(self._dropped.append)
-        with self.lock:
-            _check_content(shared, tensor)
-            with self._change:
-                placed = self._place(tensor, nbytes, shared, hold)
-                if not isinstance(placed, Extent):
-                    return placed
-                backing, mapping = self._backing, self._mapping
-                uncommitted = self._allocator.uncommitted(placed.offset, placed.nbytes)
-        assert backing is not None and mapping is not None  # it is open
-        failpoints.reached("put.allocated")
-        # Nobody else knows the extent yet, so memory is committed and filled without the lock.
-        try:
-            self._commit(backing, mapping, uncommitted)
-        except OSError as error:
-            if error.errno is None:  # a TimeoutError of a signal handler
-                raise
-            return self._out_of_memory(nbytes, error)
-        failpoints.reached("put.committed")
-        began = time.perf_counter()
-        memory.copy(tensor, nbytes, mapping.owner(self._base + placed.offset))
-        took = time.perf_counter() - began
-        failpoints.reached("put.copied")
+        owner = self._copy(tensor, hold)
+        if isinstance(owner, Refused):
+            return owner
         with self.lock, self._change:
-            self._copied += nbytes
-            self._copy_seconds += took
-            if shared is not None and shared.uses > 0 and shared.extent is None:  # else another thread was first
-                shared.content = tensor.dtype, tensor.shape
-                self._tickets.keep(placed, shared)
-            ticket = self._issue(tensor, placed, 0)
+            ticket = self._issue(tensor, hold, 0)
             self._tickets.let_go(hold)
             return ticket
+
+    def copy(self, tensor: torch.Tensor) -> Reservation | Refused:
+        """Copy a tensor into the lane once, for several tickets: `publish` of what this returns issues each.
+
+        It is kept until the reservation is closed or dropped, whatever becomes of the tickets. Else as `put`.
+        """
+        hold = Hold(self._dropped.append)
+        owner = self._copy(tensor, hold)
+        if isinstance(owner, Refused):
+            return owner
+        return Reservation(self, hold, memory.tensor_at(owner, tensor.dtype, tensor.shape))
 
     def reserve(self, shape: Sequence[int], dtype: torch.dtype) -> Reservation | Refused:
         """Room for a contiguous tensor, to be filled by anybody, and published in one piece or several.
@@ -266,33 +239,11 @@ class Lane:
         self._check_process()
         if dtype not in NAMES or len(shape) > DIMENSIONS or any(size < 0 for size in shape):
             raise ValueError(f"{dtype} of shape {tuple(shape)}: no tensor that travels by lane")
-        nbytes = prod(shape) * dtype.itemsize
         hold = Hold(self._dropped.append)
-        with self.lock, self._change:
-            placed = self._find(nbytes, hold)
-            if not isinstance(placed, Extent):
-                return placed
-            backing, mapping = self._backing, self._mapping
-            uncommitted = self._allocator.uncommitted(placed.offset, placed.nbytes)
-        assert backing is not None and mapping is not None  # it is open
-        try:
-            self._commit(backing, mapping, uncommitted)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            return self._out_of_memory(nbytes, error)
-        owner = mapping.owner(self._base + placed.offset, keeps=(mapping, hold))
+        owner = self._reserve(prod(shape) * dtype.itemsize, hold)
+        if isinstance(owner, Refused):
+            return owner
         return Reservation(self, hold, memory.tensor_at(owner, dtype, shape))
-
-    def share(self, uses: int) -> Share:
-        """One copy for `uses` puts of one tensor, whatever becomes of their tickets.
-
-        The lane keeps the copy until the uses are spent, or the share is closed or dropped. Raises ValueError
-        unless `uses` is positive.
-        """
-        if uses < 1:
-            raise ValueError(f"{uses=}: a share is for at least one put")
-        return Share(Shared(self, uses, self._dropped.append))
 
     def withdraw(self, ticket: bytes) -> None:
         """Take back a ticket that was never sent and never will be; its bytes can be used again.
@@ -408,10 +359,6 @@ class Lane:
         self._refused[cause] += 1
         return Refused(cause, detail)
 
-    def _out_of_memory(self, nbytes: int, error: OSError) -> Refused:
-        with self.lock, self._change:
-            return self._refuse("full", f"no memory for {nbytes} bytes: {error}")
-
     def _why_not_open(self) -> Refused | None:
         if self._closed:
             return self._refuse("closed", self._closed)
@@ -422,23 +369,53 @@ class Lane:
         missing = ", ".join(str(member) for member in self.members if member not in self._joined)
         return self._refuse("not_open", f"the lane opens when all its readers have joined; missing: {missing}")
 
-    # --- put and drain, in pieces; all with the lock held --------------------------------------------------
+    # --- putting, in pieces; without the lock --------------------------------------------------------------
 
-    def _place(
-        self, tensor: torch.Tensor, nbytes: int, shared: Shared | None, hold: Hold
-    ) -> bytes | Extent | Refused:
-        """A ticket on the copy that a share keeps already, or an extent to copy to, or neither."""
-        self._ahead = max(self._ahead, min(nbytes, _AHEAD))
-        self._undrained += 1
-        if self._undrained >= _DRAIN or len(self._tickets.live) >= SLOTS:
-            self._drain(_AT_ONCE if len(self._tickets.live) < SLOTS else None)
-        if shared is not None and shared.extent is not None:
-            ticket = self._issue(tensor, shared.extent, 0)
-            self._shared += isinstance(ticket, bytes)
-            self._spend(shared)
-            return ticket
-        self._spend(shared)
-        return self._find(nbytes, hold)
+    def _copy(self, tensor: torch.Tensor, hold: Hold) -> memory.Owner | Refused:
+        """A copy of a tensor in an extent that the hold keeps."""
+        self._check_process()
+        if problem := _unsupported(tensor):
+            with self.lock, self._change:
+                return self._refuse("unsupported", problem)
+        nbytes = tensor.numel() * tensor.itemsize
+        owner = self._reserve(nbytes, hold)
+        if isinstance(owner, Refused):
+            return owner
+        began = time.perf_counter()
+        memory.copy(tensor, nbytes, owner)
+        took = time.perf_counter() - began
+        failpoints.reached("put.copied")
+        with self.lock, self._change:
+            self._copied += nbytes
+            self._copy_seconds += took
+        return owner
+
+    def _reserve(self, nbytes: int, hold: Hold) -> memory.Owner | Refused:
+        """An extent that the hold keeps, with memory behind it."""
+        with self.lock, self._change:
+            self._ahead = max(self._ahead, min(nbytes, _AHEAD))
+            self._undrained += 1
+            if self._undrained >= _DRAIN:
+                self._drain(_AT_ONCE)
+            placed = self._find(nbytes, hold)
+            if not isinstance(placed, Extent):
+                return placed
+            backing, mapping = self._backing, self._mapping
+            uncommitted = self._allocator.uncommitted(placed.offset, placed.nbytes)
+        assert backing is not None and mapping is not None  # it is open
+        failpoints.reached("put.allocated")
+        # Nobody else knows the extent yet, so memory is committed and filled without the lock.
+        try:
+            self._commit(backing, mapping, uncommitted)
+        except OSError as error:
+            if error.errno is None:  # a TimeoutError of a signal handler
+                raise
+            with self.lock, self._change:
+                return self._refuse("full", f"no memory for {nbytes} bytes: {error}")
+        failpoints.reached("put.committed")
+        return mapping.owner(self._base + placed.offset, keeps=(mapping, hold))
+
+    # --- with the lock held --------------------------------------------------------------------------------
 
     def _find(self, nbytes: int, hold: Hold) -> Extent | Refused:
         """An extent of that size."""
@@ -461,17 +438,14 @@ class Lane:
             )
         return self._tickets.allocate(offset, nbytes, hold)
 
-    def _spend(self, shared: Shared | None) -> None:
-        """One use of a share less, if there is a share."""
-        if shared is not None:
-            shared.uses -= 1
-            if shared.uses < 1:
-                self._tickets.let_go(shared)
-
-    def _issue(self, tensor: torch.Tensor, extent: Extent, at: int) -> bytes | Refused:
+    def _issue(self, tensor: torch.Tensor, hold: Hold, at: int) -> bytes | Refused:
         """A ticket for what lies at a place in an extent and looks like a tensor."""
         if (refused := self._why_not_open()) is not None:  # any more
             return refused
+        extent = hold.extent
+        assert extent is not None  # the hold keeps it
+        if len(self._tickets.live) >= SLOTS:
+            self._drain()
         live = self._tickets.issue(extent, time.monotonic())
         if live is None:
             return self._refuse(
@@ -485,18 +459,19 @@ class Lane:
         )
         self._directory[live.slot] = digest(ticket)
         self._puts += 1
+        self._shared += extent.published
+        extent.published = True
         self._control.watch()
         failpoints.reached("put.published")
         return ticket
 
-    def _publish_part(self, part: torch.Tensor, hold: Hold, at: int) -> bytes | Refused:
-        """Called by a reservation, without the lock."""
+    def publish(self, part: torch.Tensor, hold: Hold, at: int) -> bytes | Refused:
+        """For a reservation: a ticket for a part of what its hold keeps, `at` bytes from its begin."""
         self._check_process()
         if problem := _unsupported(part):
             raise ValueError(problem)
-        assert hold.extent is not None
         with self.lock, self._change:
-            return self._issue(part, hold.extent, at)
+            return self._issue(part, hold, at)
 
     def _clear(self, slot: int) -> None:
         self._directory[slot] = 0
@@ -550,22 +525,25 @@ class Lane:
     def _commit(self, backing: memory.Backing, mapping: memory.Mapping, ranges: Sequence[tuple[int, int]]) -> None:
         """Have memory behind ranges of whole segments. Raises OSError when there is none to be had."""
         allocator = self._allocator
+        if not ranges:
+            return
+        with self._committing:
+            grant = backing.grant(sum(size for _, size in ranges))  # for all of it, or none is committed
         for start, size in ranges:
             for at in range(start, start + size, allocator.segment):
                 # One segment at a time, and one thread: a put that needs one waits for one at most, and a
                 # reservation that fails takes back pages of its range that another thread may rely on.
                 with self._committing:
+                    grant.nbytes -= allocator.segment
                     if allocator.is_committed(at):
                         continue
-                    backing.check(allocator.segment)
                     backing.reserve(self._base + at, allocator.segment)
                     failpoints.reached("commit.reserved")
                     with self.lock, self._change:
                         allocator.note_committed(at, allocator.segment)
+                        self._control.watch()
             mapping.populate(self._base + start, size)
             failpoints.reached("commit.populated")
-        if ranges:
-            self._control.watch()
 
     def _decommit(self, segments: Sequence[int]) -> None:
         """Return the memory of idle segments to the system. Readers have nothing there, and need not be asked."""
@@ -573,7 +551,9 @@ class Lane:
         for at in segments:
             with self._committing:
                 with self.lock, self._change:
-                    if backing is None or not allocator.is_free(at, allocator.segment):  # any more
+                    if self._closed or backing is None:
+                        return
+                    if not allocator.is_free(at, allocator.segment):  # any more
                         continue
                     allocator.note_decommitted(
                         at, allocator.segment
@@ -600,10 +580,10 @@ class Lane:
             if len(self._joined) < len(self.members) or self._has_opened:
                 return
             self._has_opened = True
-            self._uninformed.update(self._joined)
+            if self._allocator.pinned:
+                self._uninformed.update(self._joined)
+                self._control.has_work()
         self._wake_waiting()
-        if self._allocator.pinned:
-            self._control.has_work()
 
     def left(self, member: Member) -> None:
         """A member's connection has ended. Once the lane has opened, that ends it."""
@@ -622,7 +602,9 @@ class Lane:
         if self._closed or backing is None or mapping is None:
             return False
         try:
-            with self.lock:
+            with self.lock, self._change:
+                if self._closed:
+                    return False
                 offset = self._allocator.find(self._ahead) if self._ahead and not self._starved else None
                 ranges = [] if offset is None else self._allocator.uncommitted(offset, self._ahead)
             self._commit(backing, mapping, ranges)
@@ -637,7 +619,7 @@ class Lane:
         if self._pinned < wanted:
             step = min(_STEP * self._allocator.segment, wanted - self._pinned)
             try:
-                with self.lock:
+                with self.lock, self._change:
                     ranges = self._allocator.uncommitted(self._pinned, step)
                 self._commit(backing, mapping, ranges)
             except OSError as error:
@@ -647,6 +629,7 @@ class Lane:
                     *(self.name, wanted, str(error)),
                 )
                 self._allocator.pinned = self._pinned = 0  # no reader was told: it is decommitted when it is idle
+                self._uninformed.clear()
                 return False
             self._pinned += step
         if self._pinned < wanted:
@@ -674,7 +657,7 @@ class Lane:
         self._ask_after(live)
         if lost > self._lost:
             logger.warning(
-                "lane %s: %d tickets that no reader had seen were reclaimed; they were lost, or come after more"
+                "lane %s: %d tickets that a reader never saw were reclaimed; they were lost, or come after more"
                 " than %g s (`orphan`)",
                 *(self.name, lost - self._lost, self._orphan),
             )
@@ -709,7 +692,6 @@ class Lane:
             # Whoever still copies has these, too; the memory goes with the last of them.
             self._backing = self._mapping = None
         self._wake_waiting()
-        self.work()
 
     def _wake_waiting(self) -> None:
         while self._waiting:
@@ -728,12 +710,6 @@ class Lane:
 
 
 _lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
-
-
-def _check_content(shared: Shared | None, tensor: torch.Tensor) -> None:
-    content = (tensor.dtype, tensor.shape)
-    if shared is not None and shared.content not in (None, content):
-        raise ValueError(f"a share for a tensor of {shared.content}, put with one of {content}")
 
 
 def _unsupported(tensor: torch.Tensor) -> str:

@@ -49,13 +49,14 @@ class Reader:
             lane keeps for that (`Lane(pinned=...)`) is registered as pinned memory in the background, and a
             ticket is released when its tensor is let go *and* the device has done what it was told before that, on
             streams that were made current through torch.cuda.
-        linger: seconds for which tickets of a lane can still be taken after its producer has ended.
+        linger: seconds for which tickets of a lane can still be taken after its producer has ended; longer than
+            any rank of an engine stands still: one that comes later would refuse what its peers took.
 
     Raises ValueError for a device that is not CUDA's or not there, LaneUnavailable where no reader can be had.
     """
 
     def __init__(
-        self, group: str, number: int = 0, *, device: torch.device | str | None = None, linger: float = 30.0
+        self, group: str, number: int = 0, *, device: torch.device | str | None = None, linger: float = 300.0
     ) -> None:
         where = None if device is None else torch.device(device)
         if where is not None and (where.type != "cuda" or where.index is None):
@@ -299,8 +300,8 @@ class Reader:
         if mode == "clone":
             return tensor.clone()
         if self._device is not None:
-            self._device.owe()
-            claim.is_lent = True
+            claim.mark.is_lent = True
+            self._device.owe(claim.mark)
         return tensor
 
     # --- the thread ----------------------------------------------------------------------------------------
@@ -397,6 +398,7 @@ class Reader:
                 self._events.register(link.connection, _HEARING)
             elif link.wants_room:
                 self._events.modify(link.connection, _HEARING | select.EPOLLOUT)
+                link.is_promised_room = True
         while self._discarded:
             self._discard(self._discarded.popleft())
 

@@ -1,4 +1,4 @@
-"""Room in a lane that is filled by somebody else than `put`: from a socket, a device, another process's memory."""
+"""Room in a lane that is kept: for several tickets on one copy, or to be filled from a socket or a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class Reservation:
-    """Room for one tensor, made by `Lane.reserve`; a context manager. Fill it, publish it in one piece or several.
+    """Room for one tensor, made by `Lane.reserve`, or with a copy in it by `Lane.copy`; a context manager.
+
+    Publish it as often as you like, in one piece or several.
 
     Nobody may write to what was published: readers would see it change. The room is free when the reservation is
     closed, no alias of its tensor is left, and all tickets on it have ended.
@@ -28,7 +30,7 @@ class Reservation:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The room: contiguous, on the CPU, with undefined content. Raises LaneError once it is closed."""
+        """The room: contiguous, on the CPU; undefined content if reserved. Raises LaneError once it is closed."""
         if self._tensor is None:
             raise LaneError("this reservation is closed")
         return self._tensor
@@ -47,7 +49,7 @@ class Reservation:
         if not part.is_contiguous() or not 0 <= offset <= tensor.nbytes - part.nbytes:
             raise ValueError(f"{tuple(part.shape)}, {part.dtype}: not a contiguous part of what was reserved")
         assert self._hold is not None  # it is not closed
-        ticket = self._lane._publish_part(part, self._hold, offset)
+        ticket = self._lane.publish(part, self._hold, offset)
         if part.nbytes == tensor.nbytes and isinstance(ticket, bytes):
             self._published = tensor._version
         return ticket

@@ -36,9 +36,9 @@ class LaneStats:
     are being filled. expected: readers by group. joined: by group, the numbers of those that have joined.
     puts: tickets issued. shared: puts that needed no copy. copied_bytes: copied into the lane by all other puts,
     in `copy_seconds`, added up over all threads; puts that were refused after their copy count, too.
-    fallbacks: puts refused, by cause. lost_tickets: those that no reader ever saw, reclaimed. malformed_messages:
-    from readers. rejected_peers: processes that were not let in. degraded: one line for each thing this kernel or
-    sandbox lacks.
+    fallbacks: puts refused, by cause. lost_tickets: those that at least one reader never saw, reclaimed.
+    malformed_messages: from readers. rejected_peers: processes that were not let in. degraded: one line for each
+    thing this kernel or sandbox lacks.
     """
 
     name: str

@@ -23,7 +23,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 
-from mmlane.lane import Invitation, Lane, LaneError, LaneStats, Mode, Reader, Refused, Share
+from mmlane.lane import Invitation, Lane, LaneError, LaneStats, Mode, Reader, Refused, Reservation
 from mmlane.lane.producer import SLOTS
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Action, Gate, Where, arm
@@ -48,17 +48,17 @@ FOREVER = 1800.0  # seconds that no test lasts
 
 
 class Producing:
-    """A producer: one lane, and its shares."""
+    """A producer: one lane, and the copies that it keeps there."""
 
     def __init__(self, readers: dict[str, int], **options: Any) -> None:
         self.lane = Lane(readers, **options)
-        self.shares: dict[int, Share] = {}
+        self.copies: dict[int, tuple[Reservation, int]] = {}  # with how many tickets there will be
 
     def invitation(self) -> Invitation:
         return self.lane.invitation
 
     def put(self, seed: int, nbytes: int, *, uses: int = 1) -> Sent:
-        """Put a stamped tensor. uses: of a share for this seed, of which this put is the first."""
+        """Put a stamped tensor. uses: how many tickets there will be for this seed, of which this is the first."""
         sent = self.try_put(seed, nbytes, uses=uses)
         if isinstance(sent, Refused):
             raise AssertionError(f"payload {seed} of {nbytes} bytes was refused: {sent}")
@@ -66,9 +66,15 @@ class Producing:
 
     def try_put(self, seed: int, nbytes: int, *, uses: int = 1) -> Sent | Refused:
         """As `put`, where a refusal is an answer."""
-        if uses > 1:
-            self.shares[seed] = self.lane.share(uses)
-        ticket = self.lane.put(stamp(seed, nbytes), share=self.shares.get(seed))
+        if seed not in self.copies and uses == 1:
+            ticket = self.lane.put(stamp(seed, nbytes))
+        else:
+            copy, left = self.copies.pop(seed, None) or (self.lane.copy(stamp(seed, nbytes)), uses)
+            if isinstance(copy, Refused):
+                return copy
+            if left > 1:
+                self.copies[seed] = copy, left - 1
+            ticket = copy.publish()
         return ticket if isinstance(ticket, Refused) else Sent(ticket, seed, nbytes)
 
     def put_many(self, seed: int, nbytes: int, count: int) -> list[Sent]:
@@ -76,8 +82,8 @@ class Producing:
         return [self.put(seed, nbytes, uses=count), *(self.put(seed, nbytes) for _ in range(count - 1))]
 
     def forget(self, seed: int) -> None:
-        """Close a share."""
-        self.shares.pop(seed).close()
+        """Keep a copy no longer."""
+        self.copies.pop(seed)[0].close()
 
     def withdraw(self, ticket: bytes) -> None:
         self.lane.withdraw(ticket)

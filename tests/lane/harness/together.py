@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from mmlane.lane import Lane, LaneStats, Reader, Refused, Share
+from mmlane.lane import Lane, LaneStats, Reader, Refused, Reservation
+from mmlane.lane.memory import Backing
 from mmlane.lane.ticket import read
 from tests.lane.harness import kernel
 from tests.lane.harness.waiting import DEADLINE, eventually
@@ -33,14 +34,26 @@ class Together:
         """The first one."""
         return self.readers[0]
 
-    def put(self, tensor: torch.Tensor, *, share: Share | None = None) -> bytes:
+    def put(self, tensor: torch.Tensor) -> bytes:
         """A ticket; a refusal is a failure."""
-        return put(self.lane, tensor, share=share)
+        return put(self.lane, tensor)
 
-    def refused(self, tensor: Any, *, share: Share | None = None) -> Refused:
+    def copy(self, tensor: torch.Tensor) -> Reservation:
+        """A copy that is kept; a refusal is a failure."""
+        copy = self.lane.copy(tensor)
+        assert isinstance(copy, Reservation), copy
+        return copy
+
+    def discard(self, ticket: bytes) -> None:
+        """Have the only reader discard a ticket, and wait for its end: the reader's thread does it."""
+        before = self.lane.stats().tickets
+        self.reader.discard(ticket)
+        eventually(lambda: self.lane.stats().tickets < before, "the ticket is discarded")
+
+    def refused(self, tensor: Any) -> Refused:
         """A refusal, which is counted and changes nothing else."""
         before = self.lane.stats()
-        refused = self.lane.put(tensor, share=share)
+        refused = self.lane.put(tensor)
         assert isinstance(refused, Refused)
         after = self.lane.stats()
         assert after.fallbacks.get(refused.cause, 0) == before.fallbacks.get(refused.cause, 0) + 1
@@ -109,19 +122,20 @@ def offset(ticket: bytes) -> int:
     return read(ticket).offset
 
 
-def uses_left(share: Share) -> int:
-    """How many puts a share is for, of those that are yet to be made."""
-    return 0 if share.shared is None else share.shared.uses
-
-
 # --- a lane alone ------------------------------------------------------------------------------------------
 
 _numbers = count()
 
 
-def put(lane: Lane, tensor: torch.Tensor, *, share: Share | None = None) -> bytes:
+def backing(lane: Lane) -> Backing:
+    """The memory of a lane that has not ended."""
+    assert lane._backing is not None
+    return lane._backing
+
+
+def put(lane: Lane, tensor: torch.Tensor) -> bytes:
     """A ticket; a refusal is a failure."""
-    ticket = lane.put(tensor, share=share)
+    ticket = lane.put(tensor)
     assert isinstance(ticket, bytes), ticket
     return ticket
 
