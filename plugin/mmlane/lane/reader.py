@@ -379,7 +379,8 @@ class Reader:
                 try:
                     self._handle(link, message)
                 except ProtocolError as error:
-                    # Not a reason to hang up: that would end the lane.
+                    # Not a reason to hang up: that would end the lane. Only its text: a record that a handler
+                    # keeps would keep the traceback, and with it the link and its memory.
                     logger.warning(
                         "lane %s: ignoring a malformed message of its producer: %s", link.name, str(error)
                     )
