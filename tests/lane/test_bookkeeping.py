@@ -6,7 +6,7 @@ The numbers are those of the invariants in docs/lane.md.
 from __future__ import annotations
 
 import gc
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mmlane.lane.allocator import Allocator
-from mmlane.lane.bookkeeping import Bookkeeping, Extent, Hold, Live, Member
+from mmlane.lane.bookkeeping import Bookkeeping, Extent, Hold, Kept, Live, Member
 from tests.effort import examples
 
 PAGE = 16
@@ -42,10 +42,11 @@ class Out:
 
 @dataclass(eq=False)
 class Held:
-    """An extent as the invariants see it."""
+    """An extent as the invariants see it. kept: by its hold, also if that was dropped and nobody looked yet."""
 
+    hold: Hold | None
+    kept: bool = True
     tickets: set[Out] = field(default_factory=set)
-    holds: list[Hold] = field(default_factory=list)
 
 
 class Tickets(RuleBasedStateMachine):
@@ -59,6 +60,7 @@ class Tickets(RuleBasedStateMachine):
         self.bookkeeping = Bookkeeping(self.allocator, SLOTS, GROUPS, self.on_end)
         self.out: list[Out] = []  # every ticket there ever was
         self.extents: dict[Extent, Held] = {}  # those that may not be freed
+        self.dropped: deque[Kept] = deque()
         self.ends: Counter[tuple[int, int]] = Counter()  # slot, serial -> how often on_end was called
         self.lost = 0
         self.clock = 0.0
@@ -83,7 +85,7 @@ class Tickets(RuleBasedStateMachine):
 
     def settle(self, extent: Extent) -> None:
         held = self.extents[extent]
-        if not held.tickets and not held.holds:
+        if not held.tickets and not held.kept:
             del self.extents[extent]
 
     def done(self, member: Member, ticket: Out) -> None:
@@ -110,41 +112,48 @@ class Tickets(RuleBasedStateMachine):
         self.out.append(new)
         self.extents[extent].tickets.add(new)
 
+    def let_go(self, extent: Extent, hold: Hold) -> None:
+        self.bookkeeping.let_go(hold)
+        assert hold.extent is None
+        self.bookkeeping.let_go(hold)  # once more is nothing
+        self.extents[extent].kept = False
+        self.extents[extent].hold = None
+        self.settle(extent)
+
     def allocate(self, nbytes: int) -> tuple[Extent, Hold] | None:
         offset = self.allocator.find(nbytes)
         if offset is None:
             return None
         used = self.allocator.used()
-        hold = Hold()
+        hold = Hold(self.dropped.append)
         extent = self.bookkeeping.allocate(offset, nbytes, hold)
         assert (extent.offset, extent.nbytes) == (offset, self.allocator.rounded(nbytes))
         assert hold.extent is extent
         assert all(offset + extent.nbytes <= at or at + size <= offset for at, size in used.items())  # (6)
+        self.extents[extent] = Held(hold)
         return extent, hold
 
-    @rule(nbytes=st.integers(0, CAPACITY), keepers=st.integers(0, 2))
-    def put(self, nbytes: int, keepers: int) -> None:
-        """As the lane does it: a place, the copy, perhaps shares that keep it, a ticket or none."""
+    @rule(nbytes=st.integers(0, CAPACITY))
+    def copy(self, nbytes: int) -> None:
+        """As the lane does it: a place, and what keeps it until its reservation ends."""
+        self.allocate(nbytes)
+
+    @rule(nbytes=st.integers(0, CAPACITY))
+    def put(self, nbytes: int) -> None:
+        """As the lane does it: a place, the copy, a ticket or none."""
         made = self.allocate(nbytes)
-        if made is None:
-            return
-        extent, hold = made
-        holds = [Hold() for _ in range(keepers)]
-        for keeper in holds:
-            self.bookkeeping.keep(extent, keeper)
-        self.extents[extent] = Held(holds=holds)
-        self.issue(extent)
-        self.bookkeeping.let_go(hold)
-        assert hold.extent is None
-        self.bookkeeping.let_go(hold)  # once more is nothing
-        self.settle(extent)
+        if made is not None:
+            self.issue(made[0])
+            self.let_go(*made)
 
     @rule(nbytes=st.integers(0, CAPACITY))
     def put_that_fails_before_its_ticket(self, nbytes: int) -> None:
         """Whatever it is: its hold goes with its frame."""
         made = self.allocate(nbytes)
-        del made
-        self.bookkeeping.end_dropped()
+        if made is not None:
+            self.extents[made[0]].hold = None
+            del made
+            self.handle_dropped()
 
     @precondition(lambda self: self.extents)
     @rule(data=st.data(), times=st.integers(1, SLOTS + 1))
@@ -154,23 +163,20 @@ class Tickets(RuleBasedStateMachine):
         for _ in range(times):
             self.issue(extent)
 
-    @precondition(lambda self: self.extents)
-    @rule(data=st.data())
-    def keep(self, data: st.DataObject) -> None:
-        extent = data.draw(st.sampled_from(list(self.extents)), "extent")
-        hold = Hold()
-        self.bookkeeping.keep(extent, hold)
-        self.extents[extent].holds.append(hold)
-
-    @precondition(lambda self: any(held.holds for held in self.extents.values()))
+    @precondition(lambda self: any(held.hold for held in self.extents.values()))
     @rule(data=st.data(), how=st.sampled_from(["let go", "dropped", "dropped in a cycle"]))
     def end_a_hold(self, data: st.DataObject, how: str) -> None:
-        held_ones = [extent for extent, held in self.extents.items() if held.holds]
+        held_ones = [extent for extent, held in self.extents.items() if held.hold]
         extent = data.draw(st.sampled_from(held_ones), "extent")
-        hold = self.extents[extent].holds.pop()
+        hold, self.extents[extent].hold = self.extents[extent].hold, None
+        assert hold is not None
+        noted = len(self.dropped)
         if how == "let go":
-            self.bookkeeping.let_go(hold)
-        elif how == "dropped":
+            self.let_go(extent, hold)
+            del hold
+            assert len(self.dropped) == noted
+            return
+        if how == "dropped":
             del hold
         else:
             cycle: list[Any] = [hold]
@@ -178,11 +184,17 @@ class Tickets(RuleBasedStateMachine):
             del cycle, hold
             gc.collect(0)
             gc.collect(1)
-        used = self.allocator.used()
-        self.bookkeeping.end_dropped()
-        if how == "let go":
-            assert self.allocator.used() == used
-        self.settle(extent)
+        assert len(self.dropped) == noted + 1
+
+    @precondition(lambda self: self.dropped)
+    @rule()
+    def handle_dropped(self) -> None:
+        """The lane does it some time later."""
+        while self.dropped:
+            self.bookkeeping.dropped(self.dropped.popleft())
+        for extent, held in list(self.extents.items()):
+            held.kept = held.hold is not None
+            self.settle(extent)
 
     # --- what readers say: anything about any ticket, also twice, late, or of no ticket that ever was ---------
 
@@ -284,12 +296,12 @@ class Tickets(RuleBasedStateMachine):
     def memory_is_used_exactly_as_long_as_something_refers_to_it(self) -> None:
         """Not freed while a ticket is out (2, 6) or a hold keeps it, freed when there is neither."""
         assert self.allocator.used() == {extent.offset: extent.nbytes for extent in self.extents}
-        assert all(held.tickets or held.holds for held in self.extents.values())
+        assert all(held.tickets or held.kept for held in self.extents.values())
 
     @invariant()
     def extents_know_their_tickets(self) -> None:
-        assert {extent: (extent.tickets, extent.holds) for extent in self.extents} == {
-            extent: (len(held.tickets), len(held.holds)) for extent, held in self.extents.items()
+        assert {extent: (extent.tickets, extent.kept) for extent in self.extents} == {
+            extent: (len(held.tickets), held.kept) for extent, held in self.extents.items()
         }
 
     @invariant()
@@ -320,8 +332,8 @@ class Tickets(RuleBasedStateMachine):
                 self.check_release(member, ticket)
         assert self.bookkeeping.live == {}
         for held in self.extents.values():
-            held.holds.clear()
-        self.bookkeeping.end_dropped()
+            held.hold = None
+        self.handle_dropped()
         assert self.allocator.unused() == {0: CAPACITY}
         assert self.ends == Counter((ticket.live.slot, ticket.live.serial) for ticket in self.out)
 
@@ -340,22 +352,23 @@ class Story:
 
     def __init__(self, slots: int = 4) -> None:
         self.ended: list[int] = []
-        self.holds: list[Hold] = []
+        self.dropped: deque[Kept] = deque()
         self.allocator = Allocator(CAPACITY, SEGMENT, PAGE)
         groups = {"tp": frozenset({0, 1}), "dp": frozenset({0})}
         self.bookkeeping = Bookkeeping(self.allocator, slots, groups, self.ended.append)
 
     def extent(self, nbytes: int = PAGE) -> tuple[Extent, Hold]:
-        offset, hold = self.allocator.find(nbytes), Hold()
+        offset, hold = self.allocator.find(nbytes), Hold(self.dropped.append)
         assert offset is not None
         return self.bookkeeping.allocate(offset, nbytes, hold), hold
 
     def issue(self, extent: Extent | None = None) -> Live:
         """A ticket on an extent, by default one that nothing else keeps."""
-        new, hold = self.extent() if extent is None else (extent, Hold())
+        new, hold = self.extent() if extent is None else (extent, None)
         ticket = self.bookkeeping.issue(new, 0.0)
         assert ticket is not None
-        self.bookkeeping.let_go(hold)
+        if hold is not None:
+            self.bookkeeping.let_go(hold)
         return ticket
 
     def release(self, member: Member, ticket: Live) -> None:
@@ -467,18 +480,19 @@ def test_a_hold_keeps_an_extent_over_the_ends_of_its_tickets() -> None:
     assert story.allocator.used_bytes == 0
 
 
-def test_an_extent_without_a_slot_for_its_first_ticket_waits_for_the_next() -> None:
-    """Nothing is lost when tickets have run out between the copy and the ticket."""
+def test_an_extent_without_a_slot_for_its_first_ticket_is_kept_by_its_hold() -> None:
+    """Nothing is lost when tickets have run out between the copy and the ticket: there can be one later."""
     story = Story(slots=1)
-    story.issue()
+    other = story.issue()
     extent, hold = story.extent()
-    share = Hold()
-    story.bookkeeping.keep(extent, share)
     assert story.bookkeeping.issue(extent, 0.0) is None
-    story.bookkeeping.let_go(hold)
     assert story.allocator.used_bytes == 2 * PAGE
-    story.bookkeeping.let_go(share)
+    story.withdraw(other)
+    ticket = story.issue(extent)
+    story.withdraw(ticket)
     assert story.allocator.used_bytes == PAGE
+    story.bookkeeping.let_go(hold)
+    assert story.allocator.used_bytes == 0
 
 
 def test_a_hold_that_is_dropped_is_noted_and_no_more() -> None:
@@ -486,9 +500,27 @@ def test_a_hold_that_is_dropped_is_noted_and_no_more() -> None:
     story = Story()
     extent, hold = story.extent()
     del hold
-    assert (extent.holds, story.allocator.used_bytes) == (1, PAGE)
-    story.bookkeeping.end_dropped()
-    assert (extent.holds, story.allocator.used_bytes) == (0, 0)
+    assert (extent.kept, story.allocator.used_bytes) == (True, PAGE)
+    (kept,) = story.dropped
+    story.bookkeeping.dropped(kept)
+    assert (extent.kept, story.allocator.used_bytes) == (False, 0)
+
+
+def test_a_hold_that_was_let_go_is_not_noted_when_it_is_dropped() -> None:
+    """Its place may be another's by then."""
+    story = Story()
+    _, hold = story.extent()
+    story.bookkeeping.let_go(hold)
+    extent, _another = story.extent()
+    del hold
+    assert not story.dropped and extent.kept
+
+
+def test_a_hold_that_keeps_nothing_ends_without_a_word() -> None:
+    """A put may fail before it has found a place."""
+    story = Story()
+    story.bookkeeping.let_go(Hold(story.dropped.append))
+    assert not story.dropped and story.allocator.used_bytes == 0
 
 
 def test_a_hold_that_outlives_the_bookkeeping_ends_without_a_word() -> None:

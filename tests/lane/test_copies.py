@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmlane.lane import failpoints
 from tests.lane.harness.payloads import inferred, random, same
-from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset
+from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, published
 from tests.lane.writes import SMALL, WRITES
 
 
@@ -91,17 +91,18 @@ def test_a_tensor_that_is_changed_while_it_is_put(
     assert same(wide.reader.take(second), tensor)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_the_lane_keeps_no_tensor_alive(wide: Together, shared: bool) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_lane_keeps_no_tensor_alive(wide: Together, kept: bool) -> None:
+    """Nor does a copy that is kept: that is of its own."""
     tensor = random((1000,))
     storage = weakref.ref(tensor.untyped_storage())
-    share = wide.lane.share(uses=2) if shared else None
-    ticket = wide.put(tensor, share=share)
+    copy = wide.copy(tensor) if kept else None
+    ticket = wide.put(tensor) if copy is None else published(copy)
     assert storage() is not None
     del tensor
     assert storage() is None
     wide.discard(ticket)
-    del share
+    del copy
 
 
 def test_what_tickets_refer_to_stays_when_room_is_short(wide: Together) -> None:

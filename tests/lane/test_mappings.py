@@ -12,7 +12,7 @@ from mmlane.lane import memory
 from tests.lane.harness.child import run
 from tests.lane.harness.payloads import MODES, random
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, SEGMENT, Together, together
+from tests.lane.harness.together import PAGE, SEGMENT, Together, published, together
 
 
 def mappings_and_descriptors() -> tuple[int, int]:
@@ -26,8 +26,8 @@ def take_many() -> tuple[tuple[int, int], ...]:
         tensor = random((3 * PAGE,))
         pair.reader.take(pair.put(tensor), "cow")
         before = mappings_and_descriptors()
-        share = pair.lane.share(uses=300)
-        held = [pair.reader.take(pair.put(tensor, share=share), "cow") for _ in range(300)]
+        with pair.copy(tensor) as copy:
+            held = [pair.reader.take(published(copy), "cow") for _ in range(300)]
         amid = mappings_and_descriptors()
         held.clear()
         for mode in MODES * 100:

@@ -18,7 +18,7 @@ from mmlane.lane import Mode, Refused
 from mmlane.lane.ticket import read
 from tests.lane.harness.payloads import MODES, SHAPE, random, same
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, SEGMENT, Together, together
+from tests.lane.harness.together import PAGE, SEGMENT, Together, published, together
 
 # --- modes -------------------------------------------------------------------------------------------------
 
@@ -43,19 +43,21 @@ def test_what_a_reader_writes_is_seen_by_nobody_else(mode: Mode) -> None:
     with together(readers=2) as pair:
         tensor = random(SHAPE, torch.float32)
         before = tensor.clone()
-        share = pair.lane.share(uses=3)
-        first, second, third = (pair.put(tensor, share=share) for _ in range(3))
+        copy = pair.copy(tensor)
+        first, second, third = (published(copy) for _ in range(3))
         view, other = pair.readers[1].take(first), pair.readers[1].take(second, "cow")
         mine = pair.readers[0].take(first, mode)
         mine.fill_(7)
         mine[0, 0] = 8
         assert float(mine.sum()) == 7 * 3000 + 1
-        for seen in (view, other, tensor, pair.readers[0].take(second), pair.readers[1].take(third, "clone")):
+        others = [pair.readers[0].take(second), pair.readers[1].take(third, "clone")]
+        for seen in (view, other, tensor, copy.tensor, *others):
             assert same(seen, before)
         other.zero_()
-        assert same(view, before) and float(mine.sum()) == 7 * 3000 + 1
+        assert same(view, before) and same(copy.tensor, before) and float(mine.sum()) == 7 * 3000 + 1
         assert same(pair.readers[0].take(third), before)
-        del view, other, mine, seen
+        del view, other, others, mine, seen
+        copy.close()
 
 
 def test_a_page_that_is_not_written_is_not_copied(pair: Together) -> None:
@@ -197,8 +199,8 @@ def test_a_tensor_in_a_reference_cycle_is_released_when_it_is_collected(pair: To
 
 def test_each_ticket_on_one_extent_is_released_alone(pair: Together) -> None:
     tensor = random(SHAPE)
-    share = pair.lane.share(uses=5)
-    held = [pair.reader.take(pair.put(tensor, share=share)) for _ in range(5)]
+    with pair.copy(tensor) as copy:
+        held = [pair.reader.take(published(copy)) for _ in range(5)]
     for left in (4, 3, 2, 1, 0):
         del held[left // 2]
         assert pair.lane.stats().tickets == left

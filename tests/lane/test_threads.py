@@ -11,7 +11,7 @@ from mmlane.lane import Refused, failpoints, link
 from mmlane.lane.ticket import digest
 from tests.lane.harness.payloads import MODES, SHAPE, random, same
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, SEGMENT, Together
+from tests.lane.harness.together import PAGE, SEGMENT, Together, published
 from tests.lane.harness.waiting import eventually, in_threads
 
 
@@ -36,8 +36,8 @@ def test_several_threads_put_and_take(pair: Together) -> None:
 
 
 def test_tensors_may_be_let_go_by_any_thread(pair: Together) -> None:
-    tensor, share = random((100,)), pair.lane.share(uses=800)
-    queue = [[pair.reader.take(pair.put(tensor, share=share)) for _ in range(200)] for _ in range(4)]
+    with pair.copy(random((100,))) as copy:
+        queue = [[pair.reader.take(published(copy)) for _ in range(200)] for _ in range(4)]
     assert pair.lane.stats().tickets == 800
     in_threads([part.clear for part in queue])
     eventually(lambda: pair.lane.stats().tickets == 0, "all are heard of")  # more than the socket holds at once
@@ -45,8 +45,8 @@ def test_tensors_may_be_let_go_by_any_thread(pair: Together) -> None:
 
 def test_more_releases_at_once_than_the_socket_holds(pair: Together) -> None:
     """They wait in the reader, and go on when the producer reads."""
-    tensor, share = random((10,)), pair.lane.share(uses=20_000)
-    tickets = [pair.put(tensor, share=share) for _ in range(20_000)]
+    with pair.copy(random((10,))) as copy:
+        tickets = [published(copy) for _ in range(20_000)]
     for ticket in tickets:
         pair.reader.discard(ticket)
     eventually(lambda: pair.lane.stats().tickets == 0, "all are heard of")
@@ -54,6 +54,7 @@ def test_more_releases_at_once_than_the_socket_holds(pair: Together) -> None:
 
 
 COLLECTED_ANYWHERE = """
+    from mmlane.lane import Refused
     lane, (reader, other) = pair.lane, pair.readers
     tensors = [random((size,), seed=size) for size in (5, PAGE, 3 * PAGE)]
     left = [0]
@@ -72,13 +73,21 @@ COLLECTED_ANYWHERE = """
             left[0] += 1
             lane.withdraw(self.ticket)
 
-    def put(tensor, share):
-        def issued():
-            made = lane.put(tensor, share=share)
-            if isinstance(made, bytes):
-                return made
-            assert made.cause == "full", made  # a thread that releases may wait for its turn
-        return eventually(issued, "there is room")
+    def have(make, *args):
+        def made():
+            answer = make(*args)
+            if not isinstance(answer, Refused):
+                return answer
+            assert answer.cause == "full", answer  # a thread that releases may wait for its turn
+        return eventually(made, "there is room")
+
+    def issue(turn, tensor):
+        # Tickets for copies of their own, for one copy, for both; and what is kept is collected some time.
+        if turn % 3 == 0:
+            return [have(lane.put, tensor) for _ in range(4)]
+        copy = have(lane.copy, tensor)
+        cycle(copy)
+        return [copy.publish() if number <= turn % 4 else have(lane.put, tensor) for number in range(4)]
 
     def cycle(*what):
         inside = list(what)
@@ -88,11 +97,7 @@ COLLECTED_ANYWHERE = """
 
     def work(which):
         for turn in range(150):
-            tensor = tensors[(turn + which) % 3]
-            share = lane.share(uses=3 + turn % 4)  # too few, as many, and more
-            tickets = [put(tensor, share if turn % 3 else None) for _ in range(4)]
-            cycle(share)
-            del share
+            tickets = issue(turn, tensors[(turn + which) % 3])
             cycle(reader.take(tickets[0]), reader.take(tickets[1], "cow")[:2])
             other.discard(tickets[0]), other.discard(tickets[1]), other.discard(tickets[2])
             cycle(Last(tickets[2]))

@@ -45,7 +45,8 @@ class Reservation:
         contiguous part, LaneError if torch has written to the tensor after all of it was published, and in a
         forked child.
         """
-        tensor = self.tensor
+        hold, tensor = self._hold, self.tensor  # once, in this order: another thread may close it at any moment
+        assert hold is not None  # else it is closed, and there is no tensor
         self._check_unwritten(tensor)
         if part is None:
             part = tensor
@@ -55,8 +56,7 @@ class Reservation:
         is_plain = part.is_contiguous() and not part.is_conj() and not part.is_neg()
         if not is_plain or not 0 <= offset <= tensor.nbytes - part.nbytes:
             raise ValueError(f"{tuple(part.shape)}, {part.dtype}: not a contiguous part of what was reserved")
-        assert self._hold is not None  # it is not closed
-        ticket = self._lane.publish(part, self._hold, offset)
+        ticket = self._lane.publish(part, hold, offset)
         if isinstance(ticket, bytes):
             self._parts = _joined([*self._parts, (offset, offset + part.nbytes)])
             if self._parts == [(0, tensor.nbytes)]:

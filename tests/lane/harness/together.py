@@ -50,10 +50,10 @@ class Together:
         self.reader.discard(ticket)
         eventually(lambda: self.lane.stats().tickets < before, "the ticket is discarded")
 
-    def refused(self, tensor: Any) -> Refused:
-        """A refusal, which is counted and changes nothing else."""
+    def refused(self, tensor: Any, *, kept: bool = False) -> Refused:
+        """A refusal, of a put or of a copy that would be kept, which is counted and changes nothing else."""
         before = self.lane.stats()
-        refused = self.lane.put(tensor)
+        refused = self.lane.copy(tensor) if kept else self.lane.put(tensor)
         assert isinstance(refused, Refused)
         after = self.lane.stats()
         assert after.fallbacks.get(refused.cause, 0) == before.fallbacks.get(refused.cause, 0) + 1
@@ -143,6 +143,13 @@ def copy(lane: Lane, tensor: torch.Tensor) -> Reservation:
 def put(lane: Lane, tensor: torch.Tensor) -> bytes:
     """A ticket; a refusal is a failure."""
     ticket = lane.put(tensor)
+    assert isinstance(ticket, bytes), ticket
+    return ticket
+
+
+def published(copy: Reservation) -> bytes:
+    """A ticket for all of it; a refusal is a failure."""
+    ticket = copy.publish()
     assert isinstance(ticket, bytes), ticket
     return ticket
 
