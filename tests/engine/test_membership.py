@@ -73,7 +73,7 @@ def test_standing_still_at_every_step_of_joining(
                         left.discard(point)
             return not left
 
-        asking.wait_for(go_on, lambda: f"a process to come to {left}: {sorted(mark.name for mark in server.notes.iterdir())}")
+        asking.wait_for(go_on, lambda: f"a process to come to {left}")
         opening.result(asking.WAIT_S)
         as_ever(server, release, transcripts)
 

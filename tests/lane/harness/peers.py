@@ -69,7 +69,8 @@ class Producing:
         if seed not in self.copies and uses == 1:
             ticket = self.lane.put(stamp(seed, nbytes))
         else:
-            copy, left = self.copies.pop(seed, None) or (self.lane.copy(stamp(seed, nbytes)), uses)
+            kept = self.copies.pop(seed, None)
+            copy, left = (self.lane.copy(stamp(seed, nbytes)), uses) if kept is None else kept
             if isinstance(copy, Refused):
                 return copy
             if left > 1:
