@@ -73,7 +73,7 @@ def test_standing_still_at_every_step_of_joining(
                         left.discard(point)
             return not left
 
-        asking.wait_for(go_on, lambda: f"somebody to come to {left}")
+        asking.wait_for(go_on, lambda: f"a process to come to {left}")
         opening.result(asking.WAIT_S)
         as_ever(server, release, transcripts)
 

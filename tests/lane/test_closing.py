@@ -254,7 +254,7 @@ class Held:
         assert not self._thread.is_alive()
 
 
-@pytest.mark.parametrize("line", ["wanted = digest(ticket)", "self._seen[slot] = claim.mark"])
+@pytest.mark.parametrize("line", ["wanted = digest(ticket)", "self._seen[slot] = claim.watch"])
 def test_a_reader_that_closes_amid_a_take(line: str) -> None:
     """(2): never a tensor in memory that the producer believes to be free, since it frees none any more."""
     with together() as pair:

@@ -97,6 +97,9 @@ PROGRAMS = {
     "held as a view": LANE + "x = reader.take(lane.put(torch.zeros(100_000)), 'view').numpy()",
     "held and closed": LANE + "x = reader.take(lane.put(torch.zeros(100_000)))\nreader.close()\nlane.close()",
     "held in a cycle": LANE + "x = [reader.take(lane.put(torch.zeros(100_000)))]\nx.append(x)",
+    "reserved": LANE + "x = lane.reserve((100_000,), torch.float32)\ny = x.publish(x.tensor[1:])",
+    "reserved, and its array held": LANE
+    + "x = lane.reserve((100_000,), torch.float32).tensor.numpy()\nlane.close()\nx[:] = 1",
     "not taken": LANE + "x = lane.put(torch.zeros(100_000))",
     "read by a finalizer": LANE
     + """
@@ -183,7 +186,7 @@ def finalizers() -> Iterator[FunctionType]:
                     yield vars(vars(module)[node.name])["__del__"]
             elif isinstance(node, ast.Call) and len(node.args) == 2 and is_weak_reference(vars(module), node.func):
                 callback = ast.unparse(node.args[1])
-                if callback != "self._dropped.append":  # a deque's, which is not written in Python
+                if not callback.endswith("dropped.append"):  # a deque's, which is not written in Python
                     yield eval(callback, vars(module))
 
 

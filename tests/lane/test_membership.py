@@ -393,6 +393,7 @@ def test_a_lane_can_be_joined_again_after_it_was_joined(lane: Lane) -> None:
         for _ in range(3):
             reader.join(lane.invitation)
         assert reader.lanes() == (lane.name,)
+        assert lane.wait_open(DEADLINE)
         tensor = new_tensor()
         assert torch.equal(reader.take(put(lane, tensor)), tensor)
         assert lane.stats().rejected_peers == 0

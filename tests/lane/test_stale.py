@@ -134,6 +134,7 @@ def test_a_new_lane_of_an_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with Reader("tp") as old, Reader("tp", 1) as new:
         with lane_named(monkeypatch, number, readers=1) as first:
             old.join(first.invitation)
+            assert first.wait_open(DEADLINE)
             held = old.take(put(first, tensor := new_tensor()))
             late, later = put(first, new_tensor()), put(first, new_tensor())
         eventually(lambda: old.lanes() == (), "the end of the first lane")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from mmlane.cli import app
 from mmlane.cli.status import Found, render
-from mmlane.lane.status import LaneStats, StatusError, running
+from mmlane.lane.status import LaneStats, OtherUser, StatusError, ask, running
 
 if TYPE_CHECKING:  # which needs torch
     from mmlane.lane import Lane
@@ -252,3 +252,44 @@ def test_lanes_that_cannot_be_listed_are_not_switched(word: str, monkeypatch: py
     monkeypatch.setattr(MODULE, "running", fail)
     done = CliRunner().invoke(app, [word, "--all"])
     assert done.exit_code == 1 and "cannot be listed: no /proc" in done.output
+
+
+FOREIGN = "mmlane-8-abcdef"
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane of another user is there, too."""
+
+    def tell(name: str) -> LaneStats:
+        if name == FOREIGN:
+            raise OtherUser(f"lane {name} does not tell its status: it belongs to user 8, this is user 9")
+        return ask(name)
+
+    ours = MODULE.running
+    monkeypatch.setattr(MODULE, "running", lambda: (FOREIGN, *ours()))
+    monkeypatch.setattr(MODULE, "ask", tell)
+
+
+def test_all_lanes_of_this_user_are_switched_and_those_of_others_are_no_failure(
+    two: list[Lane], foreign: None
+) -> None:
+    done = CliRunner().invoke(app, ["off", "--all"])
+    assert (done.exit_code, done.output) == (0, "".join(f"{lane.name}: off\n" for lane in two))
+
+
+@pytest.mark.parametrize("word", ["off", "on"])
+def test_a_lane_of_another_user_cannot_be_switched_by_its_pid(word: str, two: list[Lane], foreign: None) -> None:
+    done = CliRunner().invoke(app, [word, "8"])
+    assert done.exit_code == 1 and f"mmlane: lane {FOREIGN}" in done.output
+    assert [lane.state for lane in two] == ["waiting"] * 2
+
+
+def test_where_only_others_have_lanes_nothing_was_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(name: str) -> LaneStats:
+        raise OtherUser("it belongs to user 8, this is user 9")
+
+    monkeypatch.setattr(MODULE, "running", lambda: (FOREIGN,))
+    monkeypatch.setattr(MODULE, "ask", tell)
+    done = CliRunner().invoke(app, ["off", "--all"])
+    assert done.exit_code == 1 and "no lane of this user; `mmlane status` lists all" in done.output

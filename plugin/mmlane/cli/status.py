@@ -18,7 +18,7 @@ from rich.text import Text
 
 from mmlane.cli.examination import FINE, TROUBLE
 from mmlane.cli.units import size
-from mmlane.lane.status import LaneStats, StatusError, ask, running, switch
+from mmlane.lane.status import LaneStats, OtherUser, StatusError, ask, running, switch
 
 NONE = (
     "No lane runs in this network namespace. An engine in mode arena (MMLANE=arena, the default) makes one at its "
@@ -33,13 +33,15 @@ _INTERVAL = 1.0  # seconds between two looks of --watch
 class Found:
     """A lane and what it tells, or `problem`: why it does not.
 
-    command: what its producer calls itself, in one line; "" if that is out of sight.
+    command: what its producer calls itself, in one line; "" if that is out of sight. is_ours: of this user, as
+    far as one can tell.
     """
 
     name: str
     stats: LaneStats | None
     command: str = ""
     problem: str = ""
+    is_ours: bool = True
 
     @property
     def pid(self) -> int:
@@ -120,14 +122,14 @@ def _switch_all(pid: int | None, everything: bool, *, off: bool) -> None:
     if (pid is None) != everything:
         raise typer.BadParameter("name a PID, as `mmlane status` shows it, or --all")
     try:
-        lanes = [lane for lane in look() if everything or lane.pid == pid]
+        found = look()
     except StatusError as error:
         typer.echo(f"mmlane: {error}", err=True)
         raise typer.Exit(TROUBLE) from None
+    lanes = [lane for lane in found if (lane.is_ours if everything else lane.pid == pid)]
     if not lanes:
-        typer.echo(
-            NONE if everything else f"mmlane: no lane of process {pid}; `mmlane status` lists all", err=True
-        )
+        whose = "this user" if everything else f"process {pid}"
+        typer.echo(f"mmlane: no lane of {whose}; `mmlane status` lists all" if found else NONE, err=True)
         raise typer.Exit(TROUBLE)
     failed = False
     for lane in lanes:
@@ -152,7 +154,7 @@ def _found(name: str) -> Found:
     try:
         stats = ask(name)
     except StatusError as error:
-        return Found(name, None, problem=str(error))
+        return Found(name, None, problem=str(error), is_ours=not isinstance(error, OtherUser))
     return Found(name, stats, _command(stats.pid))
 
 

@@ -155,7 +155,7 @@ class Pinned(memory.Mapping):
     def unmap(self) -> None:
         self.unpin()
         if self._stays:  # else CUDA would take what is mapped here next for what it has registered
-            self.address = 0
+            self._places.clear()
         super().unmap()
 
 

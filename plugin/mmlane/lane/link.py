@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -25,19 +26,13 @@ from mmlane.lane.ticket import Content, digest
 logger = logging.getLogger("mmlane.lane")
 
 
-class _Mark:
-    """What is known of a slot's last ticket here, without keeping its claim alive.
+class _Promise:
+    """Stands where a claim's watch would, for a ticket that this reader has promised not to take."""
 
-    is_held: tells whether the claim lives; None for a ticket that was never taken. is_lent: a device may read the
-    memory.
-    """
+    __slots__ = ("serial",)
 
-    __slots__ = ("is_held", "is_lent", "serial")
-
-    def __init__(self, serial: int, claim: Claim | None = None) -> None:
+    def __init__(self, serial: int) -> None:
         self.serial = serial
-        self.is_held = None if claim is None else weakref.ref(claim)
-        self.is_lent = False
 
 
 class Claim:
@@ -47,19 +42,30 @@ class Claim:
     mapping: what the tensor lies in, which stays mapped as long as this.
     """
 
+    watch: _Watch | None = None
+
     def __init__(self, link: Link, content: Content) -> None:
         self.link = link
         self.content = content
         self.mapping: memory.Mapping = link.mapping
-        self.mark = _Mark(content.serial, self)
+        self.watch = _Watch(self, link.dropped.append)
+        self.watch.slot, self.watch.serial = content.slot, content.serial
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        """At the end of the interpreter, the end of the connection tells it all.
+        """At the end of the interpreter, the end of the connection tells it all."""
+        if not ending() and self.watch is not None:
+            self.link.let_go(self.watch, self.mapping)
 
-        Where this is interrupted, the ticket is released when the producer asks after it.
-        """
-        if not ending() and hasattr(self, "mark") and self.link.owner(self.content.slot) is self.mark:
-            self.link.let_go(self.content.slot, self.mark, self.mapping)
+
+class _Watch(weakref.ref[Claim]):
+    """Stands for a claim where the claim itself would be kept alive, and is noted down when that is gone.
+
+    The latter in C alone: should a signal handler raise in the claim's finalizer, the ticket is released later.
+    is_lent: a device may read the memory. is_done: the ticket was released.
+    """
+
+    slot = serial = -1
+    is_lent = is_done = False
 
 
 class Link:
@@ -99,7 +105,8 @@ class Link:
         self._directory = self.mapping.words(slots)
         self._wake = wake
         # By slot: the last ticket that was taken here, or that this reader has promised not to take.
-        self._seen: dict[int, _Mark | None] = {}
+        self._seen: dict[int, _Watch | _Promise] = {}
+        self.dropped: deque[_Watch] = deque()  # those of claims that are gone
         self._promised: dict[int, int] = {}  # slot -> serial of the latter
         self._claiming = threading.RLock()  # also for a signal handler that takes
         self._outbox: dict[tuple[int, int, int], None] = {}  # what has not been sent for certain
@@ -130,6 +137,7 @@ class Link:
         slot, end = content.slot, self.base + content.offset + content.nbytes
         claim = Claim(self, content)
         with self._claiming:
+            self._make_up()
             is_out = slot < len(self._directory) and end <= self.mapping.nbytes and self._directory[slot] == wanted
             seen = self._seen.get(slot)
             if is_out and self._promised.get(slot) == content.serial:
@@ -142,42 +150,43 @@ class Link:
                     f"ticket {content.serial} of lane {content.lane} is not out: it was taken or released before,"
                     " withdrawn, recalled, or changed on its way"
                 )
-            self._seen[slot] = claim.mark  # from here on the claim owns it
+            assert claim.watch is not None
+            self._seen[slot] = claim.watch  # from here on the claim owns it
         return claim
 
-    def owner(self, slot: int) -> _Mark | None:
-        """The mark of the claim that had a slot's ticket last."""
-        return self._seen.get(slot)
-
     def promise(self, slot: int, serial: int) -> None:
-        """Answer that a ticket was never seen here, and see to it that it never will be.
-
-        If it was taken and let go, it is released once more, since that may have been interrupted. No answer if it
-        is held, was promised before, or was withdrawn and the slot used again.
-        """
+        """Answer that a ticket was never seen here, and see to it that it never will be; no answer if it was."""
         with self._claiming:
+            self._make_up()
             seen = self._seen.get(slot)
-            is_new = seen is None or seen.serial < serial
-            if is_new:
-                self._promised[slot] = serial
-                self._seen[slot] = _Mark(serial)
-        if is_new:
-            self._send_soon(protocol.NOT_SEEN, slot, serial)
-        elif seen is not None and seen.serial == serial and seen.is_held is not None and seen.is_held() is None:
-            self.let_go(slot, seen)
+            if seen is not None and seen.serial >= serial:
+                return  # it is held, or was released, or was withdrawn and the slot used again
+            self._promised[slot] = serial
+            self._seen[slot] = _Promise(serial)
+        self._send_soon(protocol.NOT_SEEN, slot, serial)
 
-    def let_go(self, slot: int, mark: _Mark, mapping: memory.Mapping | None = None) -> None:
-        """A ticket is done with here, and with what it is lent to. Runs in finalizers, so it waits for nothing."""
-        release = partial(self._release, slot, mark.serial, mapping)
-        if mark.is_lent and self.device is not None:
-            self.device.settle(mark, release)
-        else:
-            release()
+    def let_go(self, watch: _Watch, mapping: memory.Mapping) -> None:
+        """A claim is gone. Runs wherever Python lets the tensor go, so it waits for nothing."""
+        if self._seen.get(watch.slot) is watch:  # not of a take that has not come so far
+            if watch.is_lent and self.device is not None:
+                self.device.settle(watch, partial(self._release, watch, mapping))
+            else:
+                self._release(watch, mapping)
+        watch.is_done = True
 
-    def _release(self, slot: int, serial: int, mapping: memory.Mapping | None) -> None:
-        if mapping is not None and mapping.private:
+    def _release(self, watch: _Watch, mapping: memory.Mapping) -> None:
+        if mapping.private:
             mapping.unmap()
-        self._send_soon(protocol.RELEASE, slot, serial)
+        self._send_soon(protocol.RELEASE, watch.slot, watch.serial)
+
+    def _make_up(self) -> None:
+        """Release what is gone and was not released, since an interrupt broke into that."""
+        while self.dropped:
+            watch = self.dropped[0]
+            if not watch.is_done:
+                self.let_go(watch, self.mapping)
+            if self.dropped and self.dropped[0] is watch:  # a signal handler that takes may have been here
+                self.dropped.popleft()
 
     # --- sending -------------------------------------------------------------------------------------------
 

@@ -14,11 +14,12 @@ import mmap
 import os
 import sys
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
 from typing import ClassVar
-from weakref import WeakSet
 
 import torch
 
@@ -94,26 +95,37 @@ class Mapping:
     Raises OSError when the kernel does not map it (ENOMEM: address space, or too many mappings).
     """
 
-    address = 0
     private = False
     _private: ClassVar[dict[int, None]] = {}  # addresses of this process's private mappings
+    _mapped: ClassVar[dict[weakref.ref[Mapping], tuple[list[int], int]]] = {}  # where each lies, and its size
+    _dead: ClassVar[deque[weakref.ref[Mapping]]] = deque()  # not all of them are unmapped: it was interrupted
 
     def __init__(
         self, fd: int, nbytes: int, *, offset: int = 0, writable: bool = False, private: bool = False
     ) -> None:
         self.nbytes = nbytes
+        self._places: list[int] = []  # one, or none
+        unmap_dead()
         if private:
             self._check_count()
+        self._note = weakref.ref(self, self._dead.append)
+        self._mapped[self._note] = self._places, nbytes
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable or private else 0)
         flags = mmap.MAP_PRIVATE | _MAP_NORESERVE if private else mmap.MAP_SHARED
-        address = _libc.mmap(None, nbytes, protection, flags, fd, offset)
-        if address is None or address == _MAP_FAILED:
+        # In C as a whole, so that no signal handler can come between the mapping and its note.
+        self._places.extend(map(_libc.mmap, (None,), (nbytes,), (protection,), (flags,), (fd,), (offset,)))
+        if self._places == [_MAP_FAILED]:
+            self._places.clear()
             raise _fail()
-        self.address = address
         if private:
             self.private = True
-            Mapping._private[address] = None
-        _libc.madvise(address, nbytes, _MADV_DONTDUMP)
+            self._private[self.address] = None
+        _libc.madvise(self.address, nbytes, _MADV_DONTDUMP)
+
+    @property
+    def address(self) -> int:
+        """Where it lies; 0 once it is unmapped."""
+        return self._places[0] if self._places else 0
 
     def _check_count(self) -> None:
         """Raises OSError where one more private mapping would take what the process needs for itself."""
@@ -142,14 +154,30 @@ class Mapping:
 
     def unmap(self) -> None:
         """Let the range go. Whatever still looks at it would crash: only for who knows that nothing does."""
-        address, self.address = self.address, 0
-        if address:
-            self._private.pop(address, None)  # before the next mapping can have it
-            _libc.munmap(address, self.nbytes)
+        if self._places:
+            _unmap(self._places, self.nbytes)
+        self._mapped.pop(self._note, None)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not ending():
+        if not ending() and hasattr(self, "_note"):
             self.unmap()
+
+
+def _unmap(places: list[int], nbytes: int) -> None:
+    Mapping._private.pop(places[0], None)  # before the next mapping can have it
+    next(map(_libc.munmap, iter(places.pop, None), (nbytes,)))  # in C as a whole, as above
+
+
+def unmap_dead() -> None:
+    """Unmap what has died without it, since a signal handler raised in its finalizer."""
+    while Mapping._dead:
+        try:
+            note = Mapping._dead.popleft()
+        except IndexError:  # another thread has it
+            return
+        places, nbytes = Mapping._mapped.pop(note, ([], 0))
+        if places:
+            _unmap(places, nbytes)
 
 
 class Descriptor:
@@ -164,7 +192,7 @@ class Descriptor:
     def __del__(
         self, ending: Callable[[], bool] = sys.is_finalizing, close: Callable[[int], None] = os.close
     ) -> None:
-        if not ending():
+        if not ending() and hasattr(self, "fd"):
             close(self.fd)
 
 
@@ -209,7 +237,7 @@ class Backing:
         self.degraded: list[str] = []
         self._checked = 0.0  # when the machine was looked at last
         self._left = 0  # bytes that may be granted before it is looked at again
-        self._grants: WeakSet[Grant] = WeakSet()
+        self._grants: weakref.WeakSet[Grant] = weakref.WeakSet()
         self._on_file_system = False
         self.fd = self.shared_fd = -1
         self.fd = self.shared_fd = self._create()

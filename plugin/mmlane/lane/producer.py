@@ -25,7 +25,7 @@ from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused, neede
 from mmlane.lane.invitation import Invitation
 from mmlane.lane.reservation import Reservation
 from mmlane.lane.status import LaneStats, State
-from mmlane.lane.ticket import DIMENSIONS, NAMES, Content, digest, read, write
+from mmlane.lane.ticket import DIMENSIONS, NAMES, Content, digest, read, unsupported, write
 
 logger = logging.getLogger("mmlane.lane")
 
@@ -374,7 +374,7 @@ class Lane:
     def _copy(self, tensor: torch.Tensor, hold: Hold) -> memory.Owner | Refused:
         """A copy of a tensor in an extent that the hold keeps."""
         self._check_process()
-        if problem := _unsupported(tensor):
+        if problem := unsupported(tensor):
             with self.lock, self._change:
                 return self._refuse("unsupported", problem)
         nbytes = tensor.numel() * tensor.itemsize
@@ -394,9 +394,7 @@ class Lane:
         """An extent that the hold keeps, with memory behind it."""
         with self.lock, self._change:
             self._ahead = max(self._ahead, min(nbytes, _AHEAD))
-            self._undrained += 1
-            if self._undrained >= _DRAIN:
-                self._drain(_AT_ONCE)
+            self._drain_now_and_then()
             placed = self._find(nbytes, hold)
             if not isinstance(placed, Extent):
                 return placed
@@ -416,6 +414,11 @@ class Lane:
         return mapping.owner(self._base + placed.offset, keeps=(mapping, hold))
 
     # --- with the lock held --------------------------------------------------------------------------------
+
+    def _drain_now_and_then(self) -> None:
+        self._undrained += 1
+        if self._undrained >= _DRAIN:
+            self._drain(_AT_ONCE)
 
     def _find(self, nbytes: int, hold: Hold) -> Extent | Refused:
         """An extent of that size."""
@@ -468,9 +471,8 @@ class Lane:
     def publish(self, part: torch.Tensor, hold: Hold, at: int) -> bytes | Refused:
         """For a reservation: a ticket for a part of what its hold keeps, `at` bytes from its begin."""
         self._check_process()
-        if problem := _unsupported(part):
-            raise ValueError(problem)
         with self.lock, self._change:
+            self._drain_now_and_then()
             return self._issue(part, hold, at)
 
     def _clear(self, slot: int) -> None:
@@ -705,28 +707,10 @@ class Lane:
         self._control.abandon()
         if self._backing is not None:
             self._backing.close()
-        if self._mapping is not None:
-            self._mapping.unmap()
+        self._mapping = None  # it goes with the last tensor that was reserved
 
 
 _lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
-
-
-def _unsupported(tensor: torch.Tensor) -> str:
-    """Why a tensor cannot travel by lane; empty when it can."""
-    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-        return f"{type(tensor).__name__}: only plain tensors travel by lane"
-    if not tensor.is_cpu:
-        return f"a tensor on {tensor.device}: only CPU tensors travel by lane"
-    if tensor.layout is not torch.strided or tensor.dtype not in NAMES or tensor.is_nested:
-        return f"{tensor.dtype}, {tensor.layout}: only dense tensors of ordinary dtypes travel by lane"
-    if tensor.dim() > DIMENSIONS:
-        return f"{tensor.dim()} dimensions: at most {DIMENSIONS} travel by lane"
-    try:
-        is_there = tensor.data_ptr() or not tensor.numel()
-    except RuntimeError as error:  # one inside of torch.vmap, torch.func.grad, ...
-        return f"a tensor that has no memory ({error}): only plain tensors travel by lane"
-    return "" if is_there else "a tensor whose memory is gone, or never was: only plain tensors travel by lane"
 
 
 def _after_fork() -> None:

@@ -39,6 +39,35 @@ _INT = struct.Struct("@i")
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
 
 
+class _Received(memory.Descriptor):
+    """A message, and the descriptor that came with it: -1 for none. Raises OSError."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._found: list[tuple[bytes, list[tuple[int, int, bytes]], int, object]] = []
+        # Not socket.recv_fds, which ignores the flags: programs that this process starts would get the memory. In
+        # C as a whole, so that no signal handler can come between a descriptor's arrival and its note.
+        room = socket.CMSG_LEN(_INT.size)
+        self._found.extend(map(connection.recvmsg, (protocol.LIMIT,), (room,), (socket.MSG_CMSG_CLOEXEC,)))
+        self.message = self._found[0][0]
+        super().__init__(next(iter(self._descriptors()), -1))
+
+    def _descriptors(self) -> list[int]:
+        rights = [
+            data
+            for _, ancillary, _, _ in self._found
+            for *kind, data in ancillary
+            if kind == [socket.SOL_SOCKET, socket.SCM_RIGHTS]
+        ]
+        return [fd for data in rights for (fd,) in _INT.iter_unpack(data)]
+
+    def __del__(
+        self, ending: Callable[[], bool] = sys.is_finalizing, close: Callable[[int], None] = os.close
+    ) -> None:
+        if not ending() and hasattr(self, "_found"):
+            for fd in self._descriptors():
+                close(fd)
+
+
 class Reader:
     """One process's reading end, for any number of lanes. Thread-safe. Not usable in a forked child.
 
@@ -69,6 +98,7 @@ class Reader:
         self._links: dict[str, Link] = {}  # by the lane's name
         self._heard: dict[int, Link] = {}  # by file descriptor: those that the thread listens to
         self._discarded: deque[bytes] = deque()  # tickets, for the thread to discard
+        self._clones: deque[str] = deque(maxlen=10)  # lines of tensors that were cloned, for the thread to log
         self._joining = threading.Lock()
         try:
             with needed("epoll"):
@@ -233,13 +263,8 @@ class Reader:
             return link
 
     def _map(self, invitation: Invitation, connection: socket.socket, nonce: str) -> Link:
-        # Not socket.recv_fds, which ignores the flags: programs that this process starts would get the memory.
-        room = socket.CMSG_LEN(_INT.size)
-        message, ancillary, _, _ = last_words(
-            lambda: connection.recvmsg(protocol.LIMIT, room, socket.MSG_CMSG_CLOEXEC)
-        )
-        rights = [data for *kind, data in ancillary if kind == [socket.SOL_SOCKET, socket.SCM_RIGHTS]]
-        received = [memory.Descriptor(fd) for data in rights for (fd,) in _INT.iter_unpack(data)]
+        received = last_words(lambda: _Received(connection))
+        message = received.message
         failpoints.reached("join.received")
         if not message:
             raise ConnectionResetError
@@ -250,9 +275,8 @@ class Reader:
             raise ProtocolError(f"message {kind} instead of a WELCOME")
         found = protocol.read_welcome(message, invitation.secret, nonce)
         try:
-            if received:
-                descriptor = received[0]
-            else:
+            descriptor: memory.Descriptor = received
+            if descriptor.fd < 0:
                 descriptor = memory.Descriptor(os.open(found.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
                 logger.warning(
                     "lane %s goes without SCM_RIGHTS: its memory was opened as %s", invitation.name, found.path
@@ -293,15 +317,16 @@ class Reader:
                 )
                 where -= begin
             except OSError as error:  # too many mappings, or strict overcommit: a copy does as well
-                logger.debug("no private mapping of %d bytes (%s): cloned", nbytes, str(error))
+                self._clones.append(f"no private mapping of {nbytes} bytes ({error}): cloned")
                 mode = "clone"
         owner = claim.mapping.owner(where, keeps=claim)
         tensor = memory.tensor_at(owner, claim.content.dtype, claim.content.shape)
         if mode == "clone":
             return tensor.clone()
         if self._device is not None:
-            claim.mark.is_lent = True
-            self._device.owe(claim.mark)
+            assert claim.watch is not None
+            claim.watch.is_lent = True
+            self._device.owe(claim.watch)
         return tensor
 
     # --- the thread ----------------------------------------------------------------------------------------
@@ -326,6 +351,7 @@ class Reader:
                 elif number in self._heard:
                     self._attend(self._heard[number], events)
             self._tidy()  # while no name here keeps a link, and its mapping, alive
+            memory.unmap_dead()
         while self._links:
             _, link = self._links.popitem()
             link.leave()
@@ -353,7 +379,8 @@ class Reader:
                 try:
                     self._handle(link, message)
                 except ProtocolError as error:
-                    # Not a reason to hang up: that would end the lane.
+                    # Not a reason to hang up: that would end the lane. Only its text: a record that a handler
+                    # keeps would keep the traceback, and with it the link and its memory.
                     logger.warning(
                         "lane %s: ignoring a malformed message of its producer: %s", link.name, str(error)
                     )
@@ -400,6 +427,8 @@ class Reader:
                 link.is_promised_room = True
         while self._discarded:
             self._discard(self._discarded.popleft())
+        while self._clones:
+            logger.debug("%s", self._clones.popleft())
 
     def _discard(self, ticket: bytes) -> None:
         try:

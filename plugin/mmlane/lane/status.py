@@ -9,10 +9,10 @@ import re
 import socket
 import struct
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from os import geteuid
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mmlane.lane import protocol
 from mmlane.lane.errors import Cause, LaneError
@@ -68,6 +68,10 @@ class StatusError(LaneError):
     """A lane's status cannot be had; the message says why: nobody there, another user, no answer in time."""
 
 
+class OtherUser(StatusError):
+    """The lane is another user's."""
+
+
 def running() -> tuple[str, ...]:
     """Names of the lanes in this network namespace, of all users, by the PID in the name.
 
@@ -101,7 +105,7 @@ def _ask(name: str, kind: int, timeout: float) -> LaneStats:
             connection.settimeout(timeout)
             peer = peer_of(connection)
             if peer.uid != geteuid():
-                raise StatusError(f"it belongs to user {peer.uid}, this is user {geteuid()}")
+                raise OtherUser(f"it belongs to user {peer.uid}, this is user {geteuid()}")
             with suppress(BrokenPipeError):  # it has answered already
                 connection.send(bytes((kind,)), socket.MSG_NOSIGNAL)
             return _stats(last_words(lambda: connection.recv(protocol.STATUS_LIMIT)), peer.pid)
@@ -113,7 +117,8 @@ def _ask(name: str, kind: int, timeout: float) -> LaneStats:
             reason = "nobody listens there: its producer has ended, or is in another network namespace"
         elif isinstance(error, ConnectionError):
             reason = "it hung up: too many wait there, or it has just ended"
-        raise StatusError(f"lane {name} does not tell its status: {reason}") from error
+        kind_of_error = OtherUser if isinstance(error, OtherUser) else StatusError
+        raise kind_of_error(f"lane {name} does not tell its status: {reason}") from error
 
 
 def _stats(message: bytes, pid: int) -> LaneStats:
@@ -122,6 +127,19 @@ def _stats(message: bytes, pid: int) -> LaneStats:
     if protocol.kind(message) == protocol.REJECT:
         raise protocol.ProtocolError(f"{protocol.read_reject(message)}")
     facts = protocol.read_status(message)
-    if facts.keys() != {field.name for field in fields(LaneStats)}:
+    wanted = get_type_hints(LaneStats)
+    if facts.keys() != wanted.keys() or not all(_is(facts[name], kind) for name, kind in wanted.items()):
         raise protocol.ProtocolError("it is of another version of mmlane: ask with that one")
     return LaneStats(**{**facts, "pid": pid, "degraded": tuple(facts["degraded"])})
+
+
+def _is(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a type that LaneStats has."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is None:
+        return isinstance(value, kind)
+    if origin is Literal:
+        return value in args
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(k, args[0]) and _is(v, args[1]) for k, v in value.items())
+    return isinstance(value, list) and all(_is(one, args[0]) for one in value)

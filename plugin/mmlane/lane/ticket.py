@@ -41,6 +41,23 @@ class Content(NamedTuple):
     shape: tuple[int, ...]
 
 
+def unsupported(tensor: torch.Tensor) -> str:
+    """Why a tensor cannot travel by lane; empty when it can."""
+    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        return f"{type(tensor).__name__}: only plain tensors travel by lane"
+    if not tensor.is_cpu:
+        return f"a tensor on {tensor.device}: only CPU tensors travel by lane"
+    if tensor.layout is not torch.strided or tensor.dtype not in NAMES or tensor.is_nested:
+        return f"{tensor.dtype}, {tensor.layout}: only dense tensors of ordinary dtypes travel by lane"
+    if tensor.dim() > DIMENSIONS:
+        return f"{tensor.dim()} dimensions: at most {DIMENSIONS} travel by lane"
+    try:
+        is_there = tensor.data_ptr() or not tensor.numel()
+    except RuntimeError as error:  # one inside of torch.vmap, torch.func.grad, ...
+        return f"a tensor that has no memory ({error}): only plain tensors travel by lane"
+    return "" if is_there else "a tensor whose memory is gone, or never was: only plain tensors travel by lane"
+
+
 def write(content: Content) -> bytes:
     """The ticket for a content."""
     name, dtype = content.lane.encode(), NAMES[content.dtype]

@@ -69,7 +69,8 @@ class Producing:
         if seed not in self.copies and uses == 1:
             ticket = self.lane.put(stamp(seed, nbytes))
         else:
-            copy, left = self.copies.pop(seed, None) or (self.lane.copy(stamp(seed, nbytes)), uses)
+            kept = self.copies.pop(seed, None)
+            copy, left = (self.lane.copy(stamp(seed, nbytes)), uses) if kept is None else kept
             if isinstance(copy, Refused):
                 return copy
             if left > 1:
@@ -156,10 +157,14 @@ class Reading:
     def close(self) -> None:
         self.reader.close()
 
-    def come_back(self, invitation: Invitation) -> None:
-        """Be another reader from now on, in the same place."""
+    def leave(self) -> None:
+        """Leave all lanes, and be another reader from now on, in the same place."""
         self.reader.close()
         self.reader = Reader(self.reader.group, self.reader.number, linger=self.linger)
+
+    def come_back(self, invitation: Invitation) -> None:
+        """Leave, and join; which is refused where the producer has yet to hear of the former."""
+        self.leave()
         self.join(invitation)
 
 

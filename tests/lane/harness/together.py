@@ -133,6 +133,13 @@ def backing(lane: Lane) -> Backing:
     return lane._backing
 
 
+def copy(lane: Lane, tensor: torch.Tensor) -> Reservation:
+    """A copy that is kept; a refusal is a failure."""
+    room = lane.copy(tensor)
+    assert isinstance(room, Reservation), room
+    return room
+
+
 def put(lane: Lane, tensor: torch.Tensor) -> bytes:
     """A ticket; a refusal is a failure."""
     ticket = lane.put(tensor)
