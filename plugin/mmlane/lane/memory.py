@@ -85,8 +85,8 @@ def round_up(nbytes: int, unit: int = PAGE) -> int:
 class Mapping:
     """A file's bytes in this process's address space, unmapped when the object dies.
 
-    At the end of the interpreter it stays: tensors may still look at it, and the kernel unmaps it. It is in no core
-    dump: that would read, and so commit, all of a sparse file.
+    At the end of the interpreter it stays: tensors may still look at it, and the kernel unmaps it. It is in no
+    core dump: that would read, and so commit, all of a sparse file.
 
     writable: the producer's way, changes are everybody's. private: an edit is seen by nobody else and costs a
     page. Neither: an edit ends the process with SIGSEGV.
