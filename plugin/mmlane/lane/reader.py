@@ -419,10 +419,11 @@ class Reader:
                 if link.gone_at + self._linger <= now:
                     link.unpin()
                     del self._links[name]
-            elif self._heard.get(number) is not link:
+                continue
+            if self._heard.get(number) is not link:
                 self._heard[number] = link
                 self._events.register(link.connection, _HEARING)
-            elif link.wants_room:
+            if link.wants_room:
                 self._events.modify(link.connection, _HEARING | select.EPOLLOUT)
                 link.is_promised_room = True
         while self._discarded:
