@@ -25,6 +25,8 @@ from mmlane.lane.ticket import Content, digest
 
 logger = logging.getLogger("mmlane.lane")
 
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)  # what sending says of a producer that ended
+
 
 class _Promise:
     """Stands where a claim's watch would, for a ticket that this reader has promised not to take."""
@@ -203,11 +205,14 @@ class Link:
             self.connection.send(protocol.pairs(kind, [(slot, serial)]), protocol.QUIETLY)
             self._outbox.pop(item, None)
             failpoints.reached("release.sent")
-        except BlockingIOError:
-            self.wants_room = True
+        except OSError as error:
+            if error.errno in _GONE:  # the producer, and its state with it
+                self._outbox.clear()
+                return
+            self.wants_room = True  # full, or a signal handler's TimeoutError: the reader's thread sends it
             self._wake()
-        except OSError:  # the producer is gone, and its state with it
-            self._outbox.clear()
+            if error.errno is None and not isinstance(error, BlockingIOError):
+                raise
 
     def flush(self) -> None:
         """Send what could not be sent. Called by the reader's thread alone."""
@@ -217,10 +222,11 @@ class Link:
                 self.connection.send(protocol.pairs(batch[0][0], [item[1:] for item in batch]), protocol.QUIETLY)
                 for item in batch:
                     self._outbox.pop(item, None)
-        except BlockingIOError:
-            self.wants_room = True
-        except OSError:
-            self._outbox.clear()
+        except OSError as error:
+            if error.errno in _GONE:
+                self._outbox.clear()
+            else:
+                self.wants_room = True
 
     def _batch(self) -> list[tuple[int, int, int]]:
         """What one message holds, of one kind."""

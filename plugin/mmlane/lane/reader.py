@@ -317,6 +317,8 @@ class Reader:
                 )
                 where -= begin
             except OSError as error:  # too many mappings, or strict overcommit: a copy does as well
+                if error.errno is None:  # a TimeoutError of a signal handler
+                    raise
                 self._clones.append(f"no private mapping of {nbytes} bytes ({error}): cloned")
                 mode = "clone"
         owner = claim.mapping.owner(where, keeps=claim)
