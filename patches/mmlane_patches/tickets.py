@@ -91,7 +91,7 @@ class LanePointer:
         try:
             self._arrive(dict(state))
         except Exception as error:  # noqa: BLE001 - kept for materialize(), which raises it
-            self._problem = error
+            self._problem = error.with_traceback(None)  # whose frames hold the invitation
 
     def _arrive(self, state: dict[str, Any]) -> None:
         invitation = state.pop("invitation", None)

@@ -14,8 +14,10 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from traceback import TracebackException
 
 import pytest
 import torch
@@ -154,7 +156,7 @@ def shapes(secret: bytes) -> list[bytes]:
     """A secret as it may look where it got out."""
     return [
         secret,
-        repr(secret)[2:-1].encode(),
+        repr(bytes(secret))[2:-1].encode(),
         secret.hex().encode(),
         base64.b64encode(secret),
         base64.urlsafe_b64encode(secret),
@@ -201,6 +203,18 @@ def test_the_secret_is_nowhere_but_in_the_invitation(caplog: pytest.LogCaptureFi
         texts = [one if isinstance(one, bytes) else pickle.dumps(one), repr(one).encode(), str(one).encode()]
         for shape in shapes(lane.invitation.secret):
             assert not any(shape in text for text in texts), one
+
+
+def test_no_traceback_shows_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that shows the values of all names, as error trackers do."""
+    monkeypatch.setattr(protocol, "_same", lambda proof, expected: False)
+    with Lane({"tp": 1}, capacity=4 * MIB) as lane, Reader("tp") as reader:
+        monkeypatch.setattr(protocol, "is_proven", lambda hello, secret: True)
+        error = raised(lambda: reader.join(lane.invitation))
+    told = "".join(TracebackException.from_exception(error, capture_locals=True).format())
+    assert "proves no knowledge of the secret" in told and "_map" in told and "secret = <secret>" in told
+    for shape in shapes(lane.invitation.secret):
+        assert shape not in told.encode()
 
 
 def raised(what: Callable[[], object]) -> LaneError:
@@ -378,3 +392,32 @@ def test_a_process_out_of_sight_is_refused_even_with_the_secret() -> None:
         assert producer.hear() == "open"
         producer.say()
         producer.result()
+
+
+# --- processes in a namespace of ours ----------------------------------------------------------------------
+
+
+def switch_from_within(name: str) -> list[str]:
+    """What a process in a PID namespace of its own, whose pid we see, is told."""
+    checked(libc.unshare(_CLONE_NEWPID))
+    ours, theirs = os.pipe()
+    if pid := os.fork():
+        os.close(theirs)
+        with os.fdopen(ours) as pipe:
+            lines = pipe.read().splitlines()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        return lines
+    die_with_the_parent()
+    assert os.getpid() == 1
+    told = [str(raised(partial(switch, name, off))) for off in (True, False)] + [ask(name).state]
+    os.write(theirs, "\n".join(told).encode())
+    os._exit(0)
+
+
+def test_a_process_in_a_container_within_ours_can_ask_but_not_switch(lane: Lane) -> None:
+    """It shares the network, and the engine runs outside of any container."""
+    require_other_users()
+    *refused, state = run(switch_from_within, lane.name)
+    assert all("only from its own container" in line for line in refused) and len(refused) == 2
+    assert state == lane.state == "waiting"
+    serves(lane)

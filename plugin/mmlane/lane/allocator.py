@@ -23,8 +23,8 @@ class Allocator:
         self.segment = segment
         self.page = page
         self.pinned = pinned
-        self._used: dict[int, int] = {}
-        self._free: dict[int, int] = {0: capacity}  # start -> size
+        self.used: dict[int, int] = {}  # offset -> size, of ranges
+        self.unused: dict[int, int] = {0: capacity}  # the others, likewise
         self._starts: list[int] = [0]  # the free ranges' starts, in order
         self._committed: set[int] = set()  # numbers of segments
         self._touched: set[int] = set()  # committed segments that were used since the last look
@@ -38,7 +38,7 @@ class Allocator:
         size = self.rounded(nbytes)
         best: tuple[int, int, int] | None = None
         for start in self._starts:
-            room = self._free[start]
+            room = self.unused[start]
             if room < size:
                 continue
             key = (self._uncommitted_count(start, size), room, start)
@@ -54,28 +54,28 @@ class Allocator:
         room = self._remove_free(offset)
         if room > size:
             self._add_free(offset + size, room - size)
-        self._used[offset] = size
+        self.used[offset] = size
         self._touched.update(self._segments(offset, size))
 
     def free(self, offset: int) -> None:
         """Free a used range. Raises KeyError when it is not used."""
-        size = self._used.pop(offset)
+        size = self.used.pop(offset)
         self._touched.update(self._segments(offset, size))
         at = bisect_left(self._starts, offset)
         if at < len(self._starts) and self._starts[at] == offset + size:
             size += self._remove_free(offset + size)
-        if at > 0 and self._starts[at - 1] + self._free[self._starts[at - 1]] == offset:
+        if at > 0 and self._starts[at - 1] + self.unused[self._starts[at - 1]] == offset:
             before = self._starts[at - 1]
             size += self._remove_free(before)
             offset = before
         self._add_free(offset, size)
 
     def _add_free(self, start: int, size: int) -> None:
-        self._free[start] = size
+        self.unused[start] = size
         insort(self._starts, start)
 
     def _remove_free(self, start: int) -> int:
-        room = self._free.pop(start)
+        room = self.unused.pop(start)
         del self._starts[bisect_left(self._starts, start)]
         return room
 
@@ -113,7 +113,7 @@ class Allocator:
 
     def idle(self) -> list[int]:
         """Offsets of the committed segments that nobody has used since the last call, in order."""
-        in_use = {number for offset, size in self._used.items() for number in self._segments(offset, size)}
+        in_use = {number for offset, size in self.used.items() for number in self._segments(offset, size)}
         idle = self._committed - in_use - self._touched - set(range(self.pinned // self.segment))
         self._touched.clear()
         return [number * self.segment for number in sorted(idle)]
@@ -124,29 +124,16 @@ class Allocator:
         if at < 0:
             return False
         start = self._starts[at]
-        return offset + nbytes <= start + self._free[start]
+        return offset + nbytes <= start + self.unused[start]
 
     # --- figures -------------------------------------------------------------------------------------------
 
     @property
     def used_bytes(self) -> int:
         """Bytes in used ranges."""
-        return sum(self._used.values())
-
-    @property
-    def used_count(self) -> int:
-        """How many ranges are used."""
-        return len(self._used)
+        return sum(self.used.values())
 
     @property
     def committed_bytes(self) -> int:
         """Bytes with memory behind them."""
         return len(self._committed) * self.segment
-
-    def used(self) -> dict[int, int]:
-        """The used ranges: offset -> size."""
-        return dict(self._used)
-
-    def unused(self) -> dict[int, int]:
-        """The free ranges: offset -> size, in order."""
-        return {start: self._free[start] for start in self._starts}

@@ -9,7 +9,6 @@ import secrets
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple, TypeAlias
 
 from mmlane.lane.allocator import Allocator
@@ -164,10 +163,6 @@ class Bookkeeping:
         ticket = self.live.get(slot)
         if ticket is not None and ticket.serial == serial and not ticket.claimed:
             self._end(ticket)
-
-    def older(self, count: int) -> list[Live]:
-        """The oldest tickets that are out, so many at most."""
-        return list(islice(self.live.values(), count))
 
     def _was_issued(self, serial: int) -> bool:
         return self._first < serial <= self._serial

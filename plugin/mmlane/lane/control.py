@@ -15,19 +15,19 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from mmlane.lane import failpoints, protocol
 from mmlane.lane.bookkeeping import Member
 from mmlane.lane.errors import needed
 from mmlane.lane.fork import close_in_child
 from mmlane.lane.memory import Descriptor
-from mmlane.lane.peer import has_ended, peer_of, uid_is_proof
+from mmlane.lane.peer import has_ended, peer_of, shares_pid_namespace, uid_is_proof
 from mmlane.lane.protocol import ProtocolError
 
-if TYPE_CHECKING:  # which asks with what is here
+if TYPE_CHECKING:
     from mmlane.lane.invitation import Invitation
-    from mmlane.lane.status import LaneStats
+    from mmlane.lane.producer import Lane
 
 logger = logging.getLogger("mmlane.lane")
 
@@ -37,23 +37,6 @@ _REASONS = 16  # to log; a crowd must not fill the log
 _REST = 0.02  # seconds without new connections after one was rejected
 _AT_ONCE = 1024  # messages of one member to read in one go: more than fit into a socket
 _SWITCHES = {protocol.STATUS: None, protocol.OFF: True, protocol.ON: False}
-
-
-class Host(Protocol):
-    """What the control thread needs of a lane. It calls all of these without the lock."""
-
-    lock: threading.Lock
-
-    @property
-    def members(self) -> Sequence[Member]: ...  # that are expected
-
-    def joined(self, member: Member) -> None: ...
-    def left(self, member: Member) -> None: ...
-    def stats(self) -> LaneStats: ...
-    def switch(self, off: bool) -> None: ...
-    def work(self) -> bool: ...
-    def look(self) -> None: ...
-    def ended(self, problem: str) -> None: ...
 
 
 @dataclass
@@ -71,17 +54,17 @@ class _Connection:
 
 
 class Control:
-    """Sockets and thread of one lane.
+    """Sockets and thread of one lane, whose methods the thread calls without the lane's lock.
 
-    invitation: whose name to listen at, in the abstract namespace. nbytes, slots, path, descriptor: what a reader
-    is told and given of the memory. period: seconds between looks while there is something to look after. Raises
-    OSError when the name cannot be had.
+    invitation: whose name to listen at, in the abstract namespace. memory: bytes, slots and path, which a reader
+    is told. descriptor: which it is given. period: seconds between looks while there is something to look after.
+    Raises OSError when the name cannot be had.
     """
 
     def __init__(
-        self, host: Host, invitation: Invitation, memory: tuple[int, int, str], descriptor: int, period: float
+        self, lane: Lane, invitation: Invitation, memory: tuple[int, int, str], descriptor: int, period: float
     ) -> None:
-        self._host = host
+        self._lane = lane
         self._invitation = invitation
         self._memory = memory
         self._descriptor = descriptor
@@ -203,11 +186,11 @@ class Control:
         except Exception as error:  # noqa: BLE001 - whatever it is, the lane ends, and says so last
             failure = error
         finally:
-            self._host.ended(f"the lane's control thread has failed: {failure!r}")
+            self._lane.ended(f"the lane's control thread has failed: {failure!r}")
             self.abandon()
         if failure is not None:
             logger.error("lane %s is closed: its control thread has failed", self._thread.name, exc_info=failure)
-        self._host.work()
+        self._lane.work()
 
     def _turn(self) -> None:
         deadlines = [one.deadline for one in self._connections.values() if one.member is None]
@@ -233,11 +216,11 @@ class Control:
         self._listen()
         if self._has_work:
             self._has_work = False
-            if self._host.work():
+            if self._lane.work():
                 self._has_work = True
         if self._next_look is not None and self._next_look <= now:
             self._next_look = now + self._period
-            self._host.look()
+            self._lane.look()
 
     def _listen(self) -> None:
         """Accept the next process only if there is time for it, and room: till then it waits in the queue.
@@ -253,20 +236,20 @@ class Control:
     def _accept(self) -> None:
         try:
             accepted, _ = self._listener.accept()
+            close_in_child(accepted)
+            accepted.setblocking(False)
+            self._events.register(accepted, select.EPOLLIN | select.EPOLLRDHUP)
         except BlockingIOError:
             return
-        except OSError as error:  # out of descriptors: the process stays in the queue
+        except OSError as error:  # out of descriptors, and the process stays in the queue; or of memory
             logger.warning(
                 "a lane could not let a reader in (%s): trying again in a second; raise `ulimit -n`", str(error)
             )
             self._rest_for(1.0)
             return
-        close_in_child(accepted)
         failpoints.reached("accept.connected")
-        accepted.setblocking(False)
         number = accepted.fileno()
         self._connections[number] = _Connection(accepted, time.monotonic() + _PATIENCE)
-        self._events.register(accepted, select.EPOLLIN | select.EPOLLRDHUP)
         peer = peer_of(accepted)
         if uid_is_proof() and peer.uid != os.geteuid():
             self._reject(number, f"it belongs to user {os.geteuid()}, you are user {peer.uid}")
@@ -297,8 +280,8 @@ class Control:
         if not protocol.is_proven(hello, self._invitation.secret):
             raise ProtocolError("you do not know this lane's secret: only readers that it invited may join")
         member = Member(hello.group, hello.number)
-        if member not in self._host.members:
-            expected = ", ".join(map(str, self._host.members))
+        if member not in self._lane.members:
+            expected = ", ".join(map(str, self._lane.members))
             raise ProtocolError(f"{member} is not expected here; these are: {expected}")
         failpoints.reached("accept.proven")
         for number, other in list(self._connections.items()):
@@ -316,25 +299,30 @@ class Control:
     def _join(self, number: int, one: _Connection, member: Member) -> None:
         self._events.modify(one.socket, select.EPOLLRDHUP)  # from now on only its end wakes the thread
         one.joined = True
-        with self._host.lock:
+        with self._lane.lock:
             self._members[number] = member, one.socket
             self._inbox.register(one.socket, select.EPOLLIN | select.EPOLLRDHUP)
-        self._host.joined(member)
+        self._lane.joined(member)
         failpoints.reached("accept.joined")
 
     def _answer(self, number: int, one: _Connection, off: bool | None) -> None:
         if not uid_is_proof():
             raise ProtocolError("it runs as the overflow user, so that nobody can prove to be of the same user")
         if off is not None:
-            self._host.switch(off)
-        one.socket.send(protocol.status(asdict(self._host.stats())), protocol.QUIETLY)
+            if not shares_pid_namespace(peer_of(one.socket).pid):
+                raise ProtocolError("only from its own container can it be switched off or on")
+            self._lane.switch(off)
+        one.socket.send(protocol.status(asdict(self._lane.stats())), protocol.QUIETLY)
         self._drop(number)
+        self._rest_for(_REST)
 
     def _reject(self, number: int, reason: str, level: int = logging.INFO) -> None:
         self.rejected += 1
-        if reason in self._reasons or len(self._reasons) >= _REASONS:  # `rejected` counts the rest
-            level = logging.DEBUG
-        self._reasons.add(reason)
+        if level == logging.INFO:  # a stranger's
+            if reason in self._reasons or len(self._reasons) >= _REASONS:  # `rejected` counts the rest
+                level = logging.DEBUG
+            else:
+                self._reasons.add(reason)
         logger.log(level, "lane %s rejected a process: %s", self._invitation.name, reason)
         with suppress(OSError):  # gone already
             self._connections[number].socket.send(protocol.reject(reason), protocol.QUIETLY)
@@ -346,8 +334,8 @@ class Control:
         one = self._connections.pop(number)
         self._events.unregister(one.socket)
         if one.joined and one.member is not None:
-            self._host.left(one.member)
-        with self._host.lock:  # nobody reads from it
+            self._lane.left(one.member)
+        with self._lane.lock:  # nobody reads from it
             if self._members.pop(number, None) is not None:
                 with suppress(FileNotFoundError):  # its end was seen
                     self._inbox.unregister(one.socket)  # a child that is being forked may have it still open

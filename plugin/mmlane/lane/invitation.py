@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mmlane.lane.errors import MalformedInvitation
 from mmlane.lane.protocol import VERSION
@@ -13,6 +13,15 @@ _MAGIC = b"mmlane invitation "
 _VERSION = struct.Struct("<H")  # of the protocol
 _SECRET = 32  # bytes
 _NAME = 100  # bytes at most: what a socket's address holds
+
+
+class _Secret(bytes):
+    """Bytes that no traceback, log line or debugger shows."""
+
+    def __repr__(self) -> str:
+        return "<secret>"
+
+    __str__ = __repr__
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +33,10 @@ class Invitation:
     """
 
     name: str
-    secret: bytes = field(repr=False)
+    secret: bytes
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "secret", _Secret(self.secret))
 
     @classmethod
     def make(cls, name: str) -> Invitation:
@@ -45,7 +57,7 @@ class Invitation:
             raise MalformedInvitation(
                 f"an invitation of protocol {version}, this mmlane speaks {VERSION}: run one version of mmlane"
             )
-        secret, name = data[head:][:_SECRET], data[head + _SECRET :]
+        secret, name = _Secret(data[head:][:_SECRET]), data[head + _SECRET :]
         if len(secret) < _SECRET or not name.isascii() or not 0 < len(name) <= _NAME:
             raise MalformedInvitation("an invitation that was damaged on its way")
         return cls(name.decode(), secret)

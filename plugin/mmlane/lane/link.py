@@ -109,7 +109,6 @@ class Link:
         # By slot: the last ticket that was taken here, or that this reader has promised not to take.
         self._seen: dict[int, _Watch | _Promise] = {}
         self.dropped: deque[_Watch] = deque()  # those of claims that are gone
-        self._promised: dict[int, int] = {}  # slot -> serial of the latter
         self._claiming = threading.RLock()  # also for a signal handler that takes
         self._outbox: dict[tuple[int, int, int], None] = {}  # what has not been sent for certain
 
@@ -142,7 +141,7 @@ class Link:
             self._make_up()
             is_out = slot < len(self._directory) and end <= self.mapping.nbytes and self._directory[slot] == wanted
             seen = self._seen.get(slot)
-            if is_out and self._promised.get(slot) == content.serial:
+            if is_out and isinstance(seen, _Promise) and seen.serial == content.serial:
                 raise StaleHere(
                     f"ticket {content.serial} of lane {content.lane} is out, but this reader has answered that"
                     " it had not seen it: it came too late"
@@ -163,7 +162,6 @@ class Link:
             seen = self._seen.get(slot)
             if seen is not None and seen.serial >= serial:
                 return  # it is held, or was released, or was withdrawn and the slot used again
-            self._promised[slot] = serial
             self._seen[slot] = _Promise(serial)
         self._send_soon(protocol.NOT_SEEN, slot, serial)
 

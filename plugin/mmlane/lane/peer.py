@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mmlane import host
@@ -36,6 +37,14 @@ def peer_of(connection: socket.socket) -> Peer:
 def uid_is_proof() -> bool:
     """Whether a peer with our user id is of our user: not if that id stands for all users without one here."""
     return os.geteuid() != host.overflow_uid()
+
+
+def shares_pid_namespace(pid: int) -> bool:
+    """Whether a process is in our own PID namespace: one in a namespace within it, a container say, is not."""
+    try:
+        return Path(f"/proc/{pid}/ns/pid").samefile("/proc/self/ns/pid")
+    except OSError:  # it has ended, or hides it
+        return False
 
 
 def has_ended(connection: socket.socket) -> bool:

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from types import TracebackType
@@ -64,13 +64,13 @@ class _Change:
 class Lane:
     """One producer's memory. Make it, send `invitation` to the readers, put tensors, send the tickets.
 
-    Thread-safe. Not usable in a forked child. `put` never waits for another process. A lane opens once, when all
-    its readers have joined, and ends with the first of them that ends.
+    Thread-safe, but a signal handler, which may have broken into a call, may call `withdraw` and `recall` alone.
+    Not usable in a forked child. `put` never waits for another process. A lane opens once, when all its readers
+    have joined, and ends with the first of them that ends.
 
     Args:
         readers: group -> number of readers, which are numbered from 0. A group is the readers that receive the
-        same
-            tickets.
+            same tickets.
         capacity: address room in bytes, rounded up to segments; by default a quarter of the memory of the machine
             or control group. Memory is committed only as it is used.
         pinned: bytes of it that stay committed once the lane is open, rounded up to segments, at most the
@@ -216,7 +216,8 @@ class Lane:
             return owner
         with self.lock, self._change:
             ticket = self._issue(tensor, hold, 0)
-            self._tickets.let_go(hold)
+            if isinstance(ticket, bytes):  # else the lane may have been interrupted in the middle of anything
+                self._tickets.let_go(hold)
             return ticket
 
     def copy(self, tensor: torch.Tensor) -> Reservation | Refused:
@@ -291,7 +292,7 @@ class Lane:
                 committed_bytes=self._allocator.committed_bytes,
                 pinned_bytes=self._pinned,
                 used_bytes=self._allocator.used_bytes,
-                extents=self._allocator.used_count,
+                extents=len(self._allocator.used),
                 tickets=len(self._tickets.live),
                 expected=dict(self.expected),
                 joined={group: sorted(n for g, n in self._joined if g == group) for group in self.expected},
@@ -510,8 +511,7 @@ class Lane:
         else:
             known = kind == protocol.MAPPED  # a join that was interrupted, and resumed
         if not known:
-            # The reader may hold tensors, so whatever it writes, it is not cut off: its end would say they are
-            # free.
+            # The reader may hold tensors, so whatever it writes, it is not cut off: that would end the lane.
             self._malformed += 1
             if self._malformed == 1:
                 self._log(
@@ -557,9 +557,7 @@ class Lane:
                         return
                     if not allocator.is_free(at, allocator.segment):  # any more
                         continue
-                    allocator.note_decommitted(
-                        at, allocator.segment
-                    )  # a put that wants it commits it again, after us
+                    allocator.note_decommitted(at, allocator.segment)  # a put that wants it waits for us
                 try:
                     backing.decommit(self._base + at, allocator.segment)
                 except OSError as error:
@@ -567,7 +565,7 @@ class Lane:
                     self._degraded.append(
                         f"hole punching: {error}; memory that was committed is kept until the lane ends"
                     )
-                    logger.warning("lane %s goes without %s", self.name, self._degraded[-1])
+                    self._log(logging.WARNING, "lane %s goes without %s", self.name, self._degraded[-1])
                     with self.lock, self._change:
                         allocator.note_committed(at, allocator.segment)
                     return
@@ -651,12 +649,13 @@ class Lane:
                 return
             self._starved = False
             self._ahead = 0
+            recalled = {self._recalled.popleft() for _ in range(len(self._recalled))}
             live = list(self._tickets.live.values())
             idle = [] if self._never_decommits else self._allocator.idle()
             lost = self._tickets.lost
         failpoints.reached("decommit.chosen")
         self._decommit(idle)
-        self._ask_after(live)
+        self._ask_after(live, recalled)
         if lost > self._lost:
             logger.warning(
                 "lane %s: %d tickets that a reader never saw were reclaimed; they were lost, or come after more"
@@ -671,11 +670,8 @@ class Lane:
         if self._uninformed:
             self._control.has_work()
 
-    def _ask_after(self, live: Sequence[Live]) -> None:
+    def _ask_after(self, live: Sequence[Live], recalled: Collection[tuple[int, int]]) -> None:
         """Ask the members that owe tickets which were recalled, or have been out for long, who has seen them."""
-        recalled = set()
-        while self._recalled:
-            recalled.add(self._recalled.popleft())
         now = time.monotonic()
         asked: dict[Member, list[tuple[int, int]]] = {}
         for ticket in live:
@@ -684,7 +680,8 @@ class Lane:
                 for member in ticket.debtors():
                     asked.setdefault(member, []).append((ticket.slot, ticket.serial))
         for member, tickets in asked.items():
-            self._control.send(protocol.RECALL, tickets, member)
+            if not self._control.send(protocol.RECALL, tickets, member):
+                self._recalled.extend(tickets)  # it is behind: at the next look
             failpoints.reached("recall.sent")
 
     def ended(self, problem: str) -> None:

@@ -138,7 +138,7 @@ class Reader:
                     link = self._connect(invitation, timeout)
                     self._links[name] = link  # tickets may come as soon as the producer hears of the mapping
                 failpoints.reached("join.stored")
-                self._wake()  # the thread listens from now on
+                self._hear(link)
                 link.enter()
                 failpoints.reached("join.acknowledged")
                 if self._closed:  # by another thread, whose own may have ended before this link was there
@@ -294,6 +294,12 @@ class Reader:
         failpoints.reached("join.mapped")
         return link
 
+    def _hear(self, link: Link) -> None:
+        """Have the thread listen to a lane, from now on or already. Raises OSError."""
+        self._heard[link.connection.fileno()] = link
+        with suppress(FileExistsError):  # a join that was interrupted did this
+            self._events.register(link.connection, _HEARING)
+
     # --- taking --------------------------------------------------------------------------------------------
 
     def _find(self, ticket: bytes) -> tuple[Link, Content]:
@@ -413,18 +419,14 @@ class Reader:
                 raise ProtocolError(f"message {kind} {first} {second} was not expected")
 
     def _tidy(self) -> None:
-        """Listen to lanes that were joined, forget those that ended a while ago, discard what was left to this."""
+        """Forget lanes that ended a while ago, have releases sent that were not, discard what was left to this."""
         now = time.monotonic()
         for name, link in list(self._links.items()):
-            number = link.connection.fileno()
             if link.gone_at is not None:
                 if link.gone_at + self._linger <= now:
                     link.unpin()
                     del self._links[name]
                 continue
-            if self._heard.get(number) is not link:
-                self._heard[number] = link
-                self._events.register(link.connection, _HEARING)
             if link.wants_room:
                 self._events.modify(link.connection, _HEARING | select.EPOLLOUT)
                 link.is_promised_room = True
