@@ -136,12 +136,12 @@ class Producer:
         )
         return None, None
 
-    def take_back(self, ticket: bytes) -> None:
+    def withdraw(self, ticket: bytes) -> None:
         """A ticket that was never sent is void. Can be called from finalizers."""
         if self._lane is not None and os.getpid() == self._pid:
             self._lane.withdraw(ticket)
 
-    def lose(self, ticket: bytes) -> None:
+    def recall(self, ticket: bytes) -> None:
         """A ticket has been written into a message that was not sent, as far as is known."""
         if self._lane is not None and os.getpid() == self._pid:
             self._lane.recall(ticket)
@@ -263,17 +263,17 @@ class Rank:
         self._pid = os.getpid()
         self._reader: Reader | None = None
         self._making = threading.Lock()
-        self._heard: dict[str, float] = {}  # a lane's name -> when joining may be tried again
+        self._next_try: dict[str, float] = {}  # a lane's name -> when joining may be tried again
         self._joined: set[str] = set()
 
     def notice(self, invitation: Invitation) -> None:
         """Join a lane, in the background; at once done for one that is joined. Never raises."""
         name = invitation.name
-        if self.number is None or self._heard.get(name, 0.0) > time.monotonic():
+        if self.number is None or self._next_try.get(name, 0.0) > time.monotonic():
             return
         if self._reader is not None and name in self._reader.lanes():
             return
-        self._heard[name] = inf
+        self._next_try[name] = inf
         try:
             threading.Thread(target=self._join, args=(invitation,), name="mmlane-joining", daemon=True).start()
         except Exception as error:  # noqa: BLE001 - this may be in the middle of a collective
@@ -287,7 +287,7 @@ class Rank:
                     self._reader = Reader(self.group, self.number, device=self._device)
             self._reader.join(invitation)
             self._joined.add(invitation.name)
-            self._heard[invitation.name] = 0.0  # should the connection be lost before the lane opens
+            self._next_try[invitation.name] = 0.0  # should the connection be lost before the lane opens
         except Exception as error:  # noqa: BLE001 - whatever it is, this rank is served by segments
             self._not_joined(invitation.name, error)
 
@@ -298,7 +298,7 @@ class Rank:
             f"this rank ({self.number} of {self.group}) is sent features by shared-memory segments, and tries"
             " again; MMLANE=backport silences this",
         )
-        self._heard[name] = time.monotonic() + RETRY_S
+        self._next_try[name] = time.monotonic() + RETRY_S
 
     def take(self, ticket: bytes) -> torch.Tensor:
         """The feature of a ticket, on the CPU; writable unless it is to go to a GPU. Raises `TicketError`.
@@ -311,7 +311,7 @@ class Rank:
             return self._reader.take(ticket, self._mode)
         except UnknownLane as error:
             name = read(ticket).lane
-            if name in self._heard and name not in self._joined:
+            if name in self._next_try and name not in self._joined:
                 raise StaleHere(f"a ticket came before this rank had joined lane {name}") from error
             raise
 

@@ -140,9 +140,9 @@ class LanePointer:
             return
         state, self._state = self._state, ""
         if state == "fresh" and self._producer is not None:
-            self._producer.take_back(self.ticket)
+            self._producer.withdraw(self.ticket)
         elif state == "pickled" and self._producer is not None:
-            self._producer.lose(self.ticket)
+            self._producer.recall(self.ticket)
         elif state == "due" and lanes.rank is not None:
             lanes.rank.discard(self.ticket)
 
@@ -175,7 +175,7 @@ class _Choosing(type):
             except Exception as error:  # noqa: BLE001 - the feature goes another way
                 failed("put", error, "the feature goes by a shared-memory segment")
                 pointer.ticket = None
-                producer.take_back(ticket)
+                producer.withdraw(ticket)
         try:
             pointer = super().__call__(tensor, precomputed_hash)
         except OSError as error:  # no room: the engine's class says so

@@ -680,7 +680,7 @@ def test_a_ticket_that_was_not_sent_is_void(opening: Opening) -> None:
     opening.join()
     ticket, _ = opening.producer.put(torch.ones(9))
     assert ticket is not None and opening.lane.stats().tickets == 1
-    opening.producer.take_back(ticket)
+    opening.producer.withdraw(ticket)
     assert opening.lane.stats().tickets == 0
 
 
@@ -764,7 +764,7 @@ def test_a_lane_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
     producer = lanes.Producer({"dp0": 1}, capacity=1 << 62)
     for _ in range(2):
         assert producer.put(torch.ones(9)) == (None, None)
-    producer.take_back(b"no ticket of anybody")
+    producer.withdraw(b"no ticket of anybody")
     assert producer.lane is None
     (line,) = warnings(caplog)
     assert line.startswith("mmlane: no lane here: ") and "shared-memory segments instead" in line
@@ -798,7 +798,7 @@ def in_a_child() -> tuple[bool, bool]:
     pid = os.fork()
     if pid == 0:
         there = opening.producer
-        there.take_back(ticket)  # is its parent's
+        there.withdraw(ticket)  # is its parent's
         os._exit(0 if there.put(torch.ones(9)) == (None, None) and there.lane is None else 1)
     nothing = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     here = torch.equal(opening.readers[0].take(ticket), torch.ones(9))

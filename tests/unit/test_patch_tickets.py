@@ -449,7 +449,7 @@ def test_what_protocol_2_sends_is_a_segment(shut: Ends, wrap: Any, caplog: pytes
     passed_on = through_pickle(received)
     assert "lane" not in passed_on.__getstate__()
     assert torch.equal(passed_on.materialize(), random())
-    assert shut.rank._heard == {} and caplog.records == []
+    assert shut.rank._next_try == {} and caplog.records == []
 
 
 def test_a_lane_that_is_switched_off_and_on_again(ends: Ends, wrap: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -797,7 +797,7 @@ def not_seen(ends: Ends, ticket: bytes) -> Callable[[], None]:
 def not_joined(ends: Ends, ticket: bytes) -> Callable[[], None]:
     """Another process that knows the secret has joined as this rank's number."""
     lanes.rank = lanes.Rank("dp0", 0)
-    lanes.rank._heard[read(ticket).lane] = inf
+    lanes.rank._next_try[read(ticket).lane] = inf
     return lambda: None
 
 
