@@ -91,7 +91,7 @@ coverage: $(READY)
 pythons: $(READY)
 	$(RUN) -m tools.pythons $(if $(filter no,$(TORCH)),--without-torch)
 
-# Changes to the lane that no test minds: make mutants M=space, M="space ledger"; all modules take hours.
+# Changes to the lane that no test minds: make mutants M=ticket, M="ticket protocol"; all modules take hours.
 mutants: $(READY)
 	$(RUN) -m tools.mutants $(M)
 

@@ -24,7 +24,7 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
-from mmlane.lane import Lane, Reader
+from mmlane.lane import Invitation, Lane, Reader
 
 RANKS = 2
 WAYS = ("tensor", "bytes", "lane")
@@ -45,12 +45,12 @@ def broadcast(message: Any, rank: int) -> Any:
     return pickle.loads(raw.numpy().tobytes())
 
 
-def serve(rank: int, directory: str, address: str, done: Connection) -> None:
+def serve(rank: int, directory: str, invitation: Invitation, done: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
-    reader = Reader("dp0")
-    reader.join(address)
+    reader = Reader("dp0", rank)
+    reader.join(invitation)
     with zmq.Context() as context, context.socket(zmq.PULL) as socket:
         if rank == 0:
             socket.connect(f"ipc://{directory}/requests")
@@ -94,7 +94,7 @@ def measure(rounds: int) -> dict[int, dict[str, float]]:
         socket.bind(f"ipc://{directory}/requests")
         pipes = [spawn.Pipe() for _ in range(RANKS)]
         ranks = [
-            spawn.Process(target=serve, args=(rank, directory, lane.address, theirs))
+            spawn.Process(target=serve, args=(rank, directory, lane.invitation, theirs))
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in ranks:

@@ -279,9 +279,9 @@ def complaint(reply: Reply) -> str:
 
 
 def lane_of(server: EngineServer) -> LaneStats | None:
-    """How the lane of a server's one tokenizer does, if it has one."""
-    for address in running():
-        stats = ask(address)
+    """The lane of a server's one tokenizer, if it has one."""
+    for name in running():
+        stats = ask(name)
         if stats.pid == server.pid:
             return stats
     return None
@@ -293,10 +293,10 @@ def features(run: Run) -> str:
     if lane is None:
         return "no lane: see what mmlane said"
     copies = lane.puts - lane.shared
-    rest = sum(lane.refused.values())
+    rest = sum(lane.fallbacks.values())
     return (
-        f"{lane.puts} by lane, with {copies} copies: {size(lane.copied)} in {lane.copy_seconds * 1e3:.1f} ms; "
-        f"{rest} by segment, while the lane opened"
+        f"{lane.puts} by lane with {copies} copies: {size(lane.copied_bytes)} in {lane.copy_seconds * 1e3:.1f} ms;"
+        f" {rest} by segment, while the lane opened"
     )
 
 

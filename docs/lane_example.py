@@ -7,17 +7,17 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from mmlane.lane import Lane, Reader, Refused
+from mmlane.lane import Invitation, Lane, Reader, Refused
 
 
-def read(address: str, tickets: Connection) -> None:
+def read(number: int, invitation: Invitation, tickets: Connection) -> None:
     """A reading process: take the tensor of each ticket that comes, until None does."""
-    with Reader(group="tp") as reader:
-        reader.join(address)
+    with Reader("tp", number) as reader:
+        reader.join(invitation)
         while (ticket := tickets.recv()) is not None:
             tensor = reader.take(ticket, mode="view")
             total = float(tensor.sum())
-            del tensor  # gives it back
+            del tensor  # releases it
             tickets.send(total)
 
 
@@ -26,9 +26,9 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with Lane(readers={"tp": 2}) as lane:
         pipes = []
-        for _ in range(2):
+        for number in range(2):
             here, there = spawn.Pipe()
-            spawn.Process(target=read, args=(lane.address, there), daemon=True).start()
+            spawn.Process(target=read, args=(number, lane.invitation, there), daemon=True).start()
             pipes.append(here)
         lane.wait_open(timeout=60)
 
@@ -44,7 +44,10 @@ def main() -> None:
             pipe.send(None)
 
         stats = lane.stats()
-        print(f"{stats.puts} put, {stats.tickets} tickets out, {stats.taken} bytes taken, {stats.warm} committed")
+        print(
+            f"{stats.puts} put, {stats.tickets} tickets out, {stats.used_bytes} bytes used,"
+            f" {stats.committed_bytes} committed"
+        )
 
 
 if __name__ == "__main__":

@@ -43,10 +43,10 @@ OURS = ("mmlane", "mmlane_patches", "tests", "devkit", "tools")  # packages that
 
 # The tests that should fail when a module is changed, the quickest first; for others, all tests of the lane.
 TESTS = {
-    "space": ("tests/lane/test_space.py", "tests/lane/test_ledger.py"),
-    "ledger": ("tests/lane/test_ledger.py",),
+    "allocator": ("tests/lane/test_allocator.py", "tests/lane/test_bookkeeping.py"),
+    "bookkeeping": ("tests/lane/test_bookkeeping.py",),
     "ticket": ("tests/lane/test_ticket.py",),
-    "wire": ("tests/lane/test_wire.py",),
+    "protocol": ("tests/lane/test_protocol.py",),
     "status": ("tests/unit/test_status_command.py", "tests/lane/test_status.py"),
 }
 

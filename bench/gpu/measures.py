@@ -204,7 +204,7 @@ class Registrar:
         mapping = memory.Mapping(file.fd, nbytes, writable=True)
         if populated:
             os.posix_fallocate(file.fd, 0, nbytes)
-            if not mapping.populate(0, nbytes, write=True):
+            if not mapping.populate(0, nbytes):
                 raise Refusal("MADV_POPULATE_WRITE wanted: Linux 5.14")
         for step in self._steps(mapping):
             before = stamp()

@@ -74,7 +74,8 @@ class Producer:
 class Consumer:
     """A consuming process's orders."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, number: int, device: Device) -> None:
+        self._number = number
         self._device = device
         device.enter()
         self._receivers: dict[str, Receiver] = {}
@@ -82,7 +83,7 @@ class Consumer:
         self._there: list[Tensor] = []
 
     def open(self, way: str, address: Any) -> None:
-        self._receivers[way] = receiver(way, address, self._device)
+        self._receivers[way] = receiver(way, address, self._number, self._device)
 
     def receive(self, way: str, messages: Sequence[Any]) -> None:
         self._here = self._receivers[way].receive(messages)
@@ -147,7 +148,7 @@ class Team:
 
     def join(self) -> None:
         """Start the consumers."""
-        self._consumers = [Worker(Consumer, device) for device in self._devices]
+        self._consumers = [Worker(Consumer, number, device) for number, device in enumerate(self._devices)]
         gather(self._consumers)
 
     def open(self, way: str) -> None:

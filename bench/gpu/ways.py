@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.gpu.device import Device
 from bench.transport.group import Refusal
-from mmlane.lane import Lane, Reader, Refused, memory
+from mmlane.lane import Invitation, Lane, Reader, Refused, memory
 
 TORCH_PINNED, PAGEABLE, SHARED = "torch pinned", "pageable", "shared"
 SEGMENT = "engine segment"
@@ -98,7 +98,7 @@ class _LaneSender(Sender):
 
     def __init__(self, consumers: int, nbytes: int, pinned: int) -> None:
         self._lane = Lane({_GROUP: consumers}, capacity=nbytes, pinned=pinned, idle=_IDLE_S)
-        self.address = self._lane.address
+        self.address = self._lane.invitation
 
     def ready(self) -> None:
         if not self._lane.wait_open(_PATIENCE_S):
@@ -113,9 +113,9 @@ class _LaneSender(Sender):
 
     def free(self) -> None:
         deadline = time.monotonic() + _PATIENCE_S
-        while self._lane.stats().tickets:  # given back when the devices have read them, a moment later
+        while self._lane.stats().tickets:  # released when the devices have read them, a moment later
             if time.monotonic() > deadline:
-                raise TimeoutError(f"tickets were not given back in {_PATIENCE_S:g} s")
+                raise TimeoutError(f"tickets were not released in {_PATIENCE_S:g} s")
             os.sched_yield()
 
     def close(self) -> None:
@@ -123,14 +123,14 @@ class _LaneSender(Sender):
 
 
 class _LaneReceiver(Receiver):
-    def __init__(self, address: str, device: Device, pinned: bool) -> None:
-        self._address = address
+    def __init__(self, invitation: Invitation, number: int, device: Device, pinned: bool) -> None:
+        self._name = invitation.name
         self._pinned = pinned and not device.rehearse
-        self._reader = Reader(_GROUP, device=None if device.rehearse else device.torch)
-        self._reader.join(address, _PATIENCE_S)
+        self._reader = Reader(_GROUP, number, device=None if device.rehearse else device.torch)
+        self._reader.join(invitation, _PATIENCE_S)
 
     def receive(self, messages: Sequence[Any]) -> list[Tensor]:
-        if self._pinned and not self._reader.wait_pinned(self._address, _PATIENCE_S):
+        if self._pinned and not self._reader.wait_pinned(self._name, _PATIENCE_S):
             raise RuntimeError(f"the pinned zone could not be registered, or not in {_PATIENCE_S:g} s")
         tensors = [self._reader.take(ticket, "view") for ticket in messages]
         if self._pinned and not all(tensor.is_pinned() for tensor in tensors):
@@ -288,10 +288,10 @@ def sender(way: str, consumers: int, nbytes: int, device: Device) -> Sender:
     return _SegmentSender() if way == SEGMENT else _OwnSender()
 
 
-def receiver(way: str, address: Any, device: Device) -> Receiver:
-    """The other end of `sender`, for a consumer on `device`."""
+def receiver(way: str, address: Any, number: int, device: Device) -> Receiver:
+    """The other end of `sender`, for the consumer of that number, on `device`."""
     if way in (LANE_PAGEABLE, LANE_PINNED):
-        return _LaneReceiver(address, device, way == LANE_PINNED)
+        return _LaneReceiver(address, number, device, way == LANE_PINNED)
     if way in (POOL, POOL_AS_IT_COMES):
         return _PoolReceiver(device, redirect=way == POOL)
     return _SegmentReceiver() if way == SEGMENT else _OwnReceiver(way, device)

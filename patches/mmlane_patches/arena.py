@@ -67,7 +67,8 @@ def _reading(init: Callable[..., None]) -> Callable[..., None]:
         lanes.become_rank(
             given["server_args"],
             ranks.dp_rank,
-            first=not (ranks.tp_rank or ranks.pp_rank),
+            ranks.pp_rank,
+            ranks.tp_rank,
             pinned=settings.read(os.environ).pinned,
         )
 

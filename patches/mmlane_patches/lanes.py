@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmlane.lane import (
+    Invitation,
     Lane,
     LaneError,
     LaneUnavailable,
     Mode,
     Reader,
     Refused,
-    Share,
+    Reservation,
     StaleHere,
     UnknownLane,
     memory,
@@ -53,6 +54,9 @@ producer: ContextVar[Producer | None] = ContextVar("producer", default=None)
 samples: ContextVar[Samples | None] = ContextVar("samples", default=None)
 rank: Rank | None = None
 
+# How a lane is, in the words of the metrics.
+_STATES: dict[str, State] = {"waiting": "opening", "open": "open", "off": "off", "closed": "failed"}
+
 
 class Samples:
     """The requests that the engine makes of one with n > 1, all with the same tensors: what is in the lane once.
@@ -63,24 +67,25 @@ class Samples:
 
     def __init__(self, requests: int) -> None:
         self._requests = requests
-        # By the tensor's id, which it keeps from others, and what of it could be changed without copying.
-        self._shares: dict[Any, tuple[torch.Tensor, Share]] = {}
+        # By the tensor's id, which it keeps from others, and what of it could be changed without copying: the
+        # tensor, its copy, and how many requests are left.
+        self._copies: dict[Any, tuple[torch.Tensor, Reservation, int]] = {}
 
     def put(self, lane: Lane, tensor: torch.Tensor) -> bytes | Refused:
         """A ticket on the one copy of a tensor."""
         same = id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-        _, share = self._shares.get(same) or (tensor, lane.share(self._requests))
-        self._shares[same] = tensor, share
-        ticket = lane.put(tensor, share=share)
-        if share.is_spent:
-            del self._shares[same]
-        return ticket
+        kept = self._copies.pop(same, None)
+        copy = lane.copy(tensor) if kept is None else kept[1]
+        if isinstance(copy, Refused):
+            return copy
+        left = self._requests if kept is None else kept[2]
+        if left > 1:
+            self._copies[same] = tensor, copy, left - 1
+        return copy.publish()
 
     def close(self) -> None:
         """The request has ended, whether it sent all of them or not."""
-        while self._shares:
-            _, (_, share) = self._shares.popitem()
-            share.close()
+        self._copies.clear()
 
 
 class Producer:
@@ -103,8 +108,8 @@ class Producer:
         self._failed = False
         self._warned: set[str] = set()
 
-    def put(self, tensor: torch.Tensor) -> tuple[bytes | None, str]:
-        """A ticket for a tensor; or None, and the address that readers still have to hear of ("" when none).
+    def put(self, tensor: torch.Tensor) -> tuple[bytes | None, Invitation | None]:
+        """A ticket for a tensor; or None, and the invitation that readers still have to get, if they have to.
 
         Never raises: whatever goes wrong, the feature goes another way.
         """
@@ -112,31 +117,31 @@ class Producer:
             return self._put(tensor)
         except Exception as error:  # noqa: BLE001 - as above
             failed("put", error, "the feature goes by a shared-memory segment")
-            return None, ""
+            return None, None
 
-    def _put(self, tensor: torch.Tensor) -> tuple[bytes | None, str]:
+    def _put(self, tensor: torch.Tensor) -> tuple[bytes | None, Invitation | None]:
         lane = self._lane if self._tried else self._open()
         if lane is None or os.getpid() != self._pid:
-            return None, ""
+            return None, None
         together = samples.get()
         ticket = lane.put(tensor) if together is None else together.put(lane, tensor)
         if isinstance(ticket, bytes):
-            return ticket, ""
+            return ticket, None
         if ticket.cause == "not_open":
-            return None, lane.address
+            return None, lane.invitation
         self._warn(
             ticket.cause,
             f"the lane has no place for a feature ({ticket.cause}): {ticket.detail}. It goes by a shared-memory"
             " segment, as do others like it; said once per cause, `mmlane status` counts them",
         )
-        return None, ""
+        return None, None
 
-    def take_back(self, ticket: bytes) -> None:
+    def withdraw(self, ticket: bytes) -> None:
         """A ticket that was never sent is void. Can be called from finalizers."""
         if self._lane is not None and os.getpid() == self._pid:
             self._lane.withdraw(ticket)
 
-    def lose(self, ticket: bytes) -> None:
+    def recall(self, ticket: bytes) -> None:
         """A ticket has been written into a message that was not sent, as far as is known."""
         if self._lane is not None and os.getpid() == self._pid:
             self._lane.recall(ticket)
@@ -174,9 +179,7 @@ class Producer:
             return "failed"
         if self._lane is None:
             return "unused"
-        if self._lane.is_closed:
-            return "failed"
-        return "open" if self._lane.is_open else "opening"
+        return _STATES[self._lane.state]
 
     def _do_without(self, error: LaneUnavailable) -> None:
         self._tried = self._failed = True
@@ -213,7 +216,7 @@ def _watch(lane: Lane, metrics: bool) -> None:
     while not lane.wait_open(OPENING_S):
         if lane.is_closed:
             return
-        if not late:
+        if not late and lane.state != "off":
             late = True
             logger.warning(
                 "mmlane: the lane has not opened within %.0f s, because not all of its %s ranks have joined it;"
@@ -223,7 +226,7 @@ def _watch(lane: Lane, metrics: bool) -> None:
             )
     logger.info(
         "mmlane: the lane is open: %s ranks, %.1f GiB of room, %.1f s after the first feature",
-        *(ranks, lane.stats().capacity / 2**30, time.monotonic() - began),
+        *(ranks, lane.stats().capacity_bytes / 2**30, time.monotonic() - began),
     )
 
 
@@ -242,50 +245,60 @@ def _begin_metrics(manager: Any, state: Callable[[], State]) -> None:
 
 
 class Rank:
-    """A scheduler process as a reader: joins the lanes whose addresses it hears of, and takes tickets.
+    """A scheduler process as a reader: joins the lanes that invite it, and takes tickets.
 
-    device: the CUDA device that it copies features to, if any. writable: whether features can be written to all
-    the same, at the price of a private mapping, which cannot be pinned; on a CPU they always can.
+    group, number: its place among the ranks that receive the same requests; None for a later pipeline stage, which
+    receives no tickets. device: the CUDA device that it copies features to, if any. writable: whether features can
+    be written to all the same, at the price of a private mapping, which cannot be pinned; on a CPU they always
+    can.
     """
 
-    def __init__(self, group: str, device: torch.device | None = None, *, writable: bool = False) -> None:
+    def __init__(
+        self, group: str, number: int | None, device: torch.device | None = None, *, writable: bool = False
+    ) -> None:
         self.group = group
+        self.number = number
         self._device = device
         self._mode: Mode | None = "cow" if writable else None
         self._pid = os.getpid()
         self._reader: Reader | None = None
         self._making = threading.Lock()
-        self._heard: dict[str, float] = {}  # address -> when joining may be tried again
+        self._next_try: dict[str, float] = {}  # a lane's name -> when joining may be tried again
         self._joined: set[str] = set()
 
-    def notice(self, address: str) -> None:
-        """Join a lane, in the background; at once done for one that was heard of before. Never raises."""
-        if address in self._heard and self._heard[address] > time.monotonic():
+    def notice(self, invitation: Invitation) -> None:
+        """Join a lane, in the background; at once done for one that is joined. Never raises."""
+        name = invitation.name
+        if self.number is None or self._next_try.get(name, 0.0) > time.monotonic():
             return
-        self._heard[address] = inf
+        if self._reader is not None and name in self._reader.lanes():
+            return
+        self._next_try[name] = inf
         try:
-            threading.Thread(target=self._join, args=(address,), name="mmlane-joining", daemon=True).start()
+            threading.Thread(target=self._join, args=(invitation,), name="mmlane-joining", daemon=True).start()
         except Exception as error:  # noqa: BLE001 - this may be in the middle of a collective
-            self._not_joined(address, error)
+            self._not_joined(name, error)
 
-    def _join(self, address: str) -> None:
+    def _join(self, invitation: Invitation) -> None:
+        assert self.number is not None
         try:
             with self._making:
                 if self._reader is None:
-                    self._reader = Reader(self.group, device=self._device)
-            self._reader.join(address)
-            self._joined.add(address)
+                    self._reader = Reader(self.group, self.number, device=self._device)
+            self._reader.join(invitation)
+            self._joined.add(invitation.name)
+            self._next_try[invitation.name] = 0.0  # should the connection be lost before the lane opens
         except Exception as error:  # noqa: BLE001 - whatever it is, this rank is served by segments
-            self._not_joined(address, error)
+            self._not_joined(invitation.name, error)
 
-    def _not_joined(self, address: str, error: Exception) -> None:
+    def _not_joined(self, name: str, error: Exception) -> None:
         failed(
             "join",
             error,
-            f"this rank ({self.group}) is sent features by shared-memory segments, and tries again;"
-            " MMLANE=backport silences this",
+            f"this rank ({self.number} of {self.group}) is sent features by shared-memory segments, and tries"
+            " again; MMLANE=backport silences this",
         )
-        self._heard[address] = time.monotonic() + RETRY_S
+        self._next_try[name] = time.monotonic() + RETRY_S
 
     def take(self, ticket: bytes) -> torch.Tensor:
         """The feature of a ticket, on the CPU; writable unless it is to go to a GPU. Raises `TicketError`.
@@ -297,13 +310,13 @@ class Rank:
                 raise UnknownLane("this rank has joined no lane")
             return self._reader.take(ticket, self._mode)
         except UnknownLane as error:
-            address = read(ticket).address
-            if address in self._heard and address not in self._joined:
-                raise StaleHere(f"a ticket came before this rank had joined lane {address}") from error
+            name = read(ticket).lane
+            if name in self._next_try and name not in self._joined:
+                raise StaleHere(f"a ticket came before this rank had joined lane {name}") from error
             raise
 
     def discard(self, ticket: bytes) -> None:
-        """Give a ticket back untaken. Can be called from finalizers."""
+        """Release a ticket untaken. Can be called from finalizers."""
         if self._reader is not None and os.getpid() == self._pid:
             with suppress(LaneError):  # stale or of a lane that is gone: nothing to give back
                 self._reader.discard(ticket)
@@ -388,21 +401,25 @@ def become_producer(
         _begin_metrics(manager, lambda: "off" if made is None else made.state)
 
 
-def become_rank(server_args: Any, dp_rank: int | None, *, first: bool, pinned: int | None = None) -> None:
-    """Called in the thread of a scheduler that has set its device.
-
-    `first` of its replica is the one that says what concerns all.
-    """
+def become_rank(
+    server_args: Any, dp_rank: int | None, pp_rank: int, tp_rank: int, *, pinned: int | None = None
+) -> None:
+    """Called in the thread of a scheduler that has set its device."""
     global rank
     device = None
     if on_cuda(server_args):
         device = torch.device("cuda", torch.cuda.current_device())
         watch_streams()  # before the scheduler sets its own
-    rank = Rank(group_of(server_args, dp_rank), device, writable=pinned == 0)
+    number = None if pp_rank else tp_rank % _groups(server_args)[1]  # ranks of an attention group are neighbours
+    rank = Rank(group_of(server_args, dp_rank), number, device, writable=pinned == 0)
     with guarded("metrics", "failures of this rank are not counted in /metrics"):
         if server_args.enable_metrics:
             from mmlane_patches import metrics  # noqa: F401 - it counts them
-    if first and not dp_rank and os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false"):
+    if not (dp_rank or pp_rank or tp_rank) and os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in (
+        "",
+        "0",
+        "false",
+    ):
         logger.warning(
             "mmlane: no lane with SGLANG_RUST_SERVER, which makes its segments itself; features travel as they do"
             " without it; MMLANE=backport silences this"

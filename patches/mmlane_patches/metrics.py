@@ -26,8 +26,8 @@ from mmlane_patches import guard
 
 PERIOD_S = 1.0
 
-# How a tokenizer's lane is. off: this launch has none; unused: no large feature has been sent yet; opening: not
-# all ranks have joined; failed: it could not be made, or has ended.
+# How a tokenizer's lane is. off: this launch has none, or it was switched off; unused: no large feature has been
+# sent yet; opening: not all ranks have joined; failed: it could not be made, or has ended.
 State = Literal["off", "unused", "opening", "open", "failed"]
 STATES: tuple[State, ...] = get_args(State)
 
@@ -60,7 +60,7 @@ READERS = Gauge(
 )
 EXTENTS = Gauge("mmlane_lane_extents", "Tensors in the lane", multiprocess_mode=MODE, registry=REGISTRY)
 TICKETS = Gauge(
-    "mmlane_lane_tickets", "Tickets that have not come back yet", multiprocess_mode=MODE, registry=REGISTRY
+    "mmlane_lane_tickets", "Tickets that have not been released yet", multiprocess_mode=MODE, registry=REGISTRY
 )
 FAILURES = Counter("mmlane_failures", "Failures of mmlane itself, by where", ["where"], registry=REGISTRY)
 FALLBACKS = Counter("mmlane_fallbacks", "Features that went another way, by cause", ["cause"], registry=REGISTRY)
@@ -69,10 +69,10 @@ TOTALS = {
     "shared": Counter(
         "mmlane_shared_puts", "Tickets issued for bytes that were in the lane already", registry=REGISTRY
     ),
-    "copied": Counter("mmlane_copied_bytes", "Bytes copied into the lane", registry=REGISTRY),
+    "copied_bytes": Counter("mmlane_copied_bytes", "Bytes copied into the lane", registry=REGISTRY),
     "copy_seconds": Counter("mmlane_copy_seconds", "Seconds spent copying into the lane", registry=REGISTRY),
-    "orphans": Counter(
-        "mmlane_orphans", "Tickets reclaimed because at least one rank never saw them", registry=REGISTRY
+    "lost_tickets": Counter(
+        "mmlane_lost_tickets", "Tickets reclaimed because at least one rank never saw them", registry=REGISTRY
     ),
 }
 
@@ -117,11 +117,11 @@ def _write() -> None:
     for state in STATES:
         LANES.labels(state).set(states[state])
     found = [_counted(lane, said) for lane, said in _watched.items()]
-    BYTES.labels("capacity").set(sum(stats.capacity for stats in found))
-    BYTES.labels("committed").set(sum(stats.warm for stats in found))
-    BYTES.labels("pinned").set(sum(stats.pinned for stats in found))
-    BYTES.labels("used").set(sum(stats.taken for stats in found))
-    READERS.labels("joined").set(sum(sum(stats.readers.values()) for stats in found))
+    BYTES.labels("capacity").set(sum(stats.capacity_bytes for stats in found))
+    BYTES.labels("committed").set(sum(stats.committed_bytes for stats in found))
+    BYTES.labels("pinned").set(sum(stats.pinned_bytes for stats in found))
+    BYTES.labels("used").set(sum(stats.used_bytes for stats in found))
+    READERS.labels("joined").set(sum(len(numbers) for stats in found for numbers in stats.joined.values()))
     READERS.labels("expected").set(sum(sum(stats.expected.values()) for stats in found))
     EXTENTS.set(sum(stats.extents for stats in found))
     TICKETS.set(sum(stats.tickets for stats in found))
@@ -132,7 +132,7 @@ def _counted(lane: Lane, said: MutableMapping[str, float]) -> LaneStats:
     stats = lane.stats()
     for name, total in TOTALS.items():
         _add(total, said, name, getattr(stats, name))
-    for cause, count in stats.refused.items():
+    for cause, count in stats.fallbacks.items():
         _add(FALLBACKS.labels(cause), said, cause, count)
     return stats
 

@@ -31,7 +31,7 @@ import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
@@ -106,23 +106,56 @@ def _sweep(private: bool) -> tuple[list[Segment], dict[str, list[Segment]]]:
     """What was unlinked, and by reason what was left."""
     reclaimed: list[Segment] = []
     left: dict[str, list[Segment]] = defaultdict(list)
-    directory = os.open(SHM, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return [], {}  # an engine that starts at the same time is at it
+    with ExitStack() as scope:
+        directory = os.open(SHM, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        scope.callback(os.close, directory)
         segments = _segments(directory)
-        if segments:
-            # In this order: who made one of these segments and is not found now is gone.
+        if segments and _may_begin(directory, scope):
+            # Processes are looked at after the segments: a maker that is not found now is gone.
             judge = Judge(private)
             for segment in segments:
                 why = _settle(segment, directory, judge)
                 (left[why] if why else reclaimed).append(segment)
-    finally:
-        os.close(directory)
     left.pop(IN_USE, None)
     return reclaimed, left
+
+
+def _may_begin(directory: int, scope: ExitStack) -> bool:
+    """Take this user's lock until `scope` ends; False when another engine of this user sweeps, or just has.
+
+    Two sweeps at the same time unlink nothing wrong. But each may keep the other from the lease on a segment that
+    both have open, and the segment then stays until the next start. Only for this there is a lock. Where it cannot
+    be had, the sweep goes on without it: nobody else can prevent a sweep by the lock's name.
+    """
+    name = f"mmlane-sweep-{os.geteuid()}"
+    flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        file = os.open(name, flags, 0o600, dir_fd=directory)
+    except OSError:  # the name is another user's, or no file can be made here
+        return True
+    scope.callback(os.close, file)
+    if not _is_private(os.fstat(file)):  # where fs.protected_regular lets us open another user's
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    if os.fstat(file).st_nlink == 0:  # the engine that had the lock removed the file after its sweep
+        return False
+    scope.callback(_remove, name, directory)
+    return True
+
+
+def _remove(name: str, directory: int) -> None:
+    """Remove the lock's file while the lock is held. One that stays is empty, and serves the next sweep."""
+    with suppress(OSError):
+        os.unlink(name, dir_fd=directory)
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Whether it is a plain file of ours that no other user can open, and that has no second name."""
+    plain = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o077
+    return plain and status.st_uid == os.geteuid() and status.st_nlink <= 1
 
 
 def _segments(directory: int) -> list[Segment]:
@@ -135,8 +168,7 @@ def _segments(directory: int) -> list[Segment]:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-                private = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o077
-                if private and status.st_uid == os.geteuid() and status.st_nlink == 1:
+                if _is_private(status):
                     found.append(Segment.of(entry.name, status))
     return found
 

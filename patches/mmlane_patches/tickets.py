@@ -1,23 +1,31 @@
 """The pointer class that can carry a ticket: the class that stood there before, and the lane in front of it.
 
 `LanePointer` goes before the engine's class, or ours, in the order of methods. A pointer is one of three things:
-a ticket for a tensor in a lane; what it was before, a segment, with the address of a lane that is not open yet;
-or, where there is no room for a segment either, the tensor itself with such an address.
+a ticket for a tensor in a lane; what it was before, a segment, with the invitation to a lane that is not open yet;
+or, where there is no room for a segment either, the tensor itself with such an invitation.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mmlane.lane import StaleHere, TicketError, UnknownLane
+from mmlane.lane import Invitation, StaleHere, TicketError, UnknownLane
 from mmlane_patches import lanes
 from mmlane_patches.features import replace_values, single_requests, values
 from mmlane_patches.guard import failed, guarded
 from mmlane_patches.pointer import made_here, warn_once
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """An invitation as it travels, perhaps one of another version of mmlane. `repr` hides the secret in it."""
+
+    data: bytes = field(repr=False)
 
 
 class LanePointer:
@@ -27,7 +35,7 @@ class LanePointer:
     """
 
     ticket: bytes | None = None
-    hint = ""  # the address of a lane that readers still have to join
+    invitation: Sealed | None = None  # to a lane that readers still have to join
     _inline: torch.Tensor | None = None
     _taken: torch.Tensor | None = None
     _problem: Exception | None = None  # why it could not be unpickled
@@ -74,8 +82,8 @@ class LanePointer:
                 self._state = "pickled"
         elif self._inline is not None:
             state["tensor"] = self._inline
-        if self.hint:
-            state["lane"] = self.hint
+        if self.invitation is not None:
+            state["invitation"] = self.invitation.data
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -83,20 +91,23 @@ class LanePointer:
         try:
             self._arrive(dict(state))
         except Exception as error:  # noqa: BLE001 - kept for materialize(), which raises it
-            self._problem = error
+            self._problem = error.with_traceback(None)  # whose frames hold the invitation
 
     def _arrive(self, state: dict[str, Any]) -> None:
-        self.hint = state.pop("lane", "")
+        invitation = state.pop("invitation", None)
         self.ticket = state.pop("ticket", None)
         self._inline = state.pop("tensor", None)
+        if isinstance(invitation, bytes):
+            self.invitation = Sealed(invitation)  # for those that this process passes it on to
         if self.ticket is None and self._inline is None:
             super().__setstate__(state)  # type: ignore[misc]
         else:
             self._describe(state.get("shape"), state.get("dtype"), state.get("precomputed_hash"))
         if lanes.rank is not None:
             self._state = "due"
-            if self.hint:
-                lanes.rank.notice(self.hint)
+            if invitation is not None:
+                with guarded("join", "this rank is sent features by shared-memory segments"):
+                    lanes.rank.notice(Invitation.parse(invitation))
 
     # --- taking ---
 
@@ -129,9 +140,9 @@ class LanePointer:
             return
         state, self._state = self._state, ""
         if state == "fresh" and self._producer is not None:
-            self._producer.take_back(self.ticket)
+            self._producer.withdraw(self.ticket)
         elif state == "pickled" and self._producer is not None:
-            self._producer.lose(self.ticket)
+            self._producer.recall(self.ticket)
         elif state == "due" and lanes.rank is not None:
             lanes.rank.discard(self.ticket)
 
@@ -155,7 +166,7 @@ class _Choosing(type):
         producer = lanes.producer.get()
         if producer is None:
             return super().__call__(tensor, precomputed_hash)
-        ticket, hint = producer.put(tensor)
+        ticket, invitation = producer.put(tensor)
         if ticket is not None:
             pointer: Any = cls.__new__(cls)  # type: ignore[call-overload]
             try:
@@ -164,21 +175,21 @@ class _Choosing(type):
             except Exception as error:  # noqa: BLE001 - the feature goes another way
                 failed("put", error, "the feature goes by a shared-memory segment")
                 pointer.ticket = None
-                producer.take_back(ticket)
+                producer.withdraw(ticket)
         try:
             pointer = super().__call__(tensor, precomputed_hash)
         except OSError as error:  # no room: the engine's class says so
-            if not hint:
+            if invitation is None:
                 raise
             warn_once(f"errno {error.errno}", error)
             pointer = tensor
-        if hint:
-            with guarded("hint", "ranks hear of the lane with another feature"):
+        if invitation is not None:
+            with guarded("invite", "ranks are invited to the lane with another feature"):
                 if not isinstance(pointer, cls):
                     holder: Any = cls.__new__(cls)  # type: ignore[call-overload]
                     holder._hold(tensor, precomputed_hash)
                     pointer = holder
-                pointer.hint = hint
+                pointer.invitation = Sealed(bytes(invitation))
         return pointer
 
 

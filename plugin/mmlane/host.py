@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import socket
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -66,11 +67,11 @@ def shared_memory(path: Path = SHM) -> SharedMemory | None:
     """The machine's /dev/shm as it is now; None when there is none."""
     if not path.is_dir():
         return None
-    stat = os.statvfs(path)
+    system = os.statvfs(path)
     return SharedMemory(
         path=path,
-        total=stat.f_frsize * stat.f_blocks,
-        free=stat.f_frsize * stat.f_bavail,
+        total=system.f_frsize * system.f_blocks,
+        free=system.f_frsize * system.f_bavail,
         writable=os.access(path, os.W_OK | os.X_OK),
         segments=tuple(_segments(path)),
     )
@@ -82,10 +83,11 @@ def _segments(path: Path) -> Iterator[Segment]:
         if kind is None:
             continue
         try:
-            held = file.stat().st_blocks * 512
+            found = file.lstat()  # any user can put a link there, to anything or nothing
         except FileNotFoundError:  # unlinked while we were looking
             continue
-        yield Segment(file.name, kind, held, *maker(file.name))
+        if stat.S_ISREG(found.st_mode):
+            yield Segment(file.name, kind, found.st_blocks * 512, *maker(file.name))
 
 
 def maker(name: str) -> tuple[int | None, bool | None]:
@@ -119,6 +121,17 @@ def is_alive(pid: int) -> bool:
 
 
 # --- processes and mounts ----------------------------------------------------------------------------------
+
+
+def max_map_count() -> int | None:
+    """How many mappings a process can have; None where the kernel does not tell."""
+    return _integer(_text(Path("/proc/sys/vm/max_map_count")).strip())
+
+
+def overflow_uid() -> int:
+    """The user id that stands for all users without one in this user namespace; 65534 by default."""
+    uid = _integer(_text(Path("/proc/sys/kernel/overflowuid")).strip())
+    return 65534 if uid is None else uid
 
 
 def pid_namespace() -> int | None:

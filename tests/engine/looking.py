@@ -68,12 +68,12 @@ def wait_for_no_features(server: WatchedServer) -> None:
 def lanes(server: WatchedServer) -> list[LaneStats]:
     """The lanes of a server's processes, as they are now."""
     pids = {process.pid for process in server.processes()}
-    return [ask(address, WAIT_S) for address in addresses(pids)]
+    return [ask(name, WAIT_S) for name in names(pids)]
 
 
-def addresses(pids: set[int]) -> list[str]:
+def names(pids: set[int]) -> list[str]:
     """Of the lanes that are there of these processes."""
-    return [address for address in running() if int(address.split("-")[1]) in pids]
+    return [name for name in running() if int(name.split("-")[1]) in pids]
 
 
 def lane(server: WatchedServer) -> LaneStats:
@@ -87,15 +87,15 @@ def open_lanes(server: WatchedServer, count: int = 1) -> None:
 
     def all_open() -> bool:
         assert server.generate([image()], TEXT).status == 200
-        return sum(stats.is_open for stats in lanes(server)) == count
+        return sum(stats.state == "open" for stats in lanes(server)) == count
 
     wait_for(all_open, lambda: f"{count} open lanes: {lanes(server)}")
 
 
 def wait_for_baseline(server: WatchedServer) -> None:
-    """Wait until every ticket has come back, and nothing is kept for anybody."""
+    """Wait until every ticket has been released, and nothing is kept for anybody."""
 
     def at_baseline() -> bool:
-        return all((stats.tickets, stats.extents, stats.taken) == (0, 0, 0) for stats in lanes(server))
+        return all((stats.tickets, stats.extents, stats.used_bytes) == (0, 0, 0) for stats in lanes(server))
 
     wait_for(at_baseline, lambda: f"the lanes to be empty: {lanes(server)}")

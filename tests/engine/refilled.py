@@ -67,7 +67,7 @@ def ask(engine: Any, kind: str, tensor: torch.Tensor, samples: int) -> list[dict
 
 
 def open_lane(engine: Any) -> Any:
-    """The lane of this process, with the plugin; the first feature tells the ranks of it."""
+    """The lane of this process, with the plugin; the first feature invites the ranks."""
     ask(engine, "pixels", torch.zeros(KINDS["pixels"][1]), 1)
     lanes: Any = sys.modules.get("mmlane_patches.lanes")
     if lanes is None:

@@ -54,7 +54,7 @@ def test_ranks_with_a_lane(version: str, patched: dict[str, dict[str, Any]]) -> 
         "opening": {"ranks": on_all_ranks(*agreeing, opening="ok"), "is_open": True},
         "by_lane": {"ranks": on_all_ranks(whole="ok"), "puts": 4, "tickets": 0},
         "mixed": {"ranks": on_all_ranks(*agreeing, lane="ok", segment="ok"), "puts": 4, "tickets": 0},
-        # What else the lost request had is given back; the ticket that was changed is not out of anybody's hands.
+        # What else the lost request had is released; the ticket that was changed is not.
         "tampered": {"ranks": on_all_ranks(tampered=lost, whole="ok"), "puts": 8, "tickets": 1},
         "overflow": {"ranks": on_all_ranks(overflow="ok"), "puts": 3, "tickets": 1},
     }

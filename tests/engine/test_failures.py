@@ -27,7 +27,7 @@ ENDS_S = 180.0  # from 0.5.14 on the main process waits a minute for core dumps
 # What fails while requests are sent -> what its line begins with.
 SENDING = {
     "mmlane.lane.producer:Lane.put": "put failed",
-    "mmlane.lane.producer:Lane.share": "put failed",
+    "mmlane.lane.producer:Lane.copy": "put failed",
     "mmlane_patches.lanes:Samples.put": "put failed",
     "mmlane_patches.lanes:Samples.close": "share failed",
     "mmlane_patches.tickets:LanePointer._carry": "put failed",
@@ -89,7 +89,7 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
             alone = seam.endswith("own_items")  # what it does is needed for n > 1 there
             with failing(server, f"{seam} {error}"):
                 replies = [one(server), *([] if alone else [three(server), three(server)])]
-                # A share is closed after the answer has gone.
+                # A copy is closed after the answer has gone.
                 asking.wait_for(partial(said, server, *where), f"the line of {where}")
             for reply, tokens in zip(replies, [wanted[0], wanted[1], wanted[1]], strict=False):
                 assert reply.status == 200, (seam, reply.body)
@@ -148,6 +148,6 @@ def test_a_rank_that_cannot_join(release: str, plugin_wheel: Path) -> None:
         assert one(server).status == 200
         assert three(server).status == 200
         assert said(server, "start failed", "mmlane_patches.lanes:become_rank") == 1
-        asking.wait_for(lambda: looking.lane(server).readers.get("dp0") == 1, "the other rank")
+        asking.wait_for(lambda: looking.lane(server).joined == {"dp0": [1]}, "the other rank")
         assert one(server).status == 200
-        assert not looking.lane(server).is_open
+        assert looking.lane(server).state == "waiting"

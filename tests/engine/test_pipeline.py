@@ -26,7 +26,7 @@ def test_two_stages(release: str, plugin_wheel: Path, transcripts: Transcripts) 
     with two_stages(release, plugin_wheel, "arena") as server:
         before = set(asking.segments(server))
         looking.open_lanes(server)  # of the first stage: the other has no use for it
-        assert looking.lane(server).readers == {"dp0": 2}
+        assert looking.lane(server).joined == {"dp0": [0, 1]}
         assert answers(server) == unpatched["answers"]
         one = asking.tokens(server.generate([asking.image(4)], asking.TEXT))
         assert asking.tokens(asking.one_image_n3(server)) == one * 3

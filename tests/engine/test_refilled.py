@@ -42,5 +42,5 @@ def test_a_tensor_that_is_refilled(release: str, plugin_wheel: Path, transcripts
     # Else nothing was put to the test: no two pictures have the same answer, and all went by lane.
     of_one = [answers[0] for request, answers in expected.items() if "n=1" in request]
     assert not any(same(one, other) for i, one in enumerate(of_one) for other in of_one[:i])
-    assert found["lane"]["refused"].keys() <= {"not_open"}
+    assert found["lane"]["fallbacks"].keys() <= {"not_open"}
     assert found["lane"]["puts"] >= len(found["answers"])

@@ -34,7 +34,7 @@ def by_its_way(server: WatchedServer, mode: str, *, images: bool = True) -> Iter
     yield
     after = looking.lane(server)
     assert (after.puts > before.puts) == images
-    assert after.refused == before.refused
+    assert after.fallbacks == before.fallbacks
 
 
 def test_metrics_before_the_first_image(arena: WatchedServer) -> None:

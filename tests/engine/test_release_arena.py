@@ -29,7 +29,7 @@ def test_the_first_feature_opens_the_lane(version: str, arena: WatchedServer) ->
     specs, _ = compat.contributed()
     decisions = compat.plan(specs, Engine(Version(version), None), Settings())
     looking.open_lanes(arena)
-    assert looking.lane(arena).readers == {"dp0": 2}
+    assert looking.lane(arena).joined == {"dp0": [0, 1]}
     assert len(re.findall("the lane is open", arena.log())) == 1
     (applied,) = re.findall("mmlane:   applied: (.*)", arena.log())
     assert applied == ", ".join(i for i, d in decisions.items() if d.state == "planned")
@@ -47,7 +47,7 @@ def test_ranks_wait_for_nothing(arena: WatchedServer) -> None:
 
 @pytest.mark.parametrize("held", [False, True])
 def test_eight_samples_share_one_copy(held: bool, arena: WatchedServer) -> None:
-    """Also when each is sent only after all tickets before it, that of the warm-up first, have come back."""
+    """Also when each is sent only after all tickets before it, that of the warm-up first, have been released."""
     looking.open_lanes(arena)
     picture = jpeg(640, 480, seed=11 + held)
     before = looking.lane(arena)
@@ -57,8 +57,8 @@ def test_eight_samples_share_one_copy(held: bool, arena: WatchedServer) -> None:
         eight = arena.generate([picture], asking.TEXT, n=8)
     after = looking.lane(arena)
     assert asking.tokens(eight) == asking.tokens(one) * 8
-    assert between.copied - before.copied >= 640 * 480 * 3 * 4
-    assert after.copied - between.copied == between.copied - before.copied
+    assert between.copied_bytes - before.copied_bytes >= 640 * 480 * 3 * 4
+    assert after.copied_bytes - between.copied_bytes == between.copied_bytes - before.copied_bytes
     assert after.puts - between.puts == 9  # the request that warms the prefix is one, too
 
 
@@ -86,20 +86,20 @@ def test_metrics(arena: WatchedServer) -> None:
     def now() -> dict[str, float]:
         stats = looking.lane(arena)
         return {
-            'mmlane_lane_bytes{kind="capacity"}': stats.capacity,
-            'mmlane_lane_bytes{kind="committed"}': stats.warm,
+            'mmlane_lane_bytes{kind="capacity"}': stats.capacity_bytes,
+            'mmlane_lane_bytes{kind="committed"}': stats.committed_bytes,
             'mmlane_lane_bytes{kind="pinned"}': 0,
-            'mmlane_lane_bytes{kind="used"}': stats.taken,
+            'mmlane_lane_bytes{kind="used"}': stats.used_bytes,
             "mmlane_lane_extents": stats.extents,
             "mmlane_lane_tickets": stats.tickets,
             'mmlane_lane_readers{kind="joined"}': 2,
             'mmlane_lane_readers{kind="expected"}': 2,
             "mmlane_puts_total": stats.puts,
             "mmlane_shared_puts_total": stats.shared,
-            "mmlane_copied_bytes_total": stats.copied,
+            "mmlane_copied_bytes_total": stats.copied_bytes,
             "mmlane_copy_seconds_total": stats.copy_seconds,
-            "mmlane_orphans_total": 0,
-            'mmlane_fallbacks_total{cause="not_open"}': stats.refused["not_open"],
+            "mmlane_lost_tickets_total": 0,
+            'mmlane_fallbacks_total{cause="not_open"}': stats.fallbacks["not_open"],
             f'mmlane_info{{mode="arena",version="{__version__}"}}': 1,
             **{f'mmlane_lanes{{state="{state}"}}': float(state == "open") for state in STATES},
         }

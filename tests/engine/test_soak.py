@@ -83,6 +83,6 @@ def test_a_thousand_requests(version: str, arena: WatchedServer) -> None:
         after = anonymous_memory(arena)
     looking.wait_for_baseline(arena)
     grown = {pid: after[pid] - before[pid] for pid in before if after[pid] - before[pid] > GROWTH}
-    assert not grown, f"{grown}, with {looking.lane(arena).copied} bytes copied, {outcomes}"
+    assert not grown, f"{grown}, with {looking.lane(arena).copied_bytes} bytes copied, {outcomes}"
     assert looking.features(arena) == []
     assert arena.generate([asking.image()], asking.TEXT).status == 200

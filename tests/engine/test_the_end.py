@@ -85,15 +85,15 @@ def ends_in_a_burst(server: WatchedServer, end: Callable[[WatchedServer], None])
     assert server.processes() == []
     assert looking.features(server) == []
     assert asking.segments(server).keys() <= before.keys()
-    assert looking.addresses(pids) == []
+    assert looking.names(pids) == []
 
 
 def test_nothing_is_left_of_what_was_asked(arena: WatchedServer) -> None:
     """After everything that other tests have asked of this server."""
     looking.open_lanes(arena)
     looking.wait_for_baseline(arena)
-    assert looking.lane(arena).orphans == looking.lane(arena).strays == 0
-    assert list(looking.lane(arena).refused) == ["not_open"]
+    assert looking.lane(arena).lost_tickets == looking.lane(arena).malformed_messages == 0
+    assert list(looking.lane(arena).fallbacks) == ["not_open"]
     assert looking.features(arena) == []
 
 

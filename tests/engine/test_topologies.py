@@ -43,7 +43,7 @@ def goes_by_lane(server: WatchedServer, producers: int) -> None:
     before = looking.lanes(server)
     everything_is_answered(server)
     after = looking.lanes(server)
-    assert [stats.refused for stats in after] == [stats.refused for stats in before]
+    assert [stats.fallbacks for stats in after] == [stats.fallbacks for stats in before]
     assert all(late.puts > early.puts for late, early in zip(after, before, strict=True))
     looking.wait_for_baseline(server)
     assert looking.features(server) == []
@@ -72,7 +72,7 @@ def test_data_parallel(release: str, mode: str, plugin_wheel: Path) -> None:
     with WatchedServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], env=env) as server:
         modes(server, mode, 1)
         assert roles(server) == ["detokenizer", "dp_controller", "main", "scheduler", "scheduler"]
-        assert mode == "backport" or looking.lane(server).readers == {"dp0": 1, "dp1": 1}
+        assert mode == "backport" or looking.lane(server).joined == {"dp0": [0], "dp1": [0]}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -96,8 +96,8 @@ def a_worker_is_killed(server: WatchedServer) -> None:
     server.verify()
     victim, survivor = looking.lanes(server)
     server.kill(victim.pid)
-    asking.wait_for(lambda: looking.addresses({victim.pid}) == [], "the lane's end")
-    assert looking.addresses({survivor.pid}) == [survivor.address]
+    asking.wait_for(lambda: looking.names({victim.pid}) == [], "the lane's end")
+    assert looking.names({survivor.pid}) == [survivor.name]
 
 
 @pytest.mark.matrix
@@ -121,7 +121,7 @@ def test_a_lane_that_is_too_small(plugin_wheel: Path) -> None:
         looking.open_lanes(server)
         for seed in range(3):
             assert server.generate([jpeg(640, 480, seed=seed)], asking.TEXT).status == 200
-        assert looking.lane(server).refused["oversize"] == 3
+        assert looking.lane(server).fallbacks["oversize"] == 3
         assert server.log().count("has no place for a feature (oversize)") == 1
         before = looking.lane(server).puts
         assert server.generate([asking.image()], asking.TEXT).status == 200
@@ -135,7 +135,7 @@ def test_64_mib_of_shared_memory(plugin_wheel: Path, transcripts: Transcripts) -
     # With the lane, /dev/shm is not needed: the first request, which finds it too small, says where the lane is.
     with WatchedServer(small_memory.RELEASE, plugin=plugin_wheel, shm_bytes=small_memory.SIZE) as server:
         assert small_memory.four_images(server).status == 200
-        asking.wait_for(lambda: looking.lane(server).is_open, "the lane")
+        asking.wait_for(lambda: looking.lane(server).state == "open", "the lane")
         before = looking.lane(server).puts
         assert small_memory.four_images(server).status == 200
         assert looking.lane(server).puts == before + 4
@@ -190,7 +190,7 @@ def test_an_embedding_model(release: str, plugin_wheel: Path, transcripts: Trans
     assert expected[0] != close(expected[1])
     with WatchedServer(release, plugin=plugin_wheel, args=embeddings.AS_EMBEDDING) as server:
         assert embeddings.embedding(server, embeddings.SEEDS[0]) == close(expected[0])
-        asking.wait_for(lambda: looking.lane(server).is_open, "the lane")
+        asking.wait_for(lambda: looking.lane(server).state == "open", "the lane")
         before = looking.lane(server).puts
         for seed, wanted in zip(embeddings.SEEDS, expected, strict=True):
             assert embeddings.embedding(server, seed) == close(wanted)

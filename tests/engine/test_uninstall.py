@@ -99,7 +99,7 @@ def test_under_a_running_engine(
             assert {reply.result().status for reply in load} == {200}
         as_ever(server)
         after = looking.lanes(server)
-        assert [stats.refused for stats in after] == [stats.refused for stats in before]
+        assert [stats.fallbacks for stats in after] == [stats.fallbacks for stats in before]
         assert all(late.puts > early.puts for late, early in zip(after, before, strict=True))
         looking.wait_for_baseline(server)
         assert looking.features(server) == []

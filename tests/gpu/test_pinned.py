@@ -29,7 +29,7 @@ LONG = 1_000_000_000  # cycles: about half a second, in which the host does a gr
 @pytest.fixture
 def pair() -> Iterator[Together]:
     with together(device="cuda:0", capacity=SIZE, segment=4 * MIB, pinned=SIZE) as pair:
-        assert pair.reader.wait_pinned(pair.lane.address, DEADLINE)
+        assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
         yield pair
 
 
@@ -68,7 +68,7 @@ def bytes_of_others(pair: Together, stream: Any) -> int:
     return int(on_device.sum())
 
 
-def test_room_that_the_device_still_reads_is_not_given_back(pair: Together) -> None:
+def test_room_that_the_device_still_reads_is_not_released(pair: Together) -> None:
     for stream in (gpu.current_stream(), gpu.Stream()):
         assert bytes_of_others(pair, stream) == 0
         pair.wait_until_nothing_is_out()
@@ -130,8 +130,8 @@ def test_a_process_ends_well_with_memory_pinned() -> None:
         from mmlane.lane import Lane, Reader
 
         lane, reader = Lane({"tp": 1}, capacity=64 << 20, pinned=64 << 20), Reader("tp", device="cuda:0")
-        reader.join(lane.address)
-        assert reader.wait_pinned(lane.address, 60)
+        reader.join(lane.invitation)
+        assert reader.wait_pinned(lane.name, 60)
         held = reader.take(lane.put(torch.ones(1 << 20)))
         on_device = held.to("cuda", non_blocking=True)
         print(int(on_device.sum()))
@@ -152,5 +152,5 @@ def test_what_is_registered_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cuda.Cuda, "unregister", noting)
     with together(device="cuda:0", capacity=SIZE, segment=4 * MIB, pinned=SIZE) as pair:
-        assert pair.reader.wait_pinned(pair.lane.address, DEADLINE)
+        assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
     eventually(lambda: len(undone) == 1, "it is unregistered")

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmlane.lane import points
+from mmlane.lane import failpoints
 from tests.lane.harness.payloads import inferred, random, same
-from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset
+from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, published
 from tests.lane.writes import SMALL, WRITES
 
 
@@ -24,7 +24,7 @@ def test_the_same_tensor_twice_is_two_copies(wide: Together) -> None:
     first, second = wide.put(tensor), wide.put(tensor)
     assert offset(first) != offset(second)
     stats = wide.lane.stats()
-    assert held(stats) == (2, 2, 6) and (stats.puts, stats.shared, stats.copied) == (2, 0, 6 * PAGE)
+    assert held(stats) == (2, 2, 6) and (stats.puts, stats.shared, stats.copied_bytes) == (2, 0, 6 * PAGE)
     assert same(wide.reader.take(first), tensor) and same(wide.reader.take(second), tensor)
 
 
@@ -76,32 +76,33 @@ def test_inference_tensors_are_copied_like_others(wide: Together) -> None:
     assert same(wide.reader.take(wide.put(tensor)), tensor) and same(wide.reader.take(first), before)
 
 
-@pytest.mark.parametrize("point", ["put.allocated", "put.reserved", "put.copied"])
+@pytest.mark.parametrize("point", ["put.allocated", "put.committed", "put.copied"])
 def test_a_tensor_that_is_changed_while_it_is_put(
     wide: Together, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     """What another thread may do. The ticket says what was there before or after, the next one what is there."""
     tensor = random((100,))
     before = tensor.clone()
-    monkeypatch.setattr(points, "probe", lambda name: name == point and tensor.add_(1))
+    monkeypatch.setattr(failpoints, "probe", lambda name: name == point and tensor.add_(1))
     first = wide.put(tensor)
-    monkeypatch.setattr(points, "probe", None)
+    monkeypatch.setattr(failpoints, "probe", None)
     second = wide.put(tensor)
     assert same(wide.reader.take(first), before if point == "put.copied" else tensor)
     assert same(wide.reader.take(second), tensor)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_the_lane_keeps_no_tensor_alive(wide: Together, shared: bool) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_lane_keeps_no_tensor_alive(wide: Together, kept: bool) -> None:
+    """Nor does a copy that is kept: that is of its own."""
     tensor = random((1000,))
     storage = weakref.ref(tensor.untyped_storage())
-    share = wide.lane.share(uses=2) if shared else None
-    ticket = wide.put(tensor, share=share)
+    copy = wide.copy(tensor) if kept else None
+    ticket = wide.put(tensor) if copy is None else published(copy)
     assert storage() is not None
     del tensor
     assert storage() is None
-    wide.reader.discard(ticket)
-    del share
+    wide.discard(ticket)
+    del copy
 
 
 def test_what_tickets_refer_to_stays_when_room_is_short(wide: Together) -> None:
@@ -109,7 +110,7 @@ def test_what_tickets_refer_to_stays_when_room_is_short(wide: Together) -> None:
     tensors = [random((8 * SEGMENT,), seed=seed) for seed in range(8)]
     out = [wide.put(tensor) for tensor in tensors]
     assert wide.refused(random((1,))).cause == "full"
-    wide.reader.discard(out[3])
+    wide.discard(out[3])
     again = wide.put(random((8 * SEGMENT,), seed=9))
     assert offset(again) == offset(out[3])
     for ticket, tensor in zip(out, tensors, strict=True):

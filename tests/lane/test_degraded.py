@@ -15,7 +15,18 @@ import pytest
 import torch
 
 from mmlane import host
-from mmlane.lane import JoinRefused, Lane, LaneUnavailable, Reader, Refused, points, producer
+from mmlane.lane import (
+    Invitation,
+    JoinRefused,
+    Lane,
+    LaneUnavailable,
+    Reader,
+    Refused,
+    failpoints,
+    memory,
+    producer,
+    status,
+)
 from mmlane_patches import sweeping
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.confinement import (
@@ -28,6 +39,7 @@ from tests.lane.harness.confinement import (
     require_mounts,
 )
 from tests.lane.harness.kernel import blocks, open_files
+from tests.lane.harness.together import backing
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20
@@ -55,7 +67,7 @@ class Log(logging.Handler):
 
 
 def travel(lane: Lane, readers: list[Reader]) -> None:
-    """Tensors that need more memory each time, in all modes, given back and put over each other."""
+    """Tensors that need more memory each time, in all modes, released and put over each other."""
     for nbytes in (0, 5000, 3 * MIB, 9 * MIB, 70_000, 9 * MIB):
         tensor = torch.randint(256, (nbytes,), dtype=torch.uint8)
         for mode in ("view", "cow", "clone"):
@@ -77,15 +89,16 @@ def confined(denials: tuple[Deny, ...], place: str) -> tuple[tuple[str, ...], li
         mount_over(place, "size=256m")
     if denials:
         forbid(*denials)
-    with Lane({"tp": 2}, capacity=32 * MIB, idle=0.1) as lane, Reader("tp") as one, Reader("tp") as two:
-        one.join(lane.address)
-        two.join(lane.address)
+    with Lane({"tp": 2}, capacity=32 * MIB, idle=0.1) as lane, Reader("tp", 0) as one, Reader("tp", 1) as two:
+        one.join(lane.invitation)
+        two.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         travel(lane, [one, two])
         # And so it goes when memory has been idle.
-        eventually(lambda: not lane.stats().warm or lane._never_cools, "memory that is handed back or kept")
+        eventually(lambda: not lane.stats().committed_bytes or lane._never_decommits, "memory goes or is kept")
         travel(lane, [one, two])
         stats = lane.stats()
-        assert stats.is_open and not stats.strays and not stats.strangers
+        assert stats.state == "open" and not stats.malformed_messages and not stats.rejected_peers
         return stats.degraded, log.lines
 
 
@@ -138,12 +151,14 @@ def commit_by_hand() -> tuple[int, int]:
     """Where there is no fallocate, glibc writes a byte to each page."""
     forbid(NO_FALLOCATE)
     with Lane({"tp": 1}, capacity=64 * MIB) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         assert isinstance(lane.put(torch.ones(20 * MIB, dtype=torch.uint8)), bytes)
         eventually(
-            lambda: blocks(lane._backing.fd) == BASE + lane.stats().warm, "memory that is as large as it says"
+            lambda: blocks(backing(lane).fd) == BASE + lane.stats().committed_bytes,
+            "it is as large as it says",
         )
-        return blocks(lane._backing.fd) - BASE, lane.stats().warm
+        return blocks(backing(lane).fd) - BASE, lane.stats().committed_bytes
 
 
 def test_without_fallocate_memory_is_committed_all_the_same() -> None:
@@ -157,7 +172,9 @@ def fill_without_fallocate() -> tuple[str, str, bool]:
     mount_over("/dev/shm", "size=16m")
     forbid(NO_MEMFD, NO_FALLOCATE)
     with Lane({"tp": 1}, capacity=256 * MIB) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
+        memory.Backing.grant = lambda self, nbytes: memory.Grant(nbytes)  # type: ignore[method-assign]  # others fill it now
         tensor = torch.ones(MIB, dtype=torch.uint8)
         tickets = []
         while isinstance(ticket := lane.put(tensor), bytes):
@@ -178,12 +195,13 @@ def keep_what_cannot_be_handed_back() -> tuple[int, int, int]:
     forbid(NO_HOLES)
     found = []
     with Lane({"tp": 1}, capacity=64 * MIB, idle=0.05) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         for _ in range(3):
             travel(lane, [reader])
             eventually(lambda: lane._control._next_look is None, "the end of looking")  # it does not look for ever
-            found.append(blocks(lane._backing.fd))
-            assert found[-1] == BASE + lane.stats().warm
+            found.append(blocks(backing(lane).fd))
+            assert found[-1] == BASE + lane.stats().committed_bytes
         return found[0], found[1], found[2]
 
 
@@ -196,40 +214,40 @@ def test_what_cannot_be_handed_back_is_used_again() -> None:
 # --- descriptors that do not arrive ------------------------------------------------------------------------
 
 
-def join_by_path(pipe: Connection, address: str) -> list[str]:
+def join_by_path(pipe: Connection, invitation: Invitation) -> list[str]:
     """Join without room for a descriptor when one is sent: the kernel drops it, as where a policy forbids it."""
     log = Log()
     limits: list[int] = []
 
     def probe(point: str) -> None:
-        if point == "hello.sent":
+        if point == "join.greeted":
             limits.append(limit_descriptors(0))
-        elif point == "map.received":
+        elif point == "join.received":
             limit(resource.RLIMIT_NOFILE, limits.pop())
 
-    points.probe = probe
+    failpoints.probe = probe
     with Reader("tp") as reader:
-        reader.join(address)
+        reader.join(invitation)
         pipe.send("joined")
         assert reader.take(pipe.recv()).sum() == 10
         with pytest.raises(OSError, match="Bad file descriptor"):
-            os.pwrite(reader._links[address].descriptor.fd, b"x", 0)
+            os.pwrite(reader._links[invitation.name].descriptor.fd, b"x", 0)
     assert not limits
     return log.lines
 
 
 def test_a_descriptor_that_does_not_arrive_is_opened_by_path() -> None:
-    with Lane({"tp": 1}, capacity=4 * MIB) as lane, Child(join_by_path, lane.address) as child:
-        assert child.hear() == "joined"
+    with Lane({"tp": 1}, capacity=4 * MIB) as lane, Child(join_by_path, lane.invitation) as child:
+        assert child.hear() == "joined" and lane.wait_open(DEADLINE)
         ticket = lane.put(torch.ones(10))
         assert isinstance(ticket, bytes)
         child.say(ticket)
         (line,) = child.result()
-        assert line.startswith(f"lane {lane.address} goes without SCM_RIGHTS: ")
+        assert line.startswith(f"lane {lane.name} goes without SCM_RIGHTS: ")
         assert f"opened as /proc/{os.getpid()}/fd/" in line
 
 
-def join_without_proc(address: str) -> str:
+def join_without_proc(invitation: Invitation) -> str:
     mount_over("/proc", "size=64k")
     with Reader("tp") as reader:
         before = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -238,25 +256,25 @@ def join_without_proc(address: str) -> str:
             numbers.append(number)
 
         def probe(point: str) -> None:
-            if point == "hello.sent":
+            if point == "join.greeted":
                 limit(resource.RLIMIT_NOFILE, number + 1)
-            elif point == "map.received":
+            elif point == "join.received":
                 limit(resource.RLIMIT_NOFILE, before)
 
-        points.probe = probe
+        failpoints.probe = probe
         with pytest.raises(JoinRefused) as refusal:
-            reader.join(address)
-        points.probe = None
-        reader.join(address)  # the next time all is there
+            reader.join(invitation)
+        failpoints.probe = None
+        reader.join(invitation)  # the next time all is there
         return str(refusal.value)
 
 
 def test_no_descriptor_and_no_proc_is_a_refusal() -> None:
     require_mounts()
     with Lane({"tp": 1}, capacity=4 * MIB) as lane:
-        text = run(join_without_proc, lane.address)
+        text = run(join_without_proc, lane.invitation)
         assert "could not be mapped" in text and f"/proc/{os.getpid()}/fd/" in text
-        assert lane.stats().strangers == 1
+        assert lane.stats().rejected_peers == 1
 
 
 # --- what there is no lane without -------------------------------------------------------------------------
@@ -304,11 +322,11 @@ def test_a_lane_that_cannot_be_says_what_is_missing(
     assert left == []
 
 
-def join_lane(denial: Deny, address: str) -> str:
+def join_lane(denial: Deny, invitation: Invitation) -> str:
     """Why a reader cannot be had or cannot join."""
     forbid(denial)
     with pytest.raises((LaneUnavailable, JoinRefused)) as refusal, Reader("tp") as reader:
-        reader.join(address)
+        reader.join(invitation)
     return f"{refusal.type.__name__}: {refusal.value}"
 
 
@@ -328,7 +346,7 @@ def join_lane(denial: Deny, address: str) -> str:
 def test_a_reader_that_cannot_be_says_what_is_missing(denial: Deny, start: str, words: str) -> None:
     require_filters()
     with Lane({"tp": 1}, capacity=4 * MIB) as lane:
-        text = run(join_lane, denial, lane.address)
+        text = run(join_lane, denial, lane.invitation)
         assert text.startswith(start) and words in text, text
         assert not lane.is_open
 
@@ -337,29 +355,29 @@ def test_a_reader_that_cannot_be_says_what_is_missing(denial: Deny, start: str, 
 
 
 def meet_a_full_file_system_ahead_of_need() -> tuple[bool, int]:
-    """Memory ahead of need cannot be had: the thread that asked for it lives on, and lets a reader in."""
-    mount_over("/dev/shm", "size=8m")
+    """Memory ahead of need cannot be had: the thread that asked for it lives on, and answers."""
+    mount_over("/dev/shm", "size=16m")
     forbid(NO_MEMFD)
-    with Lane({"tp": 1}, capacity=64 * MIB, segment=MIB) as lane, Reader("tp") as first:
-        first.join(lane.address)
+    with Lane({"tp": 1}, capacity=64 * MIB, segment=MIB) as lane, Reader("tp") as reader:
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         tensor = torch.ones(3 * MIB, dtype=torch.uint8)
         old = lane.put(tensor)
-        eventually(lambda: lane.stats().warm == 6 * MIB, "as much memory again ahead of need")
+        eventually(lambda: lane.stats().committed_bytes == 6 * MIB, "as much memory again ahead of need")
         assert isinstance(lane.put(tensor), bytes)
-        eventually(lambda: lane.stats().warm == 7 * MIB and lane._starved, "an attempt that fails")
-        with Reader("tp") as second:
-            second.join(lane.address)
-            assert isinstance(old, bytes)
-            first.discard(old)
-            ticket = lane.put(tensor)
-            assert isinstance(ticket, bytes)
-            return torch.equal(second.take(ticket), first.take(ticket)), lane.stats().readers["tp"]
+        eventually(lambda: lane.stats().committed_bytes == 6 * MIB and lane._starved, "an attempt that fails")
+        assert isinstance(old, bytes)
+        reader.discard(old)
+        eventually(lambda: lane.stats().tickets == 1, "the ticket is back")
+        ticket = lane.put(tensor)
+        assert isinstance(ticket, bytes)
+        return torch.equal(reader.take(ticket), tensor), status.ask(lane.name).tickets
 
 
 def test_memory_ahead_of_need_that_cannot_be_had_harms_nobody() -> None:
     require_mounts()
     require_filters()
-    assert run(meet_a_full_file_system_ahead_of_need) == (True, 2)
+    assert run(meet_a_full_file_system_ahead_of_need) == (True, 1)
 
 
 class Broken(Exception):
@@ -375,40 +393,37 @@ def break_the_thread(pipe: Connection, point: str) -> tuple[list[str], str, str,
             raise Broken(point)
 
     with Lane({"tp": 1}, capacity=64 * MIB, idle=0.05) as lane:
-        pipe.send(lane.address)
+        pipe.send(lane.invitation)
         assert lane.wait_open(DEADLINE)
         held = lane.put(torch.ones(10))
         pipe.send(held)
         pipe.recv()
-        points.probe = probe
+        failpoints.probe = probe
         pipe.send("set")
         eventually(lambda: not lane.is_open, "the end of the lane")
-        points.probe = None
+        failpoints.probe = None
         refused = lane.put(torch.ones(10))
         assert isinstance(refused, Refused)
         lane._control.join()
-        assert lane.stats().is_open is False and lane.wait_open(0) is False
+        assert lane.stats().state == "closed" and lane.wait_open(0) is False
         lane.drain()
         lane.close()
-        return log.lines, refused.cause, refused.detail, lane._backing.fd == -1
+        return log.lines, refused.cause, refused.detail, lane._backing is None
 
 
-@pytest.mark.parametrize("point", ["hand_back.announced", "drain.received"])
+@pytest.mark.parametrize("point", ["decommit.chosen", "drain.received"])
 def test_a_control_thread_that_fails_says_so(point: str) -> None:
     """The lane is closed with the error; readers keep what they hold, and learn that it has ended (4)."""
     with Child(break_the_thread, point) as child, ExitStack() as scope:
-        reader, other = (scope.enter_context(Reader("tp")) for _ in range(2))
-        address = child.hear()
-        reader.join(address)
+        reader = scope.enter_context(Reader("tp"))
+        invitation = child.hear()
+        reader.join(invitation)
         held = reader.take(child.hear())
         child.say()
         assert child.hear() == "set"
-        if point == "drain.received":
-            other.join(address)
-            other.close()
         log, cause, detail, closed = child.result()
         assert cause == "closed" and f"Broken('{point}')" in detail, detail
-        assert any(line.startswith(f"lane {address} is closed") for line in log), log
+        assert any(line.startswith(f"lane {invitation.name} is closed") for line in log), log
         assert closed
         assert held.sum() == 10
         eventually(lambda: reader.lanes() == (), "the end of the lane")
@@ -420,7 +435,8 @@ def test_a_control_thread_that_fails_says_so(point: str) -> None:
 def travel_beside_a_mount_without_a_source() -> tuple[bool, int | None, tuple[str, str], list[sweeping.Segment]]:
     mount_over("/dev/shm", "size=64m", source="")
     with Lane({"tp": 1}) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         travel(lane, [reader])
     mounted = " - tmpfs  rw" in Path("/proc/self/mountinfo").read_text()
     return mounted, host.memory().limit, sweeping._mounted(host.SHM), sweeping._sweep(private=True)[0]

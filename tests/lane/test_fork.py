@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import pytest
 import torch
 
-from mmlane.lane import Lane, LaneError, Reader, points
+from mmlane.lane import Invitation, Lane, LaneError, Reader, failpoints
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.payloads import Sent
@@ -41,7 +41,7 @@ _children: dict[int, BaseProcess | None] = {}  # in a peer: those that were fork
 def fork(live: Callable[[], object], how: How = "os.fork") -> tuple[int, Any]:
     """Fork a child, which stays until it gets SIGUSR1; its process id, and what `live` returned in it.
 
-    It ends by itself if `live` hangs in there.
+    It is killed if `live` hangs in there.
     """
     here, there = Pipe()
 
@@ -100,14 +100,14 @@ def outcome(attempt: Callable[[], object]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def fork_a_reader(reading: Reading, address: str, sent: Sent, how: How) -> tuple[int, dict[str, str]]:
+def fork_a_reader(reading: Reading, invitation: Invitation, sent: Sent, how: How) -> tuple[int, dict[str, str]]:
     """Have a forked child try all that it must not, and let go what it seems to hold."""
 
     def live() -> dict[str, str]:
         tried = {
             "take": outcome(lambda: reading.reader.take(sent.ticket)),
             "discard": outcome(lambda: reading.reader.discard(sent.ticket)),
-            "join": outcome(lambda: reading.reader.join(address)),
+            "join": outcome(lambda: reading.reader.join(invitation)),
             "lanes": outcome(reading.reader.lanes),
             "check": outcome(reading.check),
             "close": outcome(reading.reader.close),
@@ -123,19 +123,19 @@ def fork_a_reader(reading: Reading, address: str, sent: Sent, how: How) -> tuple
 def test_a_child_forked_from_a_reader_is_none(company: Company, how: How) -> None:
     """It can do nothing, says nothing, and hides its parent's death from nobody (4)."""
     producer, (reader, other) = company.open(["tp", "tp"])
-    address = company.address(producer)
+    invitation = company.invitation(producer)
     held, untaken = (producer.call(Producing.put, seed, 10_000) for seed in range(2))
     reader.call(Reading.take, held, "view")
     reader.call(Reading.take, producer.call(Producing.put, 3, 10_000), "cow")
     before = falls_asleep(reader, 0.2)
-    pid, tried = reader.call(fork_a_reader, address, untaken, how)
+    pid, tried = reader.call(fork_a_reader, invitation, untaken, how)
     assert tried.pop("check") == "2"
     assert tried.pop("close") == "None"
     assert tried.pop("lanes") == "()"
     for answer in tried.values():
         assert answer.startswith(f"LaneError: this reader belongs to process {reader.pid}")
     stats = producer.call(Producing.stats)
-    assert (stats.tickets, stats.strays, stats.readers) == (3, 0, {"tp": 2})
+    assert (stats.tickets, stats.malformed_messages, stats.joined) == (3, 0, {"tp": [0, 1]})
     assert reader.call(Reading.check) == 2
     assert set(kernel.sleeps(reader.pid)) == set(before)  # no thread has ended
 
@@ -143,10 +143,10 @@ def test_a_child_forked_from_a_reader_is_none(company: Company, how: How) -> Non
     carries(producer, reader)
     reader.call(Reading.take, untaken)
     assert reader.call(Reading.check) == 3
-    pid, tried = reader.call(fork_a_reader, address, untaken, how)
+    pid, tried = reader.call(fork_a_reader, invitation, untaken, how)
     reader.kill()
     assert is_running(pid)
-    eventually(lambda: producer.call(Producing.stats).readers == {"tp": 1}, "the producer hears of the death")
+    eventually(lambda: not producer.call(Producing.is_open), "the producer hears of the death")
     other.call(Reading.take, held)
     other.call(Reading.let_go)
     os.kill(pid, signal.SIGUSR1)
@@ -184,7 +184,6 @@ def test_a_child_forked_from_a_producer_is_none(company: Company, how: How) -> N
     carries(producer, reader)
     assert producer.call(reap, pid) == 0
     carries(producer, reader)
-    carries(producer, company.reader("tp", company.address(producer)), reader)
 
     pid, tried = producer.call(fork_a_producer, how)
     producer.kill()
@@ -200,7 +199,8 @@ def fork_for_a_lane_of_its_own(producing: Producing) -> tuple[int, list[int]]:
 
     def live() -> list[int]:
         with Lane({"own": 1}, capacity=CAPACITY) as lane, Reader("own") as reader:
-            reader.join(lane.address)
+            reader.join(lane.invitation)
+            assert lane.wait_open(DEADLINE)
             ticket = lane.put(torch.arange(4))
             assert isinstance(ticket, bytes)
             numbers: list[int] = reader.take(ticket).tolist()
@@ -238,38 +238,38 @@ def test_a_child_forked_while_another_thread_is_in_the_lane_does_not_hang(compan
     carries(producer, reader)
 
 
-def fork_amid_giving_back(reading: Reading, sent: Sent) -> tuple[int, dict[str, str]]:
-    """Fork while another thread is sending what it gives back."""
-    gate = Gate("give_back.sent")
+def fork_amid_releasing(reading: Reading, sent: Sent) -> tuple[int, dict[str, str]]:
+    """Fork while another thread sends a release."""
+    gate = Gate("release.sent")
     with ThreadPoolExecutor(1) as pool:
         letting_go = pool.submit(reading.let_go, 1)
         gate.wait()
-        points.probe = None  # nothing in the child is to wait
-        result = fork_a_reader(reading, "mmlane-0-0", sent, "os.fork")
+        failpoints.probe = None  # nothing in the child is to wait
+        result = fork_a_reader(reading, Invitation.make("mmlane-0-0"), sent, "os.fork")
         gate.open()
         letting_go.result(DEADLINE)
     return result
 
 
-def test_a_child_forked_while_another_thread_gives_back_says_nothing(company: Company) -> None:
+def test_a_child_forked_while_another_thread_releases_says_nothing(company: Company) -> None:
     producer, (reader,) = company.open(["tp"])
     sent = [producer.call(Producing.put, seed, 1000) for seed in range(3)]
     for one in sent[:2]:
         reader.call(Reading.take, one)
-    pid, _ = reader.call(fork_amid_giving_back, sent[2])
+    pid, _ = reader.call(fork_amid_releasing, sent[2])
     stats = producer.call(Producing.stats)
-    assert (stats.tickets, stats.strays) == (2, 0)
+    assert (stats.tickets, stats.malformed_messages) == (2, 0)
     assert reader.call(reap, pid) == 0
     reader.call(Reading.take, sent[2])
     reader.call(Reading.let_go)
     baseline(producer)
 
 
-def fork_amid_joining(reading: Reading, address: str, point: str) -> int:
+def fork_amid_joining(reading: Reading, invitation: Invitation, point: str) -> int:
     """Fork while another thread joins."""
     gate = Gate(point)
     with ThreadPoolExecutor(1) as pool:
-        joining = pool.submit(reading.join, address)
+        joining = pool.submit(reading.join, invitation)
         gate.wait()
         pid, _ = fork(lambda: None)
         gate.open()
@@ -278,18 +278,19 @@ def fork_amid_joining(reading: Reading, address: str, point: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "point", ["hello.connected", "hello.sent", "map.received", "map.mapped", "map.acknowledged"]
+    "point",
+    ["join.connected", "join.greeted", "join.received", "join.mapped", "join.stored", "join.acknowledged"],
 )
 def test_a_child_forked_while_another_thread_joins_hides_no_death(company: Company, point: str) -> None:
     """(4)"""
     producer = company.producer({"tp": 1})
     reader = company.reader("tp")
-    pid = reader.call(fork_amid_joining, company.address(producer), point)
+    pid = reader.call(fork_amid_joining, company.invitation(producer), point)
     assert producer.call(Producing.wait_open)
     carries(producer, reader)
     reader.kill()
     assert is_running(pid)
-    eventually(lambda: producer.call(Producing.stats).readers == {}, "the producer hears of the death")
+    eventually(lambda: not producer.call(Producing.is_open), "the producer hears of the death")
     os.kill(pid, signal.SIGUSR1)
     eventually(lambda: not is_running(pid), "the child ends")
 
@@ -302,15 +303,16 @@ def fork_at_gate(_: Producing) -> int:
     return pid
 
 
-@pytest.mark.parametrize("point", ["accept.connected", "accept.welcomed", "accept.joined"])
-def test_a_child_forked_while_a_reader_is_let_in_hides_no_death(company: Company, point: str) -> None:
+@pytest.mark.parametrize("point", ["accept.connected", "accept.proven", "accept.welcomed", "accept.joined"])
+def test_a_child_forked_while_a_reader_is_accepted_hides_no_death(company: Company, point: str) -> None:
     """(4)"""
     producer = company.producer({"tp": 1})
     reader = company.reader("tp")
     producer.call(shut_gate, point)
-    reader.start(Reading.join, company.address(producer))
+    reader.start(Reading.join, company.invitation(producer))
     pid = producer.call(fork_at_gate)
     reader.answer()
+    assert producer.call(Producing.wait_open)
     carries(producer, reader)
     producer.kill()
     assert is_running(pid)
@@ -335,7 +337,7 @@ def test_a_program_that_is_started_gets_nothing_of_a_lane(company: Company) -> N
     try:
         assert not [trace for trace in kernel.traces([], company.files) if trace.pid in programs]
         reader.kill()
-        eventually(lambda: producer.call(Producing.stats).readers == {"tp": 1}, "the producer hears of the death")
+        eventually(lambda: not producer.call(Producing.is_open), "the producer hears of the death")
         producer.kill()
         hears_of_the_end(other)
         assert all(map(is_running, programs))

@@ -1,12 +1,11 @@
-"""Whoever listens where a reader wants to join, and whatever they say: the reader comes to no harm."""
+"""Processes that listen where a reader wants to join, and say anything: the reader comes to no harm."""
 
 from __future__ import annotations
 
 import gc
+import json
 import os
-import secrets
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +17,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmlane.lane import JoinRefused, Lane, LaneError, Reader, wire
+from mmlane.lane import Invitation, JoinRefused, Lane, LaneError, Reader, protocol
 from tests.effort import examples
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.kernel import open_files
-from tests.lane.harness.sockets import HUGE, KINDS, MAPPED, impostor, listen, receive, until_it_hangs_up
+from tests.lane.harness.sockets import (
+    HUGE,
+    KINDS,
+    MAPPED,
+    impostor,
+    invitation_of_nobody,
+    listen,
+    receive,
+    until_it_hangs_up,
+)
 from tests.lane.harness.together import put, serves
 from tests.lane.harness.waiting import DEADLINE, eventually
 
@@ -37,43 +45,89 @@ def file_of(nbytes: int) -> int:
 
 
 BASE = 1 << 19
+SLOTS = 1 << 16
 SIZE = BASE + MIB
 NONE = "/nowhere/at/all"
+UNNAMED = bytes((protocol.WELCOME,))
 
-# An answer to a greeting: the message and what descriptor to send with it.
-Answer = tuple[bytes, Callable[[], int] | None]
-WELCOMES: dict[str, Answer] = {
-    "an empty message": (b"", None),
-    "random bytes": (b"\xf3\x00\x91garbage", None),
-    "a long message": (b"\x02" * 100_000, None),
-    "a welcome cut short": (bytes((wire.WELCOME,)) + b"\x01\x00", None),
-    "a welcome whose path is no text": (wire.welcome(SIZE, 65536, "") + b"\xff", None),
-    "another version": (bytes((wire.WELCOME,)) + struct.pack("<HQI", 99, SIZE, 65536), lambda: file_of(SIZE)),
-    "sorry, in no language": (bytes((wire.SORRY,)) + b"\xff\xfe", None),
-    "mapped": (MAPPED, lambda: file_of(SIZE)),
-    "no descriptor, and a path to nothing": (wire.welcome(SIZE, 65536, NONE), None),
-    "no descriptor, and no path": (wire.welcome(SIZE, 65536, ""), None),
-    "no descriptor, and half a path": (wire.welcome(SIZE, 65536, "/dev/\0null"), None),
-    "no descriptor, and a directory": (wire.welcome(SIZE, 65536, "/tmp"), None),
-    "no descriptor, and a device": (wire.welcome(SIZE, 65536, "/dev/null"), None),
-    "no descriptor, and another file": (wire.welcome(SIZE, 65536, __file__), None),
-    "a directory": (wire.welcome(SIZE, 65536, NONE), lambda: os.open("/tmp", os.O_RDONLY)),
-    "a device": (wire.welcome(SIZE, 65536, NONE), lambda: os.open("/dev/zero", os.O_RDONLY)),
-    "a descriptor that cannot be read": (wire.welcome(SIZE, 65536, NONE), lambda: os.open("/", os.O_PATH)),
-    "an event": (wire.welcome(SIZE, 65536, NONE), lambda: os.eventfd(0)),
-    "an empty file": (wire.welcome(SIZE, 65536, NONE), lambda: file_of(0)),
-    "too small a file": (wire.welcome(SIZE, 65536, NONE), lambda: file_of(BASE // 2)),
-    "a file that is one page too small": (wire.welcome(SIZE, 65536, NONE), lambda: file_of(SIZE - 4096)),
-    "another file, which is too large": (wire.welcome(SIZE, 65536, NONE), lambda: file_of(SIZE + 4096)),
-    "size 0": (wire.welcome(0, 65536, NONE), lambda: file_of(0)),
-    "size 0, slots 0": (wire.welcome(0, 0, NONE), lambda: file_of(0)),
-    "a size beyond all": (wire.welcome(HUGE, 65536, NONE), lambda: file_of(SIZE)),
-    "a directory larger than the file": (wire.welcome(4096, 65536, NONE), lambda: file_of(4096)),
-    "a directory beyond all": (wire.welcome(SIZE, (1 << 32) - 1, NONE), lambda: file_of(SIZE)),
+# An answer to a HELLO with this nonce from a reader with this invitation, and what descriptor to send with it.
+Answer = Callable[[Invitation, str], bytes]
+
+
+def welcome(nbytes: int, slots: int, path: str) -> Answer:
+    """A WELCOME of a producer that knows the secret, with these."""
+    return lambda invitation, nonce: protocol.welcome(invitation.secret, nonce, nbytes, slots, path)
+
+
+def changed(**fields: object) -> Answer:
+    """A good WELCOME, but for some fields that were changed after it was proven."""
+
+    def answer(invitation: Invitation, nonce: str) -> bytes:
+        good = protocol.welcome(invitation.secret, nonce, SIZE, SLOTS, NONE)
+        return good[:1] + json.dumps({**json.loads(good[1:]), **fields}).encode()
+
+    return answer
+
+
+def plain(message: bytes) -> Answer:
+    return lambda invitation, nonce: message
+
+
+def of_nobody(invitation: Invitation, nonce: str) -> bytes:
+    """A WELCOME of a process that has the lane's name, and not its secret."""
+    return protocol.welcome(bytes(32), nonce, SIZE, SLOTS, NONE)
+
+
+def memory() -> int:
+    return file_of(SIZE)
+
+
+WELCOMES: dict[str, tuple[Answer, Callable[[], int] | None]] = {
+    "an empty message": (plain(b""), None),
+    "random bytes": (plain(b"\xf3\x00\x91garbage"), None),
+    "a long message": (plain(b"\x02" * 100_000), None),
+    "a welcome cut short": (plain(UNNAMED + b"{"), None),
+    "a welcome without fields": (plain(UNNAMED + b"{}"), memory),
+    "a welcome of a deep list": (plain(UNNAMED + b"[" * 4000), memory),
+    "without the secret": (of_nobody, memory),
+    "of another HELLO": (lambda invitation, nonce: welcome(SIZE, SLOTS, NONE)(invitation, "once"), memory),
+    "another size than was proven": (changed(nbytes=SIZE + 4096), lambda: file_of(SIZE + 4096)),
+    "other slots than were proven": (changed(slots=1), memory),
+    "another path than was proven": (changed(path=__file__), None),
+    "one field more": (changed(more=1), memory),
+    "sizes that are no whole numbers": (changed(nbytes=float(SIZE)), memory),
+    "no proof": (changed(proof=""), memory),
+    "a welcome of protocol 2": (plain(UNNAMED + b"\x02\x00" + bytes(12) + b"/p"), memory),
+    "sorry, in no language": (plain(bytes((protocol.REJECT,)) + b"\xff\xfe"), None),
+    "mapped": (plain(MAPPED), memory),
+    "no descriptor, and a path to nothing": (welcome(SIZE, SLOTS, NONE), None),
+    "no descriptor, and no path": (welcome(SIZE, SLOTS, ""), None),
+    "no descriptor, and half a path": (welcome(SIZE, SLOTS, "/dev/\0null"), None),
+    "no descriptor, and a path that is no text": (welcome(SIZE, SLOTS, "/dev/\ud800"), None),
+    "no descriptor, and a directory": (welcome(SIZE, SLOTS, "/tmp"), None),
+    "no descriptor, and a device": (welcome(SIZE, SLOTS, "/dev/null"), None),
+    "no descriptor, and another file": (welcome(SIZE, SLOTS, __file__), None),
+    "a directory": (welcome(SIZE, SLOTS, NONE), lambda: os.open("/tmp", os.O_RDONLY)),
+    "a device": (welcome(SIZE, SLOTS, NONE), lambda: os.open("/dev/zero", os.O_RDONLY)),
+    "a descriptor that cannot be read": (welcome(SIZE, SLOTS, NONE), lambda: os.open("/", os.O_PATH)),
+    "an event": (welcome(SIZE, SLOTS, NONE), lambda: os.eventfd(0)),
+    "an empty file": (welcome(SIZE, SLOTS, NONE), lambda: file_of(0)),
+    "too small a file": (welcome(SIZE, SLOTS, NONE), lambda: file_of(BASE // 2)),
+    "a file that is one page too small": (welcome(SIZE, SLOTS, NONE), lambda: file_of(SIZE - 4096)),
+    "another file, which is too large": (welcome(SIZE, SLOTS, NONE), lambda: file_of(SIZE + 4096)),
+    "size 0": (welcome(0, SLOTS, NONE), lambda: file_of(0)),
+    "size 0, slots 0": (welcome(0, 0, NONE), lambda: file_of(0)),
+    "a size beyond all": (welcome(HUGE, SLOTS, NONE), memory),
+    "a size beyond all numbers": (welcome(1 << 200, SLOTS, NONE), memory),
+    "a size below all": (welcome(-SIZE, SLOTS, NONE), memory),
+    "slots below all": (welcome(SIZE, -1, NONE), memory),
+    "a directory larger than the file": (welcome(4096, SLOTS, NONE), lambda: file_of(4096)),
+    "a directory beyond all": (welcome(SIZE, (1 << 32) - 1, NONE), memory),
+    "a directory beyond all numbers": (welcome(SIZE, 1 << 200, NONE), memory),
 }
 
 
-def join_here_and_there(pipe: Connection, here: str, there: str) -> tuple[str, float, list[str]]:
+def join_here_and_there(pipe: Connection, here: Invitation, there: Invitation) -> tuple[str, float, list[str]]:
     """Join an honest lane, then an impostor. Returns what the impostor got one to raise, and the descriptors."""
     with Reader("tp") as reader:
         reader.join(here)
@@ -87,18 +141,17 @@ def join_here_and_there(pipe: Connection, here: str, there: str) -> tuple[str, f
             problem = f"{type(error).__name__}: {error}"
         gc.collect()
         left = open_files() - before
-        assert reader.lanes() == (here,)
+        assert reader.lanes() == (here.name,)
         return problem, float(reader.take(ticket).sum()), list(left)
 
 
-@pytest.mark.parametrize("answer", WELCOMES.values(), ids=WELCOMES.keys())
-def test_a_welcome_that_is_none_is_refused(lane: Lane, answer: Answer) -> None:
+@pytest.mark.parametrize(("answer", "make"), WELCOMES.values(), ids=WELCOMES.keys())
+def test_a_welcome_that_is_none_is_refused(lane: Lane, answer: Answer, make: Callable[[], int] | None) -> None:
     """With JoinRefused: without SIGBUS, without a descriptor left, and other lanes are as before."""
-    message, make = answer
     heard: list[bytes] = []
 
-    def behave(connection: socket.socket) -> None:
-        assert receive(connection) == (wire.hello("tp"), [])
+    def behave(connection: socket.socket, invitation: Invitation) -> None:
+        message = answer(invitation, nonce_of(connection, invitation))
         with ExitStack() as scope:
             fds = [] if make is None else [make()]
             for fd in fds:
@@ -106,22 +159,42 @@ def test_a_welcome_that_is_none_is_refused(lane: Lane, answer: Answer) -> None:
             socket.send_fds(connection, [message], fds) if fds else connection.send(message)
             heard.extend(until_it_hangs_up(connection))
 
-    with impostor(behave) as address, Child(join_here_and_there, lane.address, address) as child:
+    with (
+        impostor(behave) as invitation,
+        Child(join_here_and_there, lane.invitation, invitation) as child,
+    ):
         assert child.hear() == "joined"
+        assert lane.wait_open(DEADLINE)
         child.say(put(lane, torch.ones(100)))
         problem, total, left = child.result()
-    assert problem.startswith(f"JoinRefused: lane {address}"), problem
+    assert problem.startswith(f"JoinRefused: lane {invitation.name}"), problem
     assert (total, left) == (100.0, [])
-    assert all(wire.kind(message) == wire.SORRY for message in heard), "it did not say MAPPED"
+    assert all(protocol.kind(message) == protocol.REJECT for message in heard), "it did not say MAPPED"
 
 
-def refusal(address: str, timeout: float = DEADLINE) -> str:
+def nonce_of(connection: socket.socket, invitation: Invitation) -> str:
+    """The nonce of a reader's HELLO, which is a good one."""
+    message, fds = receive(connection)
+    hello = protocol.read_hello(message)
+    assert protocol.is_proven(hello, invitation.secret) and (hello.group, hello.number, fds) == ("tp", 0, [])
+    return hello.nonce
+
+
+def test_no_two_hellos_are_the_same() -> None:
+    """So that no answer serves twice."""
+    nonces: list[str] = []
+    with impostor(lambda *of: nonces.append(nonce_of(*of)), visitors=2) as invitation:
+        refusal(invitation)
+    assert len(set(nonces)) == 2
+
+
+def refusal(invitation: Invitation, timeout: float = DEADLINE) -> str:
     """Why a new reader cannot join, asked twice."""
     said = []
     with Reader("tp") as reader:
         for _ in range(2):
             try:
-                reader.join(address, timeout)
+                reader.join(invitation, timeout)
             except JoinRefused as error:
                 said.append(str(error))
             assert reader.lanes() == ()
@@ -132,62 +205,62 @@ def refusal(address: str, timeout: float = DEADLINE) -> str:
 def test_a_path_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
 
-    def behave(connection: socket.socket) -> None:
-        receive(connection)
-        connection.send(wire.welcome(SIZE, 65536, str(tmp_path / "pipe")))
+    def behave(connection: socket.socket, invitation: Invitation) -> None:
+        nonce = nonce_of(connection, invitation)
+        connection.send(protocol.welcome(invitation.secret, nonce, SIZE, SLOTS, str(tmp_path / "pipe")))
         until_it_hangs_up(connection)
 
-    with impostor(behave, visitors=2) as address:
-        assert "could not be mapped" in run(refusal, address)
+    with impostor(behave, visitors=2) as invitation:
+        assert "could not be mapped" in run(refusal, invitation)
 
 
 @given(
     message=st.binary(max_size=300)
-    | st.builds(bytes.__add__, st.just(bytes((wire.WELCOME,))), st.binary(max_size=80))
+    | st.builds(bytes.__add__, st.just(bytes((protocol.WELCOME,))), st.binary(max_size=80))
 )
 @settings(max_examples=examples(100, 1000))
-def test_random_answers_to_a_greeting(message: bytes) -> None:
-    def behave(connection: socket.socket) -> None:
+def test_random_answers_to_a_hello(message: bytes) -> None:
+    def behave(connection: socket.socket, _: Invitation) -> None:
         receive(connection)
         connection.send(message)
         until_it_hangs_up(connection)
 
     before = open_files()
-    with impostor(behave, visitors=2) as address:
-        assert refusal(address).startswith(f"lane {address}")
+    with impostor(behave, visitors=2) as invitation:
+        assert refusal(invitation).startswith(f"lane {invitation.name}")
     eventually(lambda: not open_files() - before, "the end of the reader")
 
 
 def test_a_producer_that_says_nothing_is_given_up() -> None:
-    with impostor(until_it_hangs_up, visitors=2) as address:
-        assert "no answer within 0.1 s" in refusal(address, timeout=0.1)
+    with impostor(lambda connection, _: until_it_hangs_up(connection), visitors=2) as invitation:
+        assert "no answer within 0.1 s" in refusal(invitation, timeout=0.1)
 
 
 @contextmanager
-def full_queue() -> Iterator[tuple[str, socket.socket, int]]:
-    """An address, its listener, and how many wait there already; more do not get in."""
-    address = f"mmlane-test-{secrets.token_hex(8)}"
-    with listen(address) as listener, ExitStack() as scope:
+def full_queue() -> Iterator[tuple[Invitation, socket.socket, int]]:
+    """An invitation, its listener, and how many wait there already; more do not get in."""
+    invitation = invitation_of_nobody()
+    with listen(invitation.name) as listener, ExitStack() as scope:
         for waiting in range(100):
             connection = scope.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             connection.setblocking(False)
             try:
-                connection.connect(f"\0{address}")
+                connection.connect(f"\0{invitation.name}")
             except BlockingIOError:
-                yield address, listener, waiting
+                yield invitation, listener, waiting
                 return
         raise AssertionError("the queue is never full")
 
 
 def test_a_producer_that_accepts_nobody_is_given_up() -> None:
-    with full_queue() as (address, _, _):
-        assert "no answer within 0.1 s" in refusal(address, timeout=0.1)
+    with full_queue() as (invitation, _, _):
+        assert "no answer within 0.1 s" in refusal(invitation, timeout=0.1)
 
 
 def test_a_reader_waits_in_a_full_queue() -> None:
     said: list[str] = []
-    with full_queue() as (address, listener, crowd):
-        reader = threading.Thread(target=lambda: said.append(refusal(address)), daemon=True)
+    with full_queue() as (invitation, listener, crowd):
+        reader = threading.Thread(target=lambda: said.append(refusal(invitation)), daemon=True)
         reader.start()
         reader.join(0.2)
         assert reader.is_alive(), "it did not wait"
@@ -196,54 +269,78 @@ def test_a_reader_waits_in_a_full_queue() -> None:
             with connection:
                 connection.settimeout(DEADLINE)
                 if place >= crowd:
-                    connection.send(wire.sorry("it is your turn"))
+                    connection.send(protocol.reject("it is your turn"))
                     until_it_hangs_up(connection)
         reader.join(DEADLINE)
     assert ["it is your turn" in reason for reason in said] == [True]
 
 
-@pytest.mark.parametrize("last", ["nothing", "its end", "a descriptor", "sorry", "noise"])
-def test_a_producer_that_does_not_let_one_in(last: str) -> None:
-    """The join is refused, and so is the next one: nothing of the first is left."""
+# --- after MAPPED ------------------------------------------------------------------------------------------
 
-    def behave(connection: socket.socket) -> None:
-        receive(connection)
-        fd = file_of(SIZE)
-        socket.send_fds(connection, [wire.welcome(SIZE, 65536, NONE)], [fd])
-        assert receive(connection)[0] == MAPPED
-        if last == "nothing":
-            until_it_hangs_up(connection)
-        elif last == "a descriptor":
-            socket.send_fds(connection, [bytes((wire.WARM,))], [fd])
-        elif last != "its end":
-            connection.send(wire.sorry("no more") if last == "sorry" else b"\xf3garbage")
-        os.close(fd)
+
+def let_in(connection: socket.socket, invitation: Invitation, fd: int, copies: int = 1) -> None:
+    """Do all that a producer does for a reader, until it is a member."""
+    nonce = nonce_of(connection, invitation)
+    welcome = protocol.welcome(invitation.secret, nonce, SIZE, SLOTS, NONE)
+    socket.send_fds(connection, [welcome], [fd] * copies)
+    assert receive(connection) == (MAPPED, [])
+
+
+@pytest.mark.parametrize("last", ["nothing", "its end", "a descriptor", "a rejection", "noise"])
+def test_a_reader_that_has_mapped_the_memory_is_joined(last: str) -> None:
+    """It waits for nothing then, and hangs up for nothing that is said; when the lane has ended, it joins anew."""
+    fd = file_of(SIZE)
+    go_on = threading.Event()
+
+    def behave(connection: socket.socket, invitation: Invitation) -> None:
+        let_in(connection, invitation, fd)
+        if last == "a descriptor":
+            socket.send_fds(connection, [protocol.pairs(protocol.PINNED, [(BASE, 4096)])], [fd])
+        elif last == "a rejection":
+            connection.send(protocol.reject("no more"))
+        elif last == "noise":
+            connection.send(b"\xf3garbage")
+        if last != "its end":
+            assert go_on.wait(DEADLINE)
+            connection.setblocking(False)
+            with pytest.raises(BlockingIOError):  # it has not hung up
+                connection.recv(1)
+
+    def joins_and_hears_of_the_end(invitation: Invitation) -> None:
+        with Reader("tp") as reader:
+            for _ in range(2):
+                go_on.clear()
+                reader.join(invitation, DEADLINE)
+                assert last == "its end" or reader.lanes() == (invitation.name,)
+                go_on.set()
+                eventually(lambda: reader.lanes() == (), "the reader hears of the end")
 
     before = open_files()
-    with impostor(behave, visitors=2) as address:
-        reason = refusal(address, timeout=1.0 if last == "nothing" else DEADLINE)
-        assert f"lane {address} could not be joined" in reason
+    with impostor(behave, visitors=2) as invitation:
+        joins_and_hears_of_the_end(invitation)
+    os.close(fd)
     eventually(lambda: not open_files() - before, "the end of the reader")
 
 
 # What a producer may say, and whether it makes sense.
 WORDS_FOR_A_READER: dict[str, tuple[bytes, bool]] = {
     "random bytes": (b"\xf3\x00\x91garbage", False),
-    "a longer message than there are": (wire.pairs(wire.WARM, [(0, 4096)] * 1000), False),
+    "a longer message than there are": (protocol.pairs(protocol.PINNED, [(BASE, 4096)] * 1000), False),
     "an empty message": (b"", False),
-    "half a pair": (bytes((wire.WARM,)) + b"12345678", False),
-    "memory beyond the end": (wire.pairs(wire.WARM, [(SIZE - 4096, 8192)]), False),
-    "memory beyond all": (wire.pairs(wire.WARM, [(HUGE, HUGE)]), False),
-    "more memory than there is": (wire.pairs(wire.WARM, [(0, HUGE)]), False),
-    "memory far away": (wire.pairs(wire.WARM, [(1 << 63, 4096)]), False),
-    "memory between pages": (wire.pairs(wire.WARM, [(BASE + 7, 100)]), True),
-    "no memory": (wire.pairs(wire.WARM, [(BASE, 0)]), True),
-    "cold memory beyond all": (wire.pairs(wire.COLD, [(HUGE, HUGE)]), True),
-    "tickets beyond all revoked": (wire.pairs(wire.REVOKE, [(HUGE, HUGE), (0, 0)]), True),
+    "half a pair": (bytes((protocol.PINNED,)) + b"12345678", False),
+    "memory beyond the end": (protocol.pairs(protocol.PINNED, [(SIZE - 4096, 8192)]), False),
+    "memory beyond all": (protocol.pairs(protocol.PINNED, [(HUGE, HUGE)]), False),
+    "more memory than there is": (protocol.pairs(protocol.PINNED, [(0, HUGE)]), False),
+    "memory far away": (protocol.pairs(protocol.PINNED, [(1 << 63, 4096)]), False),
+    "memory between pages": (protocol.pairs(protocol.PINNED, [(BASE + 7, 100)]), False),
+    "no memory": (protocol.pairs(protocol.PINNED, [(BASE, 0)]), False),
+    "memory that is there": (protocol.pairs(protocol.PINNED, [(BASE, MIB)]), True),
+    "tickets beyond all recalled": (protocol.pairs(protocol.RECALL, [(HUGE, HUGE), (0, 0)]), True),
+    "a welcome": (protocol.welcome(bytes(32), "n", SIZE, SLOTS, NONE), False),
     **{
-        name: (wire.pairs(kind, [(1, 1)]), False)
+        name: (protocol.pairs(kind, [(1, 1)]), False)
         for name, kind in KINDS.items()
-        if kind not in (wire.WARM, wire.COLD, wire.REVOKE)
+        if kind not in (protocol.PINNED, protocol.RECALL)
     },
 }
 
@@ -252,30 +349,28 @@ WORDS_FOR_A_READER: dict[str, tuple[bytes, bool]] = {
 def test_a_producer_that_talks_nonsense_is_heard_on(
     lane: Lane, caplog: pytest.LogCaptureFixture, word: bytes, makes_sense: bool
 ) -> None:
-    """To hang up would tell it that what is held here is free. Nothing else happens, to this lane or to others."""
+    """To hang up would end its lane. Nothing else happens, to this lane or to others."""
     heard = threading.Event()
     fd = file_of(SIZE)
 
-    def behave(connection: socket.socket) -> None:
-        receive(connection)
-        socket.send_fds(connection, [wire.welcome(SIZE, 65536, NONE)], [fd])
-        assert receive(connection)[0] == MAPPED
-        connection.send(wire.pairs(wire.JOINED, [(0, 0)]))
+    def behave(connection: socket.socket, invitation: Invitation) -> None:
+        let_in(connection, invitation, fd)
         socket.send_fds(connection, [word], [fd] * 100)
-        connection.send(wire.pairs(wire.REVOKE, [(7, 7)]))
-        while (answer := receive(connection)[0]) != wire.pairs(wire.FORGONE, [(7, 7)]):
+        connection.send(protocol.pairs(protocol.RECALL, [(7, 7)]))
+        while (answer := receive(connection)[0]) != protocol.pairs(protocol.NOT_SEEN, [(7, 7)]):
             assert answer, "it hung up"
         heard.set()
         until_it_hangs_up(connection)
 
     with Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         before = open_files()
-        with impostor(behave) as address:
-            reader.join(address)
+        with impostor(behave) as invitation:
+            reader.join(invitation)
             assert heard.wait(DEADLINE)
-            assert set(reader.lanes()) == {lane.address, address}
-            ignored = ["made no sense, which is ignored" in record.message for record in caplog.records]
+            assert set(reader.lanes()) == {lane.name, invitation.name}
+            ignored = ["ignoring a malformed message" in record.message for record in caplog.records]
             assert ignored == ([] if makes_sense else [True])
             assert os.fstat(fd).st_blocks * 512 <= BASE + 8192, "it committed the producer's memory"
             serves(lane, reader)
@@ -287,17 +382,14 @@ def test_a_producer_that_talks_nonsense_is_heard_on(
 def test_more_descriptors_than_one_are_closed() -> None:
     fd = file_of(SIZE)
 
-    def behave(connection: socket.socket) -> None:
-        receive(connection)
-        socket.send_fds(connection, [wire.welcome(SIZE, 65536, NONE)], [fd] * 100)
-        receive(connection)
-        connection.send(wire.pairs(wire.JOINED, [(0, 0)]))
+    def behave(connection: socket.socket, invitation: Invitation) -> None:
+        let_in(connection, invitation, fd, copies=100)
         until_it_hangs_up(connection)
 
     with Reader("tp") as reader:
         before = open_files()
-        with impostor(behave) as address:
-            reader.join(address)
+        with impostor(behave) as invitation:
+            reader.join(invitation)
             # a listener, both ends of a connection, the memory
             assert (open_files() - before).total() == 4
             reader.close()

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from contextlib import ExitStack, suppress
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 
 import pytest
@@ -17,141 +18,172 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from mmlane.lane import Lane, Reader, Share, control, wire
+from mmlane.lane import Invitation, Lane, Reader, Refused, Reservation, control, protocol
 from tests.effort import examples
+from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child, die_with_the_parent
-from tests.lane.harness.sockets import HUGE, KINDS, MAPPED, admitted, receive, slot_and_serial, visit
-from tests.lane.harness.together import new_tensor, put, serves
-from tests.lane.harness.waiting import eventually
+from tests.lane.harness.sockets import HUGE, KINDS, MAPPED, admitted, slot_and_serial, visit, welcomed
+from tests.lane.harness.together import new_tensor, put
+from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20
 
 
-def test_a_reader_gives_back_only_what_it_owes(lane: Lane) -> None:
-    """Twice, before it is issued, after it ended, with another serial, slots that there are not (2)."""
-    with Reader("tp") as reader, admitted(lane) as hostile:
-        reader.join(lane.address)
-        kept, tensor = reader.take(put(lane, first := new_tensor())), new_tensor()
+@contextmanager
+def pair_with_hostile() -> Iterator[tuple[Lane, Reader, socket.socket]]:
+    """An open lane, an honest reader 0 and the bare connection of reader 1."""
+    with Lane({"tp": 2}, capacity=32 * MIB) as lane, Reader("tp") as reader, admitted(lane, "tp", 1) as hostile:
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
+        yield lane, reader, hostile
+
+
+def serve(lane: Lane, reader: Reader, hostile: socket.socket) -> None:
+    """A tensor travels to the honest reader, and the other releases its ticket."""
+    tensor = new_tensor()
+    ticket = put(lane, tensor)
+    assert torch.equal(reader.take(ticket), tensor)
+    hostile.send(protocol.pairs(protocol.RELEASE, [slot_and_serial(ticket)]))
+    eventually(lambda: lane.stats().tickets == 0, "the ticket ends")
+
+
+def test_a_reader_releases_only_what_it_owes() -> None:
+    """Before it is issued, after it ended, with another serial, slots that there are not (2)."""
+    with pair_with_hostile() as (lane, reader, hostile):
+        held, tensor = reader.take(put(lane, first := new_tensor())), new_tensor()
         ticket = put(lane, tensor)
         slot, serial = slot_and_serial(ticket)
-        strays = 0
-        for kind in (wire.DONE, wire.FORGONE):
-            nonsense = [
-                (slot, serial + 1),
-                (slot + 1, serial),
-                (slot + 1, serial + 1),
-                (slot, serial - 1),
-                (1 << 16, serial),
-                (HUGE, HUGE),
-                (slot, 0),
-            ]
-            hostile.send(wire.pairs(kind, nonsense))
-            strays += len(nonsense)
-            assert lane.stats().strays == strays
-        assert lane.stats().tickets == 2
+        malformed = 0
+        for kind in (protocol.RELEASE, protocol.NOT_SEEN):
+            for never_issued in (
+                [(slot, serial + 1)],
+                [(slot + 1, serial + 1)],
+                [(HUGE, HUGE)],
+                [(slot, 0)],
+                [(0, 0)] * protocol.PAIRS,
+            ):
+                hostile.send(protocol.pairs(kind, never_issued))
+                malformed += 1
+            for not_owed in ([(slot + 1, serial)], [(slot, serial - 1)], [(1 << 16, serial)], [(HUGE, serial)]):
+                hostile.send(protocol.pairs(kind, not_owed))  # issued, but not there
+            stats = lane.stats()
+            assert (stats.malformed_messages, stats.tickets, stats.lost_tickets) == (malformed, 2, 0)
 
-        hostile.send(wire.pairs(wire.DONE, [(slot, serial)] * 3))
-        strays += 2
-        hostile.send(wire.pairs(wire.FORGONE, [(slot, serial)]))
-        strays += 1
+        hostile.send(protocol.pairs(protocol.RELEASE, [(slot, serial)] * 3))
+        hostile.send(protocol.pairs(protocol.NOT_SEEN, [(slot, serial)]))  # twice is no more than once
         stats = lane.stats()
-        assert (stats.tickets, stats.strays) == (2, strays)
-        assert torch.equal(kept, first) and torch.equal(reader.take(ticket), tensor)
+        assert (stats.tickets, stats.malformed_messages, stats.lost_tickets) == (2, malformed, 0)
+        assert torch.equal(held, first) and torch.equal(reader.take(ticket), tensor)
         assert lane.stats().tickets == 1  # the second is ended by both
 
-        hostile.send(wire.pairs(wire.DONE, [(slot, serial)]))
-        assert lane.stats().strays == strays + 1
-        hostile.close()
-        eventually(lambda: lane.stats().readers == {"tp": 1}, "its end")
-        del kept
-        serves(lane, reader)
+        hostile.send(protocol.pairs(protocol.RELEASE, [(slot, serial)]))
+        stats = lane.stats()
+        assert (stats.tickets, stats.malformed_messages) == (1, malformed)
+        assert torch.equal(held, first)
 
 
-@pytest.mark.parametrize("offsets", ["of this lane", "of no lane"])
-def test_agreeing_to_what_was_not_asked_frees_nothing(lane: Lane, offsets: str) -> None:
-    """COOLED for memory in use, at every look: what is taken is not handed back (2)."""
-    with Lane({"tp": 2}, capacity=32 * MIB, idle=0.05) as lane, Reader("tp") as reader, admitted(lane) as hostile:
-        reader.join(lane.address)
-        tensor = new_tensor(MIB)
-        held = reader.take(put(lane, tensor))
-        base, segment = wire.read_welcome(lane._control._welcome)[2] * 8, 4 * MIB
-        places = range(base, base + 32 * MIB, segment) if offsets == "of this lane" else (0, 5, base + 1, HUGE)
-        deadline = time.monotonic() + 0.5  # ten looks
-        sent = 0
-        while time.monotonic() < deadline:
-            hostile.send(wire.pairs(wire.COOLED, [(place, segment) for place in places]))
-            sent += len(places)
-            stats = lane.stats()
-            assert stats.strays == (0 if offsets == "of this lane" else sent)
-        assert torch.equal(held, tensor) and stats.warm >= tensor.nbytes
-        del held
-        hostile.send(wire.pairs(wire.DONE, [(0, 0)]))
+def test_half_a_message_that_makes_sense_is_heeded() -> None:
+    """And counted once as malformed."""
+    with pair_with_hostile() as (lane, reader, hostile):
+        ticket = put(lane, new_tensor())
+        reader.discard(ticket)
+        hostile.send(protocol.pairs(protocol.RELEASE, [(HUGE, HUGE), slot_and_serial(ticket), (0, 0)]))
+        eventually(lambda: lane.stats().tickets == 0, "the ticket ends")
+        assert lane.stats().malformed_messages == 1
 
 
 WORDS_FOR_A_LANE = {
     "an empty message": b"",
-    "a longer one than there are": wire.pairs(wire.DONE, [(1, 1)] * 1000),
+    "a longer one than there are": protocol.pairs(protocol.RELEASE, [(1, 1)] * 1000),
     "random bytes": b"\xf3\x00\x91garbage",
-    "half a pair": bytes((wire.DONE,)) + b"12345678",
-    "no pairs": bytes((wire.DONE,)),
-    **{name: wire.pairs(kind, [(1, 1)]) for name, kind in KINDS.items() if kind not in (wire.DONE, wire.FORGONE)},
-    **{f"{name} without pairs": bytes((kind,)) for name, kind in KINDS.items()},
+    "half a pair": bytes((protocol.RELEASE,)) + b"12345678",
+    "no pairs": bytes((protocol.RELEASE,)),
+    "a HELLO": protocol.hello(bytes(32), "tp", 0, "n"),
+    "a reason": protocol.reject("no more"),
+    **{name: protocol.pairs(kind, [(1, 1)]) for name, kind in KINDS.items() if kind != protocol.MAPPED},
+    **{f"{name} without pairs": bytes((kind,)) for name, kind in KINDS.items() if kind != protocol.MAPPED},
 }
 
 
 @pytest.mark.parametrize("word", WORDS_FOR_A_LANE.values(), ids=WORDS_FOR_A_LANE.keys())
-def test_a_reader_that_talks_nonsense_is_counted_and_kept(
-    lane: Lane, caplog: pytest.LogCaptureFixture, word: bytes
-) -> None:
+def test_a_reader_that_talks_nonsense_is_counted_and_kept(caplog: pytest.LogCaptureFixture, word: bytes) -> None:
     """It may hold tensors, so it is not cut off; the log says so once."""
-    with Reader("tp") as reader, admitted(lane) as hostile:
-        reader.join(lane.address)
+    with pair_with_hostile() as (lane, reader, hostile):
         ticket = put(lane, new_tensor())
         hostile.send(word)
-        assert lane.stats().strays == 1
+        assert lane.stats().malformed_messages == 1
         hostile.send(word)
         stats = lane.stats()
-        assert (stats.strays, stats.readers, stats.tickets) == (2, {"tp": 2}, 1)
-        assert sum("made no sense" in record.message for record in caplog.records) == 1
+        assert (stats.malformed_messages, stats.joined, stats.tickets) == (2, {"tp": [0, 1]}, 1)
+        eventually(lambda: [record for record in caplog.records if "malformed" in record.message], "a line")
         reader.discard(ticket)
-        hostile.send(wire.pairs(wire.DONE, [slot_and_serial(ticket)]))
-        stats = lane.stats()
-        assert (stats.strays, stats.tickets) == (2, 0)
+        hostile.send(protocol.pairs(protocol.RELEASE, [slot_and_serial(ticket)]))
+        eventually(lambda: lane.stats().tickets == 0, "the ticket ends")
+        assert lane.stats().malformed_messages == 2
+    (line,) = [record.message for record in caplog.records if "malformed" in record.message]
+    assert f"lane {lane.name} ignores a malformed message of reader 1 of 'tp'" in line and len(line) < 250
 
 
-def test_the_last_words_of_a_reader_count(lane: Lane) -> None:
-    """An empty message among them is not its end (4)."""
-    with Reader("tp") as reader, admitted(lane) as hostile:
-        reader.join(lane.address)
-        tickets = [put(lane, new_tensor()) for _ in range(2)]
+def test_an_empty_message_is_not_the_end_of_a_reader() -> None:
+    with pair_with_hostile() as (lane, reader, hostile):
+        ticket = put(lane, new_tensor())
         hostile.send(b"")
-        for ticket in tickets:
-            reader.discard(ticket)
-            hostile.send(wire.pairs(wire.DONE, [slot_and_serial(ticket)]))
-        hostile.close()
-        eventually(lambda: lane.stats().readers == {"tp": 1}, "its end")
-        assert lane.stats().tickets == 0
+        hostile.send(protocol.pairs(protocol.RELEASE, [slot_and_serial(ticket)]))
+        reader.discard(ticket)
+        eventually(lambda: lane.stats().tickets == 0, "the ticket ends")
+        assert (lane.stats().malformed_messages, lane.state) == (1, "open")
+
+
+def test_mapped_again_changes_nothing() -> None:
+    """A reader whose join was interrupted says it twice."""
+    with pair_with_hostile() as (lane, reader, hostile):
+        hostile.send(MAPPED)
+        stats = lane.stats()
+        assert (stats.malformed_messages, stats.joined, stats.state) == (0, {"tp": [0, 1]}, "open")
+        serve(lane, reader, hostile)
+
+
+def test_the_last_words_of_a_reader_count() -> None:
+    """Until the lane hears of its end, which closes it (4)."""
+    with pair_with_hostile() as (lane, reader, hostile):
+        tickets = [put(lane, new_tensor()) for _ in range(2)]
+        gate = Gate("accept.connected")  # the lane's own thread does not hear of the end
+        with visit(lane.name):
+            gate.wait()
+            for ticket in tickets:
+                reader.discard(ticket)
+                hostile.send(protocol.pairs(protocol.RELEASE, [slot_and_serial(ticket)]))
+            hostile.close()
+            eventually(lambda: lane.stats().tickets == 0, "the tickets end")
+            assert lane.stats().malformed_messages == 0
+            gate.open()
+        eventually(lambda: lane.is_closed, "its end")
 
 
 def test_the_last_words_of_a_reader_that_did_not_listen_count() -> None:
-    """Its end with messages unread is a reset of the connection. Its DONE names the group all the same (2, 4)."""
+    """Its end with messages unread is a reset. Its RELEASE names the group all the same (2, 4)."""
     with Lane({"a": 1, "b": 1}, capacity=32 * MIB) as lane, Reader("b") as reader, admitted(lane, "a") as deaf:
-        reader.join(lane.address)
-        deaf.send(wire.pairs(wire.DONE, [slot_and_serial(put(lane, new_tensor()))]))  # WARM is in its socket
-        deaf.close()
-        eventually(lambda: lane.stats().readers == {"b": 1}, "its end")
-        stats = lane.stats()
-        assert (stats.tickets, stats.strays) == (0, 0)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
+        ticket = put(lane, new_tensor())
+        lane.recall(ticket)
+        lane.look()  # RECALL is in its socket
+        gate = Gate("accept.connected")  # the lane's own thread does not hear of the end
+        with visit(lane.name):
+            gate.wait()
+            deaf.send(protocol.pairs(protocol.RELEASE, [slot_and_serial(ticket)]))
+            deaf.close()
+            eventually(lambda: lane.stats().tickets == 0, "the ticket ends")
+            assert lane.stats().malformed_messages == 0
+            gate.open()
+        eventually(lambda: lane.is_closed, "its end")
 
 
-def chatter(pipe: Connection, address: str) -> None:
+def chatter(pipe: Connection, invitation: Invitation) -> None:
     """Join, and from then on say the same nonsense without end, six at a time."""
-    connection = visit(address)
-    connection.send(wire.hello("tp"))
-    receive(connection)
+    connection = welcomed(invitation, "tp", 1)
     connection.send(MAPPED)
-    receive(connection)
-    word = wire.pairs(wire.DONE, [(1, 1)])
+    word = protocol.pairs(protocol.RELEASE, [(1, 1)])
     for _ in range(5):
         if os.fork() == 0:
             die_with_the_parent()
@@ -164,16 +196,17 @@ def chatter(pipe: Connection, address: str) -> None:
     os._exit(0)
 
 
-def test_a_reader_that_never_stops_talking_does_not_keep_a_put(lane: Lane) -> None:
+def test_a_reader_that_never_stops_talking_does_not_keep_a_put() -> None:
     """What arrives while the lane listens waits for the next time."""
-    with Reader("tp") as reader, Child(chatter, lane.address) as child:
-        reader.join(lane.address)
+    with Lane({"tp": 2}) as lane, Reader("tp") as reader, Child(chatter, lane.invitation) as child:
+        reader.join(lane.invitation)
         assert child.hear() == "talking"
-        eventually(lambda: lane.stats().strays > 0, "nonsense")
+        assert lane.wait_open(DEADLINE)
+        eventually(lambda: lane.stats().malformed_messages > 0, "nonsense")
         for _ in range(50):
-            before = lane._strays
+            before = lane._malformed
             lane.drain()
-            assert lane._strays - before <= control._AT_ONCE
+            assert lane._malformed - before <= control._AT_ONCE
         ticket = put(lane, tensor := new_tensor())
         assert torch.equal(reader.take(ticket), tensor)
 
@@ -185,52 +218,57 @@ class Conversation(RuleBasedStateMachine):
         super().__init__()
         self.scope = ExitStack()
         self.issued: list[tuple[bytes, torch.Tensor]] = []
-        self.honest: set[int] = set()  # numbers of tickets not given back by the honest reader
+        self.honest: set[int] = set()  # numbers of tickets not released by the honest reader
         self.hostile: set[int] = set()  # and by the other
         self.held: dict[int, torch.Tensor] = {}
-        self.shares: list[tuple[Share, torch.Tensor]] = []
-        self.strays = self.orphans = 0
+        self.copies: list[tuple[Reservation, torch.Tensor]] = []
+        self.malformed_messages = self.lost_tickets = 0
 
     @initialize()
     def join(self) -> None:
         logging.getLogger("mmlane.lane").setLevel(logging.ERROR)
         self.scope.callback(logging.getLogger("mmlane.lane").setLevel, logging.NOTSET)
         self.lane = self.scope.enter_context(Lane({"tp": 2}, capacity=4 * MIB, segment=65536))
-        self.other = self.scope.enter_context(admitted(self.lane))
+        self.other = self.scope.enter_context(admitted(self.lane, "tp", 1))
         self.reader = self.scope.enter_context(Reader("tp"))
-        self.reader.join(self.lane.address)
-        self.base = wire.read_welcome(self.lane._control._welcome)[2] * 8
+        self.reader.join(self.lane.invitation)
+        assert self.lane.wait_open(DEADLINE)
 
-    @rule(elements=st.integers(0, 40_000), uses=st.integers(0, 3))
-    def put(self, elements: int, uses: int) -> None:
+    @rule(elements=st.integers(0, 40_000))
+    def put(self, elements: int) -> None:
         tensor = new_tensor(elements)
-        share = self.lane.share(uses) if uses else None
-        self.check_put(tensor, share)
-        if share is not None:
-            self.shares.append((share, tensor))
+        self.issue(self.lane.put(tensor), tensor)
+
+    @rule(elements=st.integers(0, 40_000))
+    def copy(self, elements: int) -> None:
+        """One copy for several tickets."""
+        tensor = new_tensor(elements)
+        copy = self.lane.copy(tensor)
+        if isinstance(copy, Refused):
+            self.issue(copy, tensor)
+        else:
+            self.copies.append((copy, tensor))
 
     @rule(data=st.data())
-    def put_again(self, data: st.DataObject) -> None:
-        """Within the uses of a share, or beyond them."""
-        if self.shares:
-            share, tensor = self.shares[data.draw(st.integers(0, len(self.shares) - 1))]
-            self.check_put(tensor, share)
+    def publish(self, data: st.DataObject) -> None:
+        if self.copies:
+            copy, tensor = self.copies[data.draw(st.integers(0, len(self.copies) - 1))]
+            self.issue(copy.publish(), tensor)
 
-    def check_put(self, tensor: torch.Tensor, share: Share | None) -> None:
-        ticket = self.lane.put(tensor, share=share)
-        if isinstance(ticket, bytes):
+    def issue(self, ticket: bytes | Refused, tensor: torch.Tensor) -> None:
+        if isinstance(ticket, Refused):
+            assert ticket.cause == "full" and (self.honest | self.hostile or self.copies), ticket
+        else:
             self.honest.add(len(self.issued))
             self.hostile.add(len(self.issued))
             self.issued.append((ticket, tensor))
-        else:
-            assert ticket.cause == "full" and (self.honest | self.hostile or self.shares), ticket
 
     @rule(data=st.data(), close=st.booleans())
-    def end_a_share(self, data: st.DataObject, close: bool) -> None:
-        if self.shares:
-            share, _ = self.shares.pop(data.draw(st.integers(0, len(self.shares) - 1)))
+    def end_a_copy(self, data: st.DataObject, close: bool) -> None:
+        if self.copies:
+            copy, _ = self.copies.pop(data.draw(st.integers(0, len(self.copies) - 1)))
             if close:
-                share.close()
+                copy.close()
 
     @rule(data=st.data())
     def take(self, data: st.DataObject) -> None:
@@ -250,7 +288,7 @@ class Conversation(RuleBasedStateMachine):
             del self.held[number]
             self.honest.discard(number)
 
-    @rule(data=st.data(), kind=st.sampled_from([wire.DONE, wire.FORGONE]))
+    @rule(data=st.data(), kind=st.sampled_from([protocol.RELEASE, protocol.NOT_SEEN]))
     def say_about_tickets(self, data: st.DataObject, kind: int) -> None:
         known = [slot_and_serial(ticket) for ticket, _ in self.issued]
         numbers = st.integers(0, HUGE)
@@ -262,49 +300,44 @@ class Conversation(RuleBasedStateMachine):
             )
             pair = one | near | pair
         items = data.draw(st.lists(pair, min_size=1, max_size=6))
-        self.other.send(wire.pairs(kind, items))
+        self.other.send(protocol.pairs(kind, items))
         for item in items:
             number = known.index(item) if item in known else -1
             if number in self.hostile:
                 self.hostile.discard(number)
-                self.orphans += kind == wire.FORGONE and number not in self.honest
-            else:
-                self.strays += 1
+                self.lost_tickets += kind == protocol.NOT_SEEN and number not in self.honest
+        self.malformed_messages += not {serial for _, serial in items} <= {serial for _, serial in known}
 
     @rule(
-        kind=st.sampled_from(
-            [kind for kind in KINDS.values() if kind not in (wire.DONE, wire.FORGONE, wire.COOLED)]
-        )
-        | st.integers(12, 255)
-        | st.just(0),
+        kind=st.integers(0, 255).filter(
+            lambda kind: kind not in (protocol.RELEASE, protocol.NOT_SEEN, protocol.MAPPED)
+        ),
         items=st.lists(st.tuples(st.integers(0, HUGE), st.integers(0, HUGE)), max_size=5),
     )
     def say_anything(self, kind: int, items: list[tuple[int, int]]) -> None:
-        self.other.send(wire.pairs(kind, items))
-        self.strays += len(items) or 1
+        self.other.send(protocol.pairs(kind, items))
+        self.malformed_messages += 1
 
-    @rule(segment=st.integers(0, 63))
-    def agree_to_anything(self, segment: int) -> None:
-        self.other.send(wire.pairs(wire.COOLED, [(self.base + segment * 65536, 65536)]))
-
-    @rule(noise=st.binary(max_size=200).filter(lambda noise: len(noise) % 16 != 1))
+    @rule(
+        noise=st.binary(max_size=200).filter(lambda noise: len(noise) % 16 != 1 and not noise.startswith(MAPPED))
+    )
     def make_noise(self, noise: bytes) -> None:
         self.other.send(noise)
-        self.strays += 1
+        self.malformed_messages += 1
 
     @rule()
     def look(self) -> None:
         self.lane.look()
 
     @invariant()
-    def books_are_right(self) -> None:
+    def the_state_is_right(self) -> None:
         if not hasattr(self, "lane"):
             return
-        # Where the honest reader's thread is answering, it sends for us what we gave back meanwhile.
-        eventually(lambda: self.lane.stats().tickets == len(self.honest | self.hostile), "what was given back")
+        # The honest reader's thread may be sending what was released here.
+        eventually(lambda: self.lane.stats().tickets == len(self.honest | self.hostile), "what was released")
         stats = self.lane.stats()
-        assert stats.tickets == len(self.honest | self.hostile)
-        assert (stats.strays, stats.readers, stats.orphans) == (self.strays, {"tp": 2}, self.orphans)
+        assert (stats.malformed_messages, stats.lost_tickets) == (self.malformed_messages, self.lost_tickets)
+        assert (stats.joined, stats.state) == ({"tp": [0, 1]}, "open")
 
     @invariant()
     def nothing_is_freed_wrongly(self) -> None:
@@ -317,14 +350,16 @@ class Conversation(RuleBasedStateMachine):
                 return
             for number in sorted(self.honest - set(self.held)):
                 assert torch.equal(self.reader.take(self.issued[number][0]), self.issued[number][1])
-            self.other.close()
+            for number in sorted(self.hostile):
+                self.other.send(protocol.pairs(protocol.RELEASE, [slot_and_serial(self.issued[number][0])]))
             self.held.clear()
-            eventually(lambda: self.lane.stats().readers == {"tp": 1}, "its end")
-            self.shares.clear()
+            self.copies.clear()
             self.issued.clear()
-            eventually(lambda: self.lane.stats().tickets == 0, "what was given back")
+            eventually(lambda: self.lane.stats().tickets == 0, "what was released")
             stats = self.lane.stats()
-            assert (stats.tickets, stats.taken, stats.extents) == (0, 0, 0)
+            assert (stats.tickets, stats.used_bytes, stats.extents) == (0, 0, 0)
+            self.other.close()
+            eventually(lambda: self.lane.is_closed, "its end")
 
 
 Conversation.TestCase.settings = settings(

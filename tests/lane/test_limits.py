@@ -10,16 +10,17 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.connection import Connection
 
 import pytest
 import torch
 
-from mmlane.lane import JoinRefused, Lane, LaneUnavailable, Reader, Refused, memory, producer
+from mmlane.lane import Invitation, JoinRefused, Lane, LaneUnavailable, Reader, Refused, memory, producer
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.confinement import become, limit, limit_address_space, limit_descriptors
 from tests.lane.harness.kernel import open_files
-from tests.lane.harness.together import put
+from tests.lane.harness.together import copy, put
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20
@@ -128,21 +129,21 @@ def test_a_producer_without_descriptors_is_told() -> None:
         assert "Too many open files" in text and "`ulimit -n`" in text
 
 
-def attempt(address: str) -> str:
+def attempt(invitation: Invitation) -> str:
     """Why a reader cannot join; nothing when it can."""
     try:
         with Reader("tp") as reader:
-            reader.join(address, timeout=DEADLINE)
+            reader.join(invitation, timeout=DEADLINE)
     except (LaneUnavailable, JoinRefused) as error:
         return str(error)
     return ""
 
 
-def join_with_few_descriptors(address: str) -> list[str]:
+def join_with_few_descriptors(invitation: Invitation) -> list[str]:
     """Why a reader could not join with none, one, two... descriptors, until it could."""
     before, unlimited = with_no_more_descriptors()
     said: list[str] = []
-    while problem := attempt(address):
+    while problem := attempt(invitation):
         said.append(problem)
         limit(resource.RLIMIT_NOFILE, unlimited)
         eventually(lambda: not open_files() - before, "the end of a reader")
@@ -152,23 +153,23 @@ def join_with_few_descriptors(address: str) -> list[str]:
 
 def test_a_reader_without_descriptors_is_told() -> None:
     with Lane({"tp": 1}, capacity=4 * MIB) as lane:
-        said = run(join_with_few_descriptors, lane.address)
+        said = run(join_with_few_descriptors, lane.invitation)
     assert len(said) == 4, said
     for text, where in zip(said, ("epoll", "eventfd", "Unix socket", "mapped"), strict=True):
         assert where in text and "Too many open files" in text
     assert "`ulimit -n`" in said[0] and "`ulimit -n`" in said[3]
 
 
-def join_with_little_address_space(pipe: Connection, address: str) -> str:
+def join_with_little_address_space(pipe: Connection, invitation: Invitation) -> str:
     with Reader("tp") as reader:
         before = resource.getrlimit(resource.RLIMIT_AS)[0]
         limit_address_space(64 * MIB)
         with pytest.raises(JoinRefused) as refusal:
-            reader.join(address)
+            reader.join(invitation)
         pipe.send(str(refusal.value))
         pipe.recv()
         limit(resource.RLIMIT_AS, before)
-        reader.join(address)
+        reader.join(invitation)
         pipe.send("joined")
         assert reader.take(pipe.recv()).sum() == 10
         return "took"
@@ -176,25 +177,28 @@ def join_with_little_address_space(pipe: Connection, address: str) -> str:
 
 def test_a_lane_that_a_reader_cannot_map_stays_shut(caplog: pytest.LogCaptureFixture) -> None:
     """Both sides say why; the reader can try again (1)."""
-    with Lane({"tp": 1}, capacity=1 << 30) as lane, Child(join_with_little_address_space, lane.address) as child:
+    with (
+        Lane({"tp": 1}, capacity=1 << 30) as lane,
+        Child(join_with_little_address_space, lane.invitation) as child,
+    ):
         text = child.hear()
         assert f"{(1 << 30) + BASE} bytes could not be mapped" in text and "`ulimit -v`" in text
-        eventually(lambda: lane.stats().strangers == 1, "its leaving")
+        eventually(lambda: lane.stats().rejected_peers == 1, "its leaving")
         refused = lane.put(torch.ones(10))
         assert isinstance(refused, Refused) and refused.cause == "not_open"
-        assert "0 of 1 in 'tp'" in refused.detail and not lane.is_open
+        assert "missing: reader 0 of 'tp'" in refused.detail and not lane.is_open
         (record,) = [record for record in caplog.records if "could not be mapped" in record.message]
         assert record.levelname == "WARNING" and "Cannot allocate memory" in record.message
         child.say()
-        assert child.hear() == "joined"
+        assert child.hear() == "joined" and lane.wait_open(DEADLINE)
         child.say(put(lane, torch.ones(10)))
         assert child.result() == "took"
 
 
-def edit_without_address_space(pipe: Connection, address: str) -> bool:
+def edit_without_address_space(pipe: Connection, invitation: Invitation) -> bool:
     """Take as `cow` where no mapping can be had any more; there is room on the heap, as a working process has."""
     with Reader("tp") as reader:
-        reader.join(address)
+        reader.join(invitation)
         pipe.send("joined")
         ticket = pipe.recv()
         heap = [torch.zeros(2048) for _ in range(64)]
@@ -211,11 +215,11 @@ def edit_without_address_space(pipe: Connection, address: str) -> bool:
 
 def test_where_no_private_mapping_can_be_had_cow_clones() -> None:
     """Taking does not fail on one rank alone (1)."""
-    with Lane({"tp": 1}, capacity=4 * MIB) as lane, Child(edit_without_address_space, lane.address) as child:
-        assert child.hear() == "joined"
+    with Lane({"tp": 1}, capacity=4 * MIB) as lane, Child(edit_without_address_space, lane.invitation) as child:
+        assert child.hear() == "joined" and lane.wait_open(DEADLINE)
         child.say(put(lane, torch.ones(2000)))
         assert child.hear() == "taken"
-        assert lane.stats().tickets == 0, "a clone is given back at once"
+        assert lane.stats().tickets == 0, "a clone is released at once"
         child.say()
         assert child.result()
 
@@ -237,24 +241,21 @@ class Warnings(logging.Handler):
 
 
 def produce_without_descriptors(pipe: Connection) -> tuple[int, float]:
-    """A lane that cannot let readers in for two seconds; meanwhile it serves the one that it has."""
+    """A lane that cannot let readers in for two seconds, with the one that it has."""
     warnings = Warnings("raise `ulimit -n`")
-    with Lane({"tp": 1}, capacity=32 * MIB) as lane:
-        pipe.send(lane.address)
-        assert lane.wait_open(DEADLINE)
-        pipe.send(put(lane, torch.ones(10)))
-        pipe.recv()
+    with Lane({"tp": 3}, capacity=32 * MIB) as lane:
+        pipe.send(lane.invitation)
+        eventually(lambda: lane.stats().joined == {"tp": [0]}, "the first reader")
         before = limit_descriptors(0)
         with pytest.raises(OSError, match="Too many open files"):
             os.open(os.devnull, os.O_RDONLY)
         began = time.monotonic()
         pipe.send("exhausted")
         eventually(lambda: warnings.count >= 2, "another attempt")
-        pipe.send(put(lane, torch.ones(8 * MIB)))  # commits memory, too
-        pipe.recv()
         seen, took = warnings.count, time.monotonic() - began
-        limit(7, before)  # RLIMIT_NOFILE
-        eventually(lambda: lane.stats().readers == {"tp": 3}, "the readers that waited")
+        assert lane.stats().joined == {"tp": [0]}
+        limit(resource.RLIMIT_NOFILE, before)
+        assert lane.wait_open(DEADLINE), "the readers that waited are in"
         pipe.send(put(lane, torch.ones(10)))
         pipe.recv()
         assert lane.stats().tickets == 0
@@ -263,17 +264,13 @@ def produce_without_descriptors(pipe: Connection) -> tuple[int, float]:
 
 def test_readers_wait_while_the_producer_has_no_descriptors_left() -> None:
     with Child(produce_without_descriptors) as child, ExitStack() as scope:
-        address = child.hear()
-        first, *others = [scope.enter_context(Reader("tp")) for _ in range(3)]
-        first.join(address)
-        assert first.take(child.hear()).sum() == 10
-        child.say()
+        invitation = child.hear()
+        first, *others = [scope.enter_context(Reader("tp", number)) for number in range(3)]
+        first.join(invitation)
         assert child.hear() == "exhausted"
         with ExitStack() as waiting:
             for reader in others:
-                waiting.enter_context(in_a_thread(lambda reader=reader: reader.join(address, timeout=DEADLINE)))  # type: ignore[misc]
-            assert first.take(child.hear()).sum() == 8 * MIB
-            child.say()
+                waiting.enter_context(in_a_thread(lambda reader=reader: reader.join(invitation, timeout=DEADLINE)))  # type: ignore[misc]
         ticket = child.hear()
         for reader in (first, *others):
             assert reader.take(ticket).sum() == 10
@@ -288,20 +285,21 @@ def test_readers_wait_while_the_producer_has_no_descriptors_left() -> None:
 def test_as_many_tickets_as_there_are_slots() -> None:
     """One more is refused, and what was copied for it is free again (2)."""
     with Lane({"tp": 1}, capacity=8 * MIB) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         tensor, other = torch.ones(10), torch.ones(20)
-        share = lane.share(uses=producer.SLOTS + 3)
-        tickets = [lane.put(tensor, share=share) for _ in range(producer.SLOTS)]
-        assert len({ticket for ticket in tickets if isinstance(ticket, bytes)}) == producer.SLOTS
-        before = lane.stats()
-        with lane.share(uses=2) as another:
-            for more, its_share in ((tensor, share), (other, None), (other, another)):
-                refused = lane.put(more, share=its_share)
-                assert isinstance(refused, Refused) and refused.cause == "full", refused
-                assert "65536 tickets are out" in refused.detail
-            assert lane.stats().extents == 2  # the copy is there for the use that is left
+        with copy(lane, tensor) as room:
+            tickets = [room.publish() for _ in range(producer.SLOTS)]
+            assert len({ticket for ticket in tickets if isinstance(ticket, bytes)}) == producer.SLOTS
+            before = lane.stats()
+            with copy(lane, other) as another:
+                for one_more in (room.publish, partial(lane.put, other), another.publish):
+                    refused = one_more()
+                    assert isinstance(refused, Refused) and refused.cause == "full", refused
+                    assert "65536 tickets are out" in refused.detail
+                assert lane.stats().extents == 2  # the copy is there as long as it is kept
         stats = lane.stats()
-        assert (stats.taken, stats.tickets, stats.extents) == (before.taken, producer.SLOTS, 1)
+        assert (stats.used_bytes, stats.tickets, stats.extents) == (before.used_bytes, producer.SLOTS, 1)
         for ticket in tickets:
             assert isinstance(ticket, bytes)
             reader.discard(ticket)

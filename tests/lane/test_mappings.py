@@ -5,10 +5,14 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+import pytest
+import torch
+
+from mmlane.lane import memory
 from tests.lane.harness.child import run
 from tests.lane.harness.payloads import MODES, random
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, SEGMENT, Together, together
+from tests.lane.harness.together import PAGE, SEGMENT, Together, published, together
 
 
 def mappings_and_descriptors() -> tuple[int, int]:
@@ -22,8 +26,8 @@ def take_many() -> tuple[tuple[int, int], ...]:
         tensor = random((3 * PAGE,))
         pair.reader.take(pair.put(tensor), "cow")
         before = mappings_and_descriptors()
-        share = pair.lane.share(uses=300)
-        held = [pair.reader.take(pair.put(tensor, share=share), "cow") for _ in range(300)]
+        with pair.copy(tensor) as copy:
+            held = [pair.reader.take(published(copy), "cow") for _ in range(300)]
         amid = mappings_and_descriptors()
         held.clear()
         for mode in MODES * 100:
@@ -65,10 +69,31 @@ def test_where_no_private_mapping_can_be_had_cow_is_a_copy() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "Cannot allocate memory\n", "")
 
 
+def test_cow_leaves_the_process_most_of_the_mappings_that_it_may_have(
+    wide: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where none is left, malloc and dlopen fail: so cow is a copy from a quarter of them on."""
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    assert memory._max_private() == limit // 4
+    others = len(memory.Mapping._private)
+    monkeypatch.setattr(memory, "_max_private", lambda: others + 2)
+    tensor = random((3 * PAGE,))
+    held = [wide.reader.take(wide.put(tensor), "cow") for _ in range(2)]
+    clone = wide.reader.take(wide.put(tensor), "cow")
+    assert wide.lane.stats().tickets == 2
+    clone.fill_(3)
+    held.pop()
+    held.append(wide.reader.take(wide.put(tensor), "cow"))
+    assert wide.lane.stats().tickets == 2
+    assert all(torch.equal(taken, tensor) for taken in held)
+    held.clear()
+    assert len(memory.Mapping._private) == others
+
+
 def test_a_view_is_where_the_mapping_is_and_costs_no_memory(pair: Together) -> None:
     ticket = pair.put(random((2 * SEGMENT,)))
     one = pair.reader.take(ticket, "view")
-    mapping = pair.reader._links[pair.lane.address].mapping
+    mapping = pair.reader._links[pair.lane.name].mapping
     assert 0 <= one.data_ptr() - mapping.address < mapping.nbytes
     assert one.data_ptr() % PAGE == 0
     assert ctypes.string_at(one.data_ptr(), 4) == bytes(one[:4].tolist())

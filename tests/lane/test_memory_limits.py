@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mmlane import host
-from mmlane.lane import Lane, Reader, Refused, memory, points, producer
+from mmlane.lane import Invitation, Lane, Reader, Refused, failpoints, memory, producer
 from tests.lane.harness.child import Child, Died, run
 from tests.lane.harness.confinement import (
     Deny,
@@ -27,7 +27,7 @@ from tests.lane.harness.confinement import (
     require_mounts,
 )
 from tests.lane.harness.kernel import blocks
-from tests.lane.harness.together import put
+from tests.lane.harness.together import backing, put
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20
@@ -57,7 +57,7 @@ def produce_in_a_group(pipe: Connection, group: Group, threads: int) -> None:
     group.enter()
     tensor = torch.ones(8 * MIB, dtype=torch.uint8)
     with Lane({"tp": 1}, capacity=1 << 30) as lane:
-        pipe.send(lane.address)
+        pipe.send(lane.invitation)
         assert lane.wait_open(DEADLINE)
         while pipe.recv():
             with ThreadPoolExecutor(threads) as pool:
@@ -79,7 +79,7 @@ def test_a_control_group_at_its_limit_refuses_and_kills_nobody(group: Group, thr
             assert left >= 8 * MIB, "but for a sixteenth of it, which is 10 MiB"
             for refused in refusals:
                 assert refused.cause == "full" and "no memory for 8388608 bytes" in refused.detail, refused
-                assert "not for the lane" in refused.detail
+                assert "left for the lane" in refused.detail
             held = [reader.take(ticket) for ticket in tickets]
             assert all(tensor.all() for tensor in held)
             del held
@@ -99,9 +99,9 @@ def put_at_the_same_time(pipe: Connection, group: Group, nbytes: int) -> list[bo
             allocated.wait(DEADLINE)
 
     with Lane({"tp": 1}, capacity=1 << 30) as lane:
-        pipe.send(lane.address)
+        pipe.send(lane.invitation)
         assert lane.wait_open(DEADLINE)
-        points.probe = probe
+        failpoints.probe = probe
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lane.put, [tensor] * 4))
         return [isinstance(ticket, bytes) for ticket in found]
@@ -131,26 +131,26 @@ def put_more_than_there_is(pipe: Connection, group: Group) -> tuple[str | bytes,
     tensor = torch.zeros(200 * MIB, dtype=torch.uint8)  # never touched, so it takes no memory itself
     group.enter()
     with Lane({"tp": 1}, capacity=1 << 30) as lane:
-        pipe.send(lane.address)
+        pipe.send(lane.invitation)
         assert lane.wait_open(DEADLINE)
         refused = lane.put(tensor)
         stats = lane.stats()
         put(lane, tensor[:MIB])
-        return refused.cause if isinstance(refused, Refused) else refused, stats.warm, stats.taken
+        return refused.cause if isinstance(refused, Refused) else refused, stats.committed_bytes, stats.used_bytes
 
 
 def test_a_tensor_for_which_there_is_no_memory_commits_none(group: Group) -> None:
     with Child(put_more_than_there_is, group) as child, Reader("tp") as reader:
         reader.join(child.hear())
-        cause, warm, taken = child.result()
-        assert (cause, taken) == ("full", 0) and warm <= 2 * producer._AHEAD
+        cause, committed, used = child.result()
+        assert (cause, used) == ("full", 0) and committed <= 2 * producer._AHEAD
         assert group.kills() == 0
 
 
 def capacity_in_a_group(group: Group) -> tuple[int, int, int]:
     group.enter()
     with Lane({"tp": 1}) as lane:
-        return memory.default_capacity(), lane.stats().capacity, host.memory().available
+        return memory.default_capacity(), lane.stats().capacity_bytes, host.memory().available
 
 
 def test_the_default_capacity_follows_the_control_group(group: Group) -> None:
@@ -159,10 +159,10 @@ def test_the_default_capacity_follows_the_control_group(group: Group) -> None:
     assert available <= 160 * MIB
 
 
-def read_in_a_group(pipe: Connection, group: Group, address: str) -> int:
+def read_in_a_group(pipe: Connection, group: Group, invitation: Invitation) -> int:
     group.enter()
     with Reader("tp") as reader:
-        reader.join(address)
+        reader.join(invitation)
         pipe.send("joined")
         tensor = reader.take(pipe.recv())
         assert tensor.sum() == tensor.numel()
@@ -171,8 +171,8 @@ def read_in_a_group(pipe: Connection, group: Group, address: str) -> int:
 
 def test_readers_are_not_charged(group: Group) -> None:
     """More than a reader's control group may have can be read there."""
-    with Lane({"tp": 1}, capacity=256 * MIB) as lane, Child(read_in_a_group, group, lane.address) as child:
-        assert child.hear() == "joined"
+    with Lane({"tp": 1}, capacity=256 * MIB) as lane, Child(read_in_a_group, group, lane.invitation) as child:
+        assert child.hear() == "joined" and lane.wait_open(DEADLINE)
         child.say(put(lane, torch.ones(50 * MIB)))
         assert child.result() < 64 * MIB
 
@@ -182,34 +182,37 @@ def test_readers_are_not_charged(group: Group) -> None:
 
 def committed(lane: Lane) -> int:
     """Bytes of memory behind a lane, directory included, as the kernel counts."""
-    return os.fstat(lane._backing.fd).st_blocks * 512
+    return os.fstat(backing(lane).fd).st_blocks * 512
 
 
 def test_nothing_is_committed_before_use() -> None:
     with Lane({"tp": 1}, capacity=64 << 30) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         stats = lane.stats()
-        assert (stats.capacity, stats.warm, stats.taken) == (64 << 30, 0, 0)
-        assert blocks(lane._backing.fd) == BASE
+        assert (stats.capacity_bytes, stats.committed_bytes, stats.used_bytes) == (64 << 30, 0, 0)
+        assert blocks(backing(lane).fd) == BASE
         held = reader.take(put(lane, torch.ones(10)))
         eventually(
-            lambda: blocks(lane._backing.fd) == BASE + lane.stats().warm, "memory that is as large as it says"
+            lambda: blocks(backing(lane).fd) == BASE + lane.stats().committed_bytes,
+            "it is as large as it says",
         )
-        assert lane.stats().warm <= 3 * producer.SEGMENT, "one that was needed, and 8 MiB ahead"
+        assert lane.stats().committed_bytes <= 3 * producer.SEGMENT, "one that was needed, and 8 MiB ahead"
         assert held.sum() == 10
 
 
 def test_more_than_the_machine_has_is_address_room_only() -> None:
     """What cannot be had is refused when it is wanted, not before."""
     with Lane({"tp": 1}, capacity=1 << 40) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         refused = lane.put(torch.empty(1 << 39, dtype=torch.uint8, device="meta"))
         assert isinstance(refused, Refused) and refused.cause == "unsupported"
         there_is = host.memory().total
         refused = lane.put(torch.zeros(1, dtype=torch.uint8).expand(there_is))
         assert isinstance(refused, Refused) and refused.cause == "full", refused
         assert f"no memory for {there_is} bytes" in refused.detail
-        assert lane.stats().taken == 0 and blocks(lane._backing.fd) <= BASE + 2 * producer._AHEAD
+        assert lane.stats().used_bytes == 0 and blocks(backing(lane).fd) <= BASE + 2 * producer._AHEAD
         reader.discard(put(lane, torch.ones(10)))
 
 
@@ -220,7 +223,8 @@ def travel_beside_a_small_shm(nbytes: int) -> tuple[bool, int]:
     mount_over("/dev/shm", "size=64m")
     tensor = torch.arange(nbytes // 8)
     with Lane({"tp": 1}, capacity=nbytes) as lane, Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         arrived = reader.take(put(lane, tensor))
         shm = os.statvfs("/dev/shm")
         return torch.equal(arrived, tensor), (shm.f_blocks - shm.f_bfree) * shm.f_frsize
@@ -232,17 +236,19 @@ def test_the_size_of_shm_does_not_matter() -> None:
 
 
 def fill_the_fallback(pipe: Connection) -> tuple[int, int, list[Path]]:
-    """A lane in a /dev/shm of 32 MiB, until that is full, and then once more with somebody else's file in it."""
-    mount_over("/dev/shm", "size=32m")
+    """A lane in a /dev/shm of 64 MiB, until it refuses, and then once more with somebody else's file in there."""
+    mount_over("/dev/shm", "size=64m")
     forbid(Deny("memfd_create", errno.ENOSYS))
     tensor = torch.ones(2 * MIB, dtype=torch.uint8)
     with Lane({"tp": 1}, capacity=1 << 30) as lane:
-        pipe.send((lane.address, lane.stats().degraded))
+        pipe.send((lane.invitation, lane.stats().degraded))
         assert lane.wait_open(DEADLINE)
         counts = []
         for _ in range(2):
             tickets, refused = put_until_refused(lane, tensor)
             counts.append(len(tickets))
+            shm = os.statvfs("/dev/shm")
+            assert shm.f_bavail * shm.f_frsize >= 32 * MIB, "half of it is left for others"
             pipe.send((tickets, refused))
             pipe.recv()
         # What was committed stays ours, whoever fills the rest.
@@ -261,16 +267,17 @@ def fill_the_fallback(pipe: Connection) -> tuple[int, int, list[Path]]:
         return counts[0], lane.stats().tickets, left
 
 
-def test_a_fallback_file_that_is_full_refuses() -> None:
+def test_a_fallback_file_leaves_half_of_the_room() -> None:
+    """As in a container with the 64 MiB that Docker gives, of which NCCL needs some."""
     require_mounts()
     require_filters()
     with Child(fill_the_fallback) as child, Reader("tp") as reader:
-        address, degraded = child.hear()
-        assert "bound by its size" in degraded[0]
-        reader.join(address)
+        invitation, degraded = child.hear()
+        assert "of which half is left free" in degraded[0]
+        reader.join(invitation)
         for _ in range(3):
             tickets, refused = child.hear()
-            assert refused.cause == "full" and "No space left on device" in refused.detail, refused
+            assert refused.cause == "full" and "left for the lane" in refused.detail, refused
             for ticket in tickets:
                 assert reader.take(ticket).all()
             child.say()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 
-from mmlane.lane import MalformedTicket, StaleTicket
+from mmlane.lane import MalformedTicket, StaleTicket, failpoints, protocol
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.together import together
 from tests.lane.harness.waiting import eventually
@@ -18,7 +21,7 @@ def test_a_recalled_ticket_comes_back_and_is_refused_from_then_on() -> None:
         assert isinstance(ticket, bytes)
         pair.lane.recall(ticket)
         eventually(lambda: pair.lane.stats().tickets == 0, "the ticket is back")
-        assert pair.lane.stats().orphans == 1
+        assert pair.lane.stats().lost_tickets == 1
         for reader in pair.readers:
             with pytest.raises(StaleTicket):
                 reader.take(ticket)
@@ -57,7 +60,42 @@ def test_what_is_no_ticket_or_is_not_out_is_left_alone() -> None:
             pair.lane.recall(b"no ticket")
         marker = pair.put(random((5000,), seed=3))
         pair.lane.recall(marker)
-        eventually(lambda: pair.lane.stats().orphans == 1, "the marker is back")
+        eventually(lambda: pair.lane.stats().lost_tickets == 1, "the marker is back")
         assert same(pair.reader.take(again), random((5000,)))
         assert elsewhere.lane.stats().tickets == 1
         elsewhere.reader.discard(foreign)
+
+
+def test_a_recall_that_comes_while_the_lane_looks_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ticket may be newer than what the look has seen."""
+    with together(idle=PERIOD) as pair:
+        recalled: list[bytes] = []
+
+        def recall(point: str) -> None:
+            if point == "decommit.chosen" and not recalled:
+                recalled.append(pair.put(random((5000,))))
+                pair.lane.recall(recalled[0])
+
+        first = pair.put(random((5000,)))
+        monkeypatch.setattr(failpoints, "probe", recall)
+        eventually(lambda: pair.lane.stats().tickets == 1 and recalled, "the recalled ticket is back")
+        assert pair.lane.stats().lost_tickets == 1
+        pair.reader.discard(first)
+
+
+def test_a_recall_that_cannot_be_sent_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reader's socket is full, say."""
+    with together(idle=PERIOD) as pair:
+        send = pair.lane._control.send
+        failed = threading.Event()
+
+        def send_later(kind: int, *what: Any) -> bool:
+            if kind == protocol.RECALL and not failed.is_set():
+                failed.set()
+                return False
+            return send(kind, *what)
+
+        monkeypatch.setattr(pair.lane._control, "send", send_later)
+        pair.lane.recall(pair.put(random((5000,))))
+        eventually(lambda: pair.lane.stats().tickets == 0, "the recalled ticket is back")
+        assert failed.is_set()

@@ -1,8 +1,9 @@
-"""Asking a lane how it does: the truth, in any state, and whoever asks and however, the lane serves on."""
+"""Asking a lane for its state, and switching it off and on: the truth, whoever asks and however often."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import pty
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,25 +23,26 @@ import pytest
 import torch
 
 import mmlane.lane
-from mmlane.lane import Lane, Reader, Refused, StatusError, wire
-from mmlane.lane.status import LaneStats, ask, running
+from mmlane.lane import Invitation, Lane, Reader, Refused, StatusError, protocol
+from mmlane.lane.status import LaneStats, ask, running, switch
+from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child
 from tests.lane.harness.confinement import NOBODY, become, require_other_users
 from tests.lane.harness.kernel import open_files
 from tests.lane.harness.libc import checked
-from tests.lane.harness.peers import Company, Producing, Reading
-from tests.lane.harness.sockets import address_of_nobody, impostor, receive, visit
-from tests.lane.harness.together import serves
+from tests.lane.harness.peers import Company, Producing, Reading, baseline, carries
+from tests.lane.harness.sockets import admitted, impostor, invitation_of_nobody, receive, visit, welcomed
+from tests.lane.harness.together import new_tensor, put, serves
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20
 _CLONE_NEWNET = 0x40000000
-STATUS = bytes((wire.STATUS,))
-COMMAND = (sys.executable, "-c", "from mmlane.cli import main; main()", "status")
+STATUS = bytes((protocol.STATUS,))
+COMMAND = (sys.executable, "-c", "from mmlane.cli import main; main()")
 
 
 def command(*words: str) -> str:
-    """What `mmlane status` says."""
+    """What `mmlane` says to these words."""
     environ = {**os.environ, "COLUMNS": "100"}
     done = subprocess.run([*COMMAND, *words], env=environ, capture_output=True, text=True, timeout=DEADLINE)
     assert (done.returncode, done.stderr) == (0, "")
@@ -51,190 +53,262 @@ def command(*words: str) -> str:
 
 
 def test_a_lane_tells_what_its_producer_knows_in_every_state(company: Company) -> None:
-    """Waiting for a reader, open, with tickets out, given back but not drained yet, after its reader's death."""
+    """Waiting for a reader, open, with tickets out, released but not drained yet, off."""
     producer = company.producer({"tp": 2}, capacity=8 * MIB)
-    address = company.address(producer)
+    invitation = company.invitation(producer)
+    name = invitation.name
 
     def told() -> LaneStats:
-        stats = ask(address)
+        stats = ask(name)
         known = producer.call(Producing.stats)
-        assert replace(stats, warm=known.warm) == known  # memory may be committed ahead of need meanwhile
-        assert (stats.address, stats.pid, stats.strangers) == (address, producer.pid, 0)
+        # Memory may be committed ahead of need meanwhile.
+        assert replace(stats, committed_bytes=known.committed_bytes) == known
+        assert (stats.name, stats.pid, stats.rejected_peers) == (name, producer.pid, 0)
         return stats
 
-    assert address in running()
-    first = company.reader("tp", address)
+    assert name in running()
+    first = company.reader("tp", invitation)
     assert isinstance(producer.call(Producing.try_put, 1, 1000), Refused)
+    eventually(lambda: ask(name).joined == {"tp": [0]}, "the first has joined")
     stats = told()
-    assert (stats.is_open, stats.expected, stats.readers) == (False, {"tp": 2}, {"tp": 1})
-    assert (stats.refused, stats.copied, stats.copy_seconds) == ({"not_open": 1}, 0, 0.0)
+    assert (stats.state, stats.expected) == ("waiting", {"tp": 2})
+    assert (stats.fallbacks, stats.copied_bytes, stats.copy_seconds) == ({"not_open": 1}, 0, 0.0)
 
-    second = company.reader("tp", address)
-    assert told().is_open
+    second = company.reader("tp", invitation)
+    assert producer.call(Producing.wait_open)
+    assert told().state == "open"
     sent = producer.call(Producing.put, 1, MIB, uses=3)
     again = producer.call(Producing.put, 1, MIB)
     stats = told()
     assert (stats.tickets, stats.extents, stats.puts, stats.shared) == (2, 1, 2, 1)
-    assert (stats.taken, stats.copied) == (MIB, MIB) and stats.copy_seconds > 0
-    assert stats.warm >= MIB and stats.capacity == 8 * MIB
+    assert (stats.used_bytes, stats.copied_bytes) == (MIB, MIB) and stats.copy_seconds > 0
+    assert stats.committed_bytes >= MIB and stats.capacity_bytes == 8 * MIB
 
     for reader in (first, second):
         for ticket in (sent, again):
             reader.call(Reading.discard, ticket)
-    stats = ask(address)  # nobody else has drained the lane
-    assert (stats.tickets, stats.taken, stats.extents) == (0, MIB, 1)  # a use is left
+    eventually(lambda: ask(name).tickets == 0, "the tickets are released")  # nobody else has drained the lane
+    stats = ask(name)
+    assert (stats.tickets, stats.used_bytes, stats.extents) == (0, MIB, 1)  # a copy is kept for one ticket more
     producer.call(Producing.forget, 1)
-    stats = ask(address)
-    assert (stats.taken, stats.extents) == (0, 0)
+    stats = ask(name)
+    assert (stats.used_bytes, stats.extents) == (0, 0)
+    assert switch(name, True).state == "off"
+    assert told().state == "off"
+    assert switch(name, False).state == "open"
     second.kill()
-    eventually(lambda: ask(address).readers == {"tp": 1}, "the reader's end")
-    assert not told().is_open
-    assert first.call(Reading.lanes) == (address,)
+    eventually(lambda: name not in running(), "the lane ends with its reader")
+    assert producer.call(Producing.stats).state == "closed"
+
+
+# --- off and on --------------------------------------------------------------------------------------------
+
+
+def test_a_lane_that_is_off_refuses_puts_and_nothing_else() -> None:
+    """What is out is taken and released, what is held stays; on again, it goes on with the same readers."""
+    with Lane({"tp": 1}, capacity=32 * MIB) as lane, Reader("tp") as reader:
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
+        tensor = new_tensor()
+        on_its_way = put(lane, tensor)
+        held = reader.take(put(lane, tensor))
+        for _ in range(2):
+            assert switch(lane.name, True).state == "off"
+            refusal = lane.put(tensor)
+            assert isinstance(refusal, Refused) and refusal.cause == "off"
+            assert "`mmlane on`" in refusal.detail
+        assert isinstance(room := lane.reserve((3,), torch.float32), Refused) and room.cause == "off"
+        assert torch.equal(reader.take(on_its_way), tensor) and torch.equal(held, tensor)
+        del held
+        eventually(lambda: lane.stats().tickets == 0, "both are released")
+        assert lane.stats().fallbacks == {"off": 3}
+        for _ in range(2):
+            assert switch(lane.name, False).state == "open"
+        serves(lane, reader)
+
+
+def test_a_lane_can_be_off_before_it_opens(lane: Lane) -> None:
+    """It opens all the same, and refuses puts until it is on."""
+    assert switch(lane.name, True).state == "off"
+    with Reader("tp") as reader:
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
+        refusal = lane.put(torch.zeros(3))
+        assert isinstance(refusal, Refused) and refusal.cause == "off"
+        assert not lane.is_open
+        assert switch(lane.name, False).state == "open"
+        serves(lane, reader)
+
+
+def test_a_put_amid_which_the_lane_is_switched_off_leaves_nothing(lane: Lane) -> None:
+    with Reader("tp") as reader:
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
+        gate = Gate("put.copied")
+        answers: list[bytes | Refused] = []
+        with in_a_thread(lambda: answers.append(lane.put(new_tensor()))):
+            gate.wait()
+            switch(lane.name, True)
+            gate.open()
+        (refusal,) = answers
+        assert isinstance(refusal, Refused) and refusal.cause == "off"
+        stats = lane.stats()
+        assert (stats.tickets, stats.used_bytes) == (0, 0)
+        switch(lane.name, False)
+        serves(lane, reader)
+
+
+def test_switching_a_lane_that_has_ended_is_an_error() -> None:
+    with Lane({"tp": 1}) as lane:
+        name = lane.name
+    for off in (True, False):
+        with pytest.raises(StatusError, match="nobody listens there"):
+            switch(name, off)
+
+
+# --- what is counted ---------------------------------------------------------------------------------------
 
 
 def test_what_was_not_copied_does_not_count(lane: Lane) -> None:
     with Reader("tp") as reader:
-        reader.join(lane.address)
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         assert isinstance(lane.put(torch.zeros(64 * MIB, dtype=torch.uint8)), Refused)
-        assert lane.stats().copied == 0
+        assert lane.stats().copied_bytes == 0
         assert isinstance(lane.put(torch.zeros(1000, dtype=torch.uint8)), bytes)
-        assert lane.stats().copied == 1000
+        assert lane.stats().copied_bytes == 1000
 
 
 def test_a_lane_that_has_ended_is_not_listed(company: Company) -> None:
     producer = company.producer({"tp": 1})
-    address = company.address(producer)
-    assert address in running()
+    name = company.invitation(producer).name
+    assert name in running()
     producer.kill()
-    assert address not in running()
-    with pytest.raises(StatusError, match=f"lane {address} does not tell its status: nobody listens there"):
-        ask(address)
+    assert name not in running()
+    with pytest.raises(StatusError, match=f"lane {name} does not tell its status: nobody listens there"):
+        ask(name)
 
 
 def test_a_producer_that_stands_still_is_not_waited_for(company: Company) -> None:
     producer, (reader,) = company.open(["tp"])
-    address = company.address(producer)
+    name = company.invitation(producer).name
     producer.stop()
     with pytest.raises(StatusError, match=r"no answer within 0\.1 s"):
-        ask(address, timeout=0.1)
+        ask(name, timeout=0.1)
     producer.go_on()
-    stats = ask(address)
-    assert stats.is_open and stats.readers == {"tp": 1}
+    stats = ask(name)
+    assert stats.state == "open" and stats.joined == {"tp": [0]}
     reader.call(Reading.take, producer.call(Producing.put, 1, 1000))
     reader.call(Reading.let_go)
 
 
-# --- whoever asks, and however -----------------------------------------------------------------------------
+# --- who asks, and how ------------------------------------------------------------------------------------
 
 
-def test_a_thousand_questions_amid_joins(lane: Lane) -> None:
+def test_a_thousand_questions_amid_joins() -> None:
     """None of them becomes a reader or keeps one out, and each gets its answer."""
     before = open_files()
+    join_amid_questions(readers=20, questions=1000)
+    gc.collect()  # a lane and its control know each other
+    eventually(lambda: not open_files() - before, "the end of all connections")
 
-    def asks() -> None:
-        for _ in range(125):
-            assert ask(lane.address, DEADLINE).expected == {"tp": 1}
 
-    with Reader("tp") as first:
-        first.join(lane.address)
+def join_amid_questions(readers: int, questions: int) -> None:
+    with Lane({"tp": readers}, capacity=32 * MIB) as lane, ExitStack() as scope:
+
+        def asks() -> None:
+            for _ in range(questions // 8):
+                assert ask(lane.name, DEADLINE).expected == {"tp": readers}
+
         with ExitStack() as crowd:
             for _ in range(8):
                 crowd.enter_context(in_a_thread(asks))
-            for number in range(20):
-                with Reader("tp") as reader:
-                    reader.join(lane.address, DEADLINE)
-                    ticket = lane.put(torch.full((100,), number))
-                    assert isinstance(ticket, bytes), ticket
-                    assert first.take(ticket, "clone").tolist() == [number] * 100
-                    assert reader.take(ticket, "clone").tolist() == [number] * 100
-        eventually(lambda: lane.stats().readers == {"tp": 1}, "the end of the other readers")
-    del first, reader
-    stats = lane.stats()
-    assert (stats.strangers, stats.strays, stats.tickets, stats.puts) == (0, 0, 0, 20)
-    eventually(lambda: not open_files() - before, "the end of all connections")
+            joined = [scope.enter_context(Reader("tp", number)) for number in range(readers)]
+            for reader in joined:
+                reader.join(lane.invitation, DEADLINE)
+            assert lane.wait_open(DEADLINE)
+            serves(lane, *joined)
+        stats = lane.stats()
+        assert (stats.rejected_peers, stats.malformed_messages, stats.tickets, stats.puts) == (0, 0, 0, 1)
 
 
 def test_questions_do_not_open_a_lane(lane: Lane) -> None:
     for _ in range(3):
-        assert (ask(lane.address).is_open, lane.is_open) == (False, False)
-    assert lane.stats().readers == {} and lane.stats().strangers == 0
+        assert (ask(lane.name).state, lane.state) == ("waiting", "waiting")
+    assert lane.stats().joined == {"tp": []} and lane.stats().rejected_peers == 0
     serves(lane)
 
 
-def test_a_visitor_that_says_nothing_holds_up_no_answer(lane: Lane) -> None:
-    with visit(lane.address), visit(lane.address) as other:
-        assert ask(lane.address).strangers == 0
+def test_a_process_that_says_nothing_holds_up_no_answer(lane: Lane) -> None:
+    with visit(lane.name), visit(lane.name) as other:
+        assert ask(lane.name).rejected_peers == 0
         other.close()
-        eventually(lambda: ask(lane.address).strangers == 1, "its end")
+        eventually(lambda: ask(lane.name).rejected_peers == 1, "its end")
         serves(lane)
 
 
 def test_who_asks_over_and_over_without_listening_is_answered_once(lane: Lane) -> None:
-    with visit(lane.address) as connection:
+    with visit(lane.name) as connection:
         with pytest.raises(ConnectionError):
             while True:
                 connection.send(STATUS)
         answers = [receive(connection) for _ in range(3)]  # a reset, for questions left unread, may come first
-        assert [(wire.kind(answer), fds) for answer, fds in answers if answer] == [(wire.STATUS, [])]
+        assert [(protocol.kind(answer), fds) for answer, fds in answers if answer] == [(protocol.STATUS, [])]
     serves(lane)
-    assert lane.stats().strays == 0
+    assert lane.stats().malformed_messages == 0
 
 
 def test_who_asks_and_hangs_up_does_no_harm(lane: Lane) -> None:
     before = open_files()
     for _ in range(200):
-        with visit(lane.address) as connection:
+        with visit(lane.name) as connection:
             connection.send(STATUS)
     serves(lane)
     eventually(lambda: not open_files() - before, "the end of all connections")
 
 
-def test_a_question_after_a_greeting_is_not_expected(lane: Lane) -> None:
-    with visit(lane.address) as connection:
-        connection.send(wire.hello("tp"))
-        os.close(*receive(connection)[1])
-        connection.send(STATUS)
-        assert "message 12 was not expected" in wire.read_sorry(receive(connection)[0])
-    assert lane.stats().readers == {}
+@pytest.mark.parametrize("kind", [protocol.STATUS, protocol.OFF, protocol.ON])
+def test_a_question_after_a_hello_is_not_expected(lane: Lane, kind: int) -> None:
+    with welcomed(lane.invitation) as connection:
+        connection.send(bytes((kind,)))
+        assert f"message {kind} was not expected" in protocol.read_reject(receive(connection)[0])
+    assert (lane.stats().joined, lane.state) == ({"tp": []}, "waiting")
 
 
-def test_a_reader_that_asks_is_not_cut_off(lane: Lane) -> None:
-    with visit(lane.address) as connection:
-        connection.send(wire.hello("tp"))
-        os.close(*receive(connection)[1])
-        connection.send(bytes((wire.MAPPED,)))
-        assert wire.kind(receive(connection)[0]) == wire.JOINED
-        connection.send(STATUS)
-        stats = ask(lane.address)
-        assert (stats.strays, stats.readers) == (1, {"tp": 1})
+@pytest.mark.parametrize("kind", [protocol.STATUS, protocol.OFF, protocol.ON])
+def test_a_reader_that_asks_is_not_cut_off(lane: Lane, kind: int) -> None:
+    with admitted(lane) as connection:
+        connection.send(bytes((kind,)))
+        stats = ask(lane.name)
+        assert (stats.malformed_messages, stats.joined, stats.state) == (1, {"tp": [0]}, "open")
 
 
-def ask_as_nobody(pipe: Connection, address: str) -> tuple[str, tuple[bytes, list[int]], bool]:
+def ask_as_nobody(pipe: Connection, name: str) -> tuple[str, tuple[bytes, list[int]], bool]:
     """What is said to another user: to who asks by the rules, and to who asks all the same."""
     become(NOBODY)
     with pytest.raises(StatusError) as refusal:
-        ask(address)
-    with visit(address) as connection:
-        with suppress(BrokenPipeError):  # sent away before it could say a word
+        ask(name)
+    with visit(name) as connection:
+        with suppress(BrokenPipeError):  # rejected before it could say a word
             connection.send(STATUS)
-        return str(refusal.value), receive(connection), address in running()
+        return str(refusal.value), receive(connection), name in running()
 
 
 def test_another_user_is_told_nothing(lane: Lane) -> None:
     require_other_users()
-    with Child(ask_as_nobody, lane.address) as child:
+    with Child(ask_as_nobody, lane.name) as child:
         reason, answer, listed = child.result()
     assert f"it belongs to user {os.geteuid()}, this is user {NOBODY}" in reason
-    assert answer == (b"", []) and listed
-    assert lane.stats().strangers == 2
+    assert f"you are user {NOBODY}" in protocol.read_reject(answer[0]) and not answer[1] and listed
+    assert lane.stats().rejected_peers == 2
     serves(lane)
 
 
 def test_a_status_too_long_for_a_message_is_refused() -> None:
     with Lane({f"{number:0100}": 1 for number in range(1000)}, capacity=4 * MIB) as lane:
         with pytest.raises(StatusError, match=r"a status of \d+ bytes, of which a message holds 65536"):
-            ask(lane.address)
-        assert lane.stats().strangers == 1
+            ask(lane.name)
+        assert lane.stats().rejected_peers == 1
 
 
 # --- what answers ------------------------------------------------------------------------------------------
@@ -242,46 +316,74 @@ def test_a_status_too_long_for_a_message_is_refused() -> None:
 
 @contextmanager
 def answering(*answers: bytes) -> Iterator[str]:
-    """The address of something that is no lane of this version, and answers one question so."""
+    """The name of something that is no lane of this version, and answers one question so."""
 
-    def answer(connection: socket.socket) -> None:
+    def answer(connection: socket.socket, _: Invitation) -> None:
         assert receive(connection) == (STATUS, [])
         for word in answers:
             connection.send(word)
 
-    with impostor(answer) as address:
-        yield address
+    with impostor(answer) as invitation:
+        yield invitation.name
+
+
+def facts(**changed: object) -> bytes:
+    """A good answer, but for these."""
+    with Lane({"tp": 1}, capacity=MIB) as lane:
+        return protocol.status({**asdict(lane.stats()), **changed})
 
 
 ANSWERS: dict[str, tuple[tuple[bytes, ...], str]] = {
-    "an older lane": ((wire.sorry("message 12 was not expected"),), "not expected .if it is of an older mmlane"),
+    "an older lane": ((protocol.reject("message 12 was not expected"),), "message 12 was not expected"),
     "an end": ((), "it hung up"),
-    "another message": ((wire.pairs(wire.WARM, [(0, 0)]),), "message 7 instead of a status"),
-    "no JSON": ((STATUS + b"\xff{",), "damaged status"),
-    "no object": ((STATUS + b"[1]",), "damaged status"),
-    "a deep list": ((STATUS + b"[" * 60_000,), "damaged status"),
-    "a cut object": ((STATUS + b'{"address": "mm',), "damaged status"),
-    "another version": ((wire.status({"address": "x", "colour": "red"}),), "another version of mmlane"),
+    "another message": ((protocol.pairs(protocol.PINNED, [(0, 0)]),), "message 13 instead of a status"),
+    "no JSON": ((STATUS + b"\xff{",), "bytes that are not a status"),
+    "no object": ((STATUS + b"[1]",), "bytes that are not a status"),
+    "a deep list": ((STATUS + b"[" * 60_000,), "bytes that are not a status"),
+    "a cut object": ((STATUS + b'{"name": "mm',), "bytes that are not a status"),
+    "another version": ((protocol.status({"name": "x", "colour": "red"}),), "another version of mmlane"),
 }
 
 
 @pytest.mark.parametrize(("words", "reason"), ANSWERS.values(), ids=ANSWERS.keys())
 def test_an_answer_that_makes_no_sense_is_one_clear_error(words: tuple[bytes, ...], reason: str) -> None:
     before = open_files()
-    with answering(*words) as address, pytest.raises(StatusError, match=reason) as caught:
-        ask(address, DEADLINE)
-    assert str(caught.value).startswith(f"lane {address} does not tell its status: ")
+    with answering(*words) as name, pytest.raises(StatusError, match=reason) as caught:
+        ask(name, DEADLINE)
+    assert str(caught.value).startswith(f"lane {name} does not tell its status: ")
     assert "\n" not in str(caught.value)
     assert not open_files() - before
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"degraded": 1},
+        {"degraded": [1]},
+        {"tickets": "many"},
+        {"puts": None},
+        {"joined": [0]},
+        {"joined": {"tp": 0}},
+        {"joined": {"tp": ["0"]}},
+        {"expected": {"tp": "x"}},
+        {"fallbacks": {"full": []}},
+        {"state": "on fire"},
+        {"copy_seconds": {}},
+    ],
+)
+def test_facts_of_other_types_are_those_of_another_version(changed: dict[str, object]) -> None:
+    """So that who shows them finds what it expects."""
+    with answering(facts(**changed)) as name, pytest.raises(StatusError, match="another version of mmlane"):
+        ask(name, DEADLINE)
+
+
 def test_a_queue_that_does_not_move_is_not_waited_for() -> None:
-    address = address_of_nobody()
+    name = invitation_of_nobody().name
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(f"\0{address}")
+        listener.bind(f"\0{name}")
         listener.listen(0)
-        with visit(address), pytest.raises(StatusError, match=r"no answer within 0\.1 s"):
-            ask(address, timeout=0.1)
+        with visit(name), pytest.raises(StatusError, match=r"no answer within 0\.1 s"):
+            ask(name, timeout=0.1)
 
 
 # --- the command -------------------------------------------------------------------------------------------
@@ -292,28 +394,28 @@ def test_the_command_shows_all_lanes_and_why_one_does_not_answer(company: Compan
     opened, _ = company.open(["tp", "tp", "vit"], capacity=8 * MIB)
     waiting = company.producer({"tp": 2})
     mute = company.producer({"tp": 1})
-    addresses = [company.address(producer) for producer in (opened, waiting, mute)]
+    names = [company.invitation(producer).name for producer in (opened, waiting, mute)]
     opened.call(Producing.put, 1, MIB)
     waiting.call(Producing.try_put, 1, 1000)
     mute.stop()
 
-    found = {lane["address"]: lane for lane in json.loads(command("--json"))}
-    first, second, third = (found[address] for address in addresses)
+    found = {lane["name"]: lane for lane in json.loads(command("status", "--json"))}
+    first, second, third = (found[name] for name in names)
     stats = first["stats"]
-    assert (first["pid"], first["problem"], stats["address"]) == (opened.pid, None, addresses[0])
+    assert (first["pid"], first["problem"], stats["name"]) == (opened.pid, None, names[0])
     cmdline = Path(f"/proc/{opened.pid}/cmdline").read_text().replace("\0", " ").split()
     assert first["command"].split() == cmdline
-    assert (stats["is_open"], stats["tickets"], stats["copied"]) == (True, 1, MIB)
-    assert stats["readers"] == stats["expected"] == {"tp": 2, "vit": 1}
-    assert (second["stats"]["is_open"], second["stats"]["refused"]) == (False, {"not_open": 1})
+    assert (stats["state"], stats["tickets"], stats["copied_bytes"]) == ("open", 1, MIB)
+    assert (stats["expected"], stats["joined"]) == ({"tp": 2, "vit": 1}, {"tp": [0, 1], "vit": [0]})
+    assert (second["stats"]["state"], second["stats"]["fallbacks"]) == ("waiting", {"not_open": 1})
     assert (third["pid"], third["stats"], third["command"]) == (mute.pid, None, None)
     assert "no answer within 2 s" in third["problem"]
 
-    said = command()
-    first, second, third = (said[said.index(address) :].split("\n\n")[0] for address in addresses)  # blank lines
-    for text in ("open", "'tp' 2/2, 'vit' 1/1", "1 MiB in use by 1 extent", "1 out", "1 MiB copied"):
+    said = command("status")
+    first, second, third = (said[said.index(name) :].split("\n\n")[0] for name in names)  # blank lines
+    for text in ("open", "'tp' 2/2, 'vit' 1/1", "1 MiB used by 1 extent", "1 out", "1 MiB copied"):
         assert text in first, text
-    for text in ("waiting for readers: 2 in 'tp'", "'tp' 0/2", "1 not_open"):
+    for text in ("waiting for readers: 0 of 'tp', 1 of 'tp'", "'tp' 0/2", "1 not_open"):
         assert text in second, text
     assert "does not tell its status" in third.replace("\n", " ")
     mute.go_on()
@@ -322,7 +424,7 @@ def test_the_command_shows_all_lanes_and_why_one_does_not_answer(company: Compan
 def alone(pipe: Connection, words: tuple[str, ...]) -> str:
     """What the command says in a network of its own, where no lane is."""
     checked(ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET))
-    return command(*words)
+    return command("status", *words)
 
 
 @pytest.mark.parametrize("words", [(), ("--json",)])
@@ -338,12 +440,29 @@ def test_no_lane_is_no_error(lane: Lane, words: tuple[str, ...]) -> None:
         assert "in its log at start, in a line with 'no lane'" in said
 
 
+@pytest.mark.long
+def test_the_command_switches_the_lanes_of_one_process(company: Company) -> None:
+    """At once, also for requests that come at that moment; the readers stay, and are served again after `on`."""
+    first, (reader,) = company.open(["tp"])
+    second, (other,) = company.open(["tp"])
+    name = company.invitation(first).name
+    held = first.call(Producing.put, 1, 1000)
+    assert command("off", str(first.pid)) == f"{name}: off\n"
+    refusal = first.call(Producing.try_put, 2, 1000)
+    assert isinstance(refusal, Refused) and refusal.cause == "off"
+    reader.call(Reading.let_go, reader.call(Reading.take, held))
+    carries(second, other)
+    assert command("on", str(first.pid)) == f"{name}: open\n"
+    carries(first, reader)
+    baseline(first)
+
+
 def test_watching_goes_on_until_ctrl_c(company: Company) -> None:
     producer, _ = company.open(["tp"], capacity=8 * MIB)
     ours, theirs = pty.openpty()
     environ = {**os.environ, "COLUMNS": "100", "LINES": "200", "TERM": "xterm"}
     screen = ""
-    words = [*COMMAND, "--watch"]
+    words = [*COMMAND, "status", "--watch"]
     with subprocess.Popen(
         words,
         env=environ,
@@ -360,7 +479,9 @@ def test_watching_goes_on_until_ctrl_c(company: Company) -> None:
                 assert select.select([ours], [], [], DEADLINE)[0], screen
                 screen += os.read(ours, 1 << 16).decode(errors="replace")
 
-        of_this_lane = rf"{company.address(producer)}((?!mmlane-\d).)*"  # not of one that somebody else has
+        of_this_lane = (
+            rf"{company.invitation(producer).name}((?!mmlane-\d).)*"  # not of one that somebody else has
+        )
         try:
             shows(rf"{of_this_lane}\b0 out")
             producer.call(Producing.put, 1, MIB)

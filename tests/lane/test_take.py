@@ -1,4 +1,4 @@
-"""Taking and letting go, in one process: what a tensor is good for, and when its ticket goes back.
+"""Taking and letting go, in one process: what a tensor is good for, and when its ticket is released.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -18,7 +18,7 @@ from mmlane.lane import Mode, Refused
 from mmlane.lane.ticket import read
 from tests.lane.harness.payloads import MODES, SHAPE, random, same
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, SEGMENT, Together, together
+from tests.lane.harness.together import PAGE, SEGMENT, Together, published, together
 
 # --- modes -------------------------------------------------------------------------------------------------
 
@@ -43,19 +43,21 @@ def test_what_a_reader_writes_is_seen_by_nobody_else(mode: Mode) -> None:
     with together(readers=2) as pair:
         tensor = random(SHAPE, torch.float32)
         before = tensor.clone()
-        share = pair.lane.share(uses=3)
-        first, second, third = (pair.put(tensor, share=share) for _ in range(3))
+        copy = pair.copy(tensor)
+        first, second, third = (published(copy) for _ in range(3))
         view, other = pair.readers[1].take(first), pair.readers[1].take(second, "cow")
         mine = pair.readers[0].take(first, mode)
         mine.fill_(7)
         mine[0, 0] = 8
         assert float(mine.sum()) == 7 * 3000 + 1
-        for seen in (view, other, tensor, pair.readers[0].take(second), pair.readers[1].take(third, "clone")):
+        others = [pair.readers[0].take(second), pair.readers[1].take(third, "clone")]
+        for seen in (view, other, tensor, copy.tensor, *others):
             assert same(seen, before)
         other.zero_()
-        assert same(view, before) and float(mine.sum()) == 7 * 3000 + 1
+        assert same(view, before) and same(copy.tensor, before) and float(mine.sum()) == 7 * 3000 + 1
         assert same(pair.readers[0].take(third), before)
-        del view, other, mine, seen
+        del view, other, others, mine, seen
+        copy.close()
 
 
 def test_a_page_that_is_not_written_is_not_copied(pair: Together) -> None:
@@ -65,6 +67,7 @@ def test_a_page_that_is_not_written_is_not_copied(pair: Together) -> None:
     content = read(ticket)
     taken = pair.reader.take(ticket, "cow")
     taken[PAGE] = 1
+    assert pair.lane._mapping is not None
     producer = torch.frombuffer(
         pair.lane._mapping.owner(pair.lane._base + content.offset), dtype=torch.uint8, count=3 * PAGE
     )
@@ -156,11 +159,11 @@ def test_a_ticket_is_out_as_long_as_any_alias_lives(
     assert pair.lane.stats().tickets == 1
     tensor.add_(1)
     for _ in range(20):  # whatever else happens in the lane
-        pair.reader.discard(pair.put(tensor))
+        pair.discard(pair.put(tensor))
     assert pair.lane.stats().tickets == 1
     del held
     assert pair.lane.stats().tickets == 0  # at once: by reference counts, not by the collector
-    assert pair.lane.stats().strays == 0
+    assert pair.lane.stats().malformed_messages == 0
 
 
 @pytest.mark.parametrize("mode", ["view", "cow"])
@@ -172,16 +175,16 @@ def test_an_alias_reads_the_same_bytes_to_the_end(pair: Together, mode: Mode) ->
     del taken
     for number in range(60):
         ticket = pair.put(torch.full((5 * SEGMENT,), number, dtype=torch.uint8))
-        pair.reader.discard(ticket)
+        pair.discard(ticket)
         assert same(part, tensor[SEGMENT:].view(-1, 16).T)
     refused = pair.lane.put(torch.zeros(15 * SEGMENT, dtype=torch.uint8))
     assert isinstance(refused, Refused) and refused.cause == "full"
     del part
-    pair.reader.discard(pair.put(torch.zeros(16 * SEGMENT, dtype=torch.uint8)))
+    pair.discard(pair.put(torch.zeros(16 * SEGMENT, dtype=torch.uint8)))
 
 
 @pytest.mark.parametrize("mode", ["view", "cow"])
-def test_a_tensor_in_a_reference_cycle_goes_back_when_it_is_collected(pair: Together, mode: Mode) -> None:
+def test_a_tensor_in_a_reference_cycle_is_released_when_it_is_collected(pair: Together, mode: Mode) -> None:
     gc.disable()
     try:
         cycle: list[Any] = [pair.reader.take(pair.put(random(SHAPE)), mode)]
@@ -194,31 +197,31 @@ def test_a_tensor_in_a_reference_cycle_goes_back_when_it_is_collected(pair: Toge
         gc.enable()
 
 
-def test_each_ticket_on_one_extent_goes_back_by_itself(pair: Together) -> None:
+def test_each_ticket_on_one_extent_is_released_alone(pair: Together) -> None:
     tensor = random(SHAPE)
-    share = pair.lane.share(uses=5)
-    held = [pair.reader.take(pair.put(tensor, share=share)) for _ in range(5)]
+    with pair.copy(tensor) as copy:
+        held = [pair.reader.take(published(copy)) for _ in range(5)]
     for left in (4, 3, 2, 1, 0):
         del held[left // 2]
         assert pair.lane.stats().tickets == left
         assert all(same(taken, tensor) for taken in held)
 
 
-def test_a_ticket_is_out_until_every_reader_has_given_it_back() -> None:
+def test_a_ticket_is_out_until_every_reader_has_released_it() -> None:
     """(2)"""
     with together(readers=3) as pair:
         ticket = pair.put(random(SHAPE))
         held = [reader.take(ticket) for reader in pair.readers[:2]]
         held.pop()
         assert pair.lane.stats().tickets == 1
-        pair.readers[2].discard(ticket)
+        pair.readers[2].take(ticket)
         assert pair.lane.stats().tickets == 1 and same(held[0], random(SHAPE))
         held.pop()
         stats = pair.lane.stats()
-        assert (stats.tickets, stats.taken) == (0, 0)
+        assert (stats.tickets, stats.used_bytes) == (0, 0)
 
 
-def test_discarding_gives_a_ticket_back_untaken(pair: Together) -> None:
-    pair.reader.discard(pair.put(random(SHAPE)))
+def test_discarding_releases_a_ticket_untaken(pair: Together) -> None:
+    pair.discard(pair.put(random(SHAPE)))
     stats = pair.lane.stats()
-    assert (stats.tickets, stats.taken, stats.orphans) == (0, 0, 0)
+    assert (stats.tickets, stats.used_bytes, stats.lost_tickets) == (0, 0, 0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.lane.harness.payloads import inferred, plain, random, same
-from tests.lane.harness.together import Together, uses_left
+from tests.lane.harness.together import Together, published
 from tests.lane.writes import SMALL
 
 pytestmark = [
@@ -65,9 +65,11 @@ def test_every_kind_of_dense_tensor_arrives(
 ) -> None:
     tensor = kind(shape)
     wanted = plain(tensor).clone()
-    with surroundings(), large.lane.share(uses=3) as share:
-        tickets = [large.put(tensor), large.put(tensor, share=share), large.put(tensor, share=share)]
-        for ticket in tickets:
+    with surroundings(), large.copy(tensor) as copy:
+        assert type(copy.tensor) is Tensor and copy.tensor.is_contiguous() and not copy.tensor.requires_grad
+        assert (copy.tensor.dtype, copy.tensor.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(plain(copy.tensor), wanted)
+        for ticket in (large.put(tensor), published(copy), published(copy)):
             taken = large.reader.take(ticket)
             assert type(taken) is Tensor and taken.is_contiguous() and not taken.requires_grad
             assert not taken.is_conj() and not taken.is_neg()
@@ -88,9 +90,12 @@ def test_the_default_device_and_dtype_do_not_matter(wide: Together, device: str,
     try:
         with torch.device(device):
             taken = wide.reader.take(wide.put(tensor))
+            with wide.copy(tensor) as copy:
+                another = wide.reader.take(published(copy))
     finally:
         torch.set_default_dtype(dtype)
-    assert taken.device.type == "cpu" and same(taken, tensor)
+    for each in (taken, another):
+        assert each.device.type == "cpu" and same(each, tensor)
 
 
 class Subclass(Tensor):
@@ -146,10 +151,8 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize(("made", "says"), UNSUPPORTED.values(), ids=UNSUPPORTED)
-@pytest.mark.parametrize("uses", [0, 1, 2])
-def test_what_is_not_plain_is_refused(wide: Together, made: Callable[[], Any], says: str, uses: int) -> None:
-    share = wide.lane.share(uses) if uses else None
-    refused = wide.refused(made(), share=share)
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_not_plain_is_refused(wide: Together, made: Callable[[], Any], says: str, kept: bool) -> None:
+    refused = wide.refused(made(), kept=kept)
     assert refused.cause == "unsupported" and says in refused.detail
-    assert share is None or uses_left(share) == uses - 1
     assert same(wide.reader.take(wide.put(random((5,)))), random((5,)))

@@ -1,14 +1,17 @@
-"""Several threads at once, and Python's collector anywhere: every ticket goes back, nobody waits for a lock."""
+"""Several threads at once, and Python's collector anywhere: every ticket is released, nobody waits for a lock."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
 
-from mmlane.lane import Refused
+from mmlane.lane import Refused, failpoints, link
+from mmlane.lane.ticket import digest
 from tests.lane.harness.payloads import MODES, SHAPE, random, same
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, SEGMENT, Together
+from tests.lane.harness.together import PAGE, SEGMENT, Together, published
 from tests.lane.harness.waiting import eventually, in_threads
 
 
@@ -29,28 +32,29 @@ def test_several_threads_put_and_take(pair: Together) -> None:
 
     in_threads([lambda which=which: work(which) for which in range(4)])  # type: ignore[misc]
     stats = pair.lane.stats()
-    assert (stats.tickets, stats.taken, stats.strays) == (0, 0, 0)
+    assert (stats.tickets, stats.used_bytes, stats.malformed_messages) == (0, 0, 0)
 
 
 def test_tensors_may_be_let_go_by_any_thread(pair: Together) -> None:
-    tensor, share = random((100,)), pair.lane.share(uses=800)
-    queue = [[pair.reader.take(pair.put(tensor, share=share)) for _ in range(200)] for _ in range(4)]
+    with pair.copy(random((100,))) as copy:
+        queue = [[pair.reader.take(published(copy)) for _ in range(200)] for _ in range(4)]
     assert pair.lane.stats().tickets == 800
     in_threads([part.clear for part in queue])
     eventually(lambda: pair.lane.stats().tickets == 0, "all are heard of")  # more than the socket holds at once
 
 
-def test_more_give_backs_at_once_than_the_socket_holds(pair: Together) -> None:
-    """They wait in the reader, and go on by themselves when the producer reads."""
-    tensor, share = random((10,)), pair.lane.share(uses=20_000)
-    tickets = [pair.put(tensor, share=share) for _ in range(20_000)]
+def test_more_releases_at_once_than_the_socket_holds(pair: Together) -> None:
+    """They wait in the reader, and go on when the producer reads."""
+    with pair.copy(random((10,))) as copy:
+        tickets = [published(copy) for _ in range(20_000)]
     for ticket in tickets:
         pair.reader.discard(ticket)
     eventually(lambda: pair.lane.stats().tickets == 0, "all are heard of")
-    assert pair.lane.stats().strays == 0
+    assert pair.lane.stats().malformed_messages == 0
 
 
 COLLECTED_ANYWHERE = """
+    from mmlane.lane import Refused
     lane, (reader, other) = pair.lane, pair.readers
     tensors = [random((size,), seed=size) for size in (5, PAGE, 3 * PAGE)]
     left = [0]
@@ -69,13 +73,21 @@ COLLECTED_ANYWHERE = """
             left[0] += 1
             lane.withdraw(self.ticket)
 
-    def put(tensor, share):
-        def issued():
-            made = lane.put(tensor, share=share)
-            if isinstance(made, bytes):
-                return made
-            assert made.cause == "full", made  # a thread that gives back may wait for its turn
-        return eventually(issued, "there is room")
+    def have(make, *args):
+        def made():
+            answer = make(*args)
+            if not isinstance(answer, Refused):
+                return answer
+            assert answer.cause == "full", answer  # a thread that releases may wait for its turn
+        return eventually(made, "there is room")
+
+    def issue(turn, tensor):
+        # Tickets for copies of their own, for one copy, for both; and what is kept is collected some time.
+        if turn % 3 == 0:
+            return [have(lane.put, tensor) for _ in range(4)]
+        copy = have(lane.copy, tensor)
+        cycle(copy)
+        return [copy.publish() if number <= turn % 4 else have(lane.put, tensor) for number in range(4)]
 
     def cycle(*what):
         inside = list(what)
@@ -85,11 +97,7 @@ COLLECTED_ANYWHERE = """
 
     def work(which):
         for turn in range(150):
-            tensor = tensors[(turn + which) % 3]
-            share = lane.share(uses=3 + turn % 4)  # too few, as many, and more
-            tickets = [put(tensor, share if turn % 3 else None) for _ in range(4)]
-            cycle(share)
-            del share
+            tickets = issue(turn, tensors[(turn + which) % 3])
             cycle(reader.take(tickets[0]), reader.take(tickets[1], "cow")[:2])
             other.discard(tickets[0]), other.discard(tickets[1]), other.discard(tickets[2])
             cycle(Last(tickets[2]))
@@ -106,8 +114,8 @@ COLLECTED_ANYWHERE = """
     gc.collect()
     assert left == [THREADS * 300], left
     eventually(lambda: lane.stats().tickets == 0, "all tickets have ended")
-    assert lane.stats().strays == 0
-    assert lane.stats().taken == 0
+    assert lane.stats().malformed_messages == 0
+    assert lane.stats().used_bytes == 0
     reader.close(), other.close(), lane.close()
     print("well")
 """
@@ -122,7 +130,7 @@ def test_tensors_are_collected_wherever_python_likes(threads: int) -> None:
 
 
 @pytest.mark.timeout(120)  # it hangs if it fails
-@pytest.mark.parametrize("lock", ["_lock", "_committing"])
+@pytest.mark.parametrize("lock", ["lock", "_committing"])
 def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> None:
     """The one above made certain, for the locks of the producer."""
     taken = pair.reader.take(pair.put(random(SHAPE)))
@@ -134,13 +142,48 @@ def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> 
 
 
 @pytest.mark.timeout(120)  # it hangs if it fails
-@pytest.mark.parametrize("lock", ["_claiming", "_sending"])
-def test_letting_go_waits_for_no_lock_of_the_reader(pair: Together, lock: str) -> None:
-    """While this very thread has it, as a collection in the middle of a take or of a give-back would find it."""
-    taken, other = pair.reader.take(pair.put(random(SHAPE))), pair.reader.take(pair.put(random((7,))))
+def test_letting_go_waits_for_no_lock_of_the_reader(pair: Together) -> None:
+    """Another thread's tensor is let go while one takes."""
+    taken, ticket = [pair.reader.take(pair.put(random(SHAPE)))], pair.put(random((8,)))
+    with pair.reader._links[pair.lane.name]._claiming:
+        in_threads([taken.clear])
+        assert pair.lane.stats().tickets == 1
+        pair.reader.discard(ticket)  # which leaves it to the reader's thread
+    eventually(pair.nothing_is_out, "the ticket is discarded")
+
+
+@pytest.mark.timeout(120)  # it hangs if it fails
+def test_letting_go_amid_a_take_of_the_same_thread(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a collection in the middle of it does."""
+    held = [pair.reader.take(pair.put(random(SHAPE)))]
     ticket = pair.put(random((8,)))
-    with getattr(pair.reader._links[pair.lane.address], lock):
-        del taken
-        pair.reader.discard(ticket)
-    del other  # whoever sends next sends what is left
-    assert pair.lane.stats().tickets == 0
+
+    def digest_and_collect(ticket: bytes) -> int:
+        with pair.reader._links[pair.lane.name]._claiming:
+            held.clear()
+        return digest(ticket)
+
+    monkeypatch.setattr(link, "digest", digest_and_collect)
+    assert same(pair.reader.take(ticket), random((8,)))
+    assert pair.nothing_is_out()
+
+
+def test_a_release_that_was_interrupted_is_sent_with_the_next(
+    pair: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a signal handler that raised: what a finalizer raises goes nowhere."""
+    one, two = pair.reader.take(pair.put(random(SHAPE))), pair.reader.take(pair.put(random((7,))))
+    swallowed: list[str] = []
+
+    def probe(name: str) -> None:
+        if name == "release.queued":
+            failpoints.probe = None
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda hook: swallowed.append(hook.exc_type.__name__))
+    monkeypatch.setattr(failpoints, "probe", probe)
+    del one
+    assert swallowed == ["KeyboardInterrupt"] and pair.lane.stats().tickets == 2
+    del two
+    eventually(pair.nothing_is_out, "both are released")
+    assert pair.lane.stats().malformed_messages == 0

@@ -59,8 +59,8 @@ def test_all_dtypes_of_whole_numbers_of_bytes_travel() -> None:
 
 
 contents = st.builds(
-    lambda address, slot, serial, offset, dtype, shape: Content(
-        address, slot, serial, offset, torch.Size(shape).numel() * dtype.itemsize, dtype, tuple(shape)
+    lambda name, slot, serial, offset, dtype, shape: Content(
+        name, slot, serial, offset, torch.Size(shape).numel() * dtype.itemsize, dtype, tuple(shape)
     ),
     st.text(st.characters(codec="utf-8"), max_size=60),
     st.integers(0, (1 << 32) - 1),
@@ -103,9 +103,9 @@ def test_a_ticket_through_msgpack_is_the_same(pair: Together) -> None:
 def test_a_ticket_says_where_its_tensor_is(pair: Together) -> None:
     ticket = pair.put(random((2, 3), torch.int32))
     content = read(ticket)
-    assert content.address == pair.lane.address
+    assert content.lane == pair.lane.name
     assert (content.dtype, content.shape, content.nbytes) == (torch.int32, (2, 3), 24)
-    pair.reader.discard(ticket)
+    pair.discard(ticket)
 
 
 # --- what is not a ticket ----------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Attack:
         ]
         self.out = [(pair.put(tensor), tensor) for tensor in tensors]
         ended = pair.put(random((9,)))
-        pair.reader.discard(ended)
+        pair.discard(ended)
         withdrawn = pair.put(random((10,)))
         pair.lane.withdraw(withdrawn)
         pair.lane.drain()
@@ -178,7 +178,7 @@ class Attack:
             return rewritten(ticket, **{name: getattr(read(other), name) for name in names})
 
         names = st.sets(
-            st.sampled_from(["address", "slot", "serial", "offset", "dtype", "shape", "nbytes"]), min_size=1
+            st.sampled_from(["lane", "slot", "serial", "offset", "dtype", "shape", "nbytes"]), min_size=1
         )
         everything = st.one_of(
             st.builds(flipped, source, st.lists(st.integers(0, 8 * longest), min_size=1, max_size=6)),
@@ -192,7 +192,7 @@ class Attack:
             st.builds(moved, source, fields, near),
             st.builds(reshaped, source, st.sampled_from(list(NAMES)), shape),
             st.builds(from_another, source, source, names),
-            st.builds(lambda ticket, address: rewritten(ticket, address=address), source, st.text(max_size=20)),
+            st.builds(lambda ticket, name: rewritten(ticket, lane=name), source, st.text(max_size=20)),
             st.binary(max_size=200),
             st.builds(lambda rest: b"mml1" + rest, st.binary(max_size=200)),
             st.sampled_from(self.over),
@@ -205,17 +205,22 @@ class Attack:
 
 @pytest.mark.long
 def test_thousands_of_things_that_are_not_tickets(pair: Together) -> None:
-    """(5): each is an error of its own kind; nothing is taken, nothing is given back, the lane goes on."""
+    """(5): each is an error of its own kind; nothing is taken, nothing is released, the lane goes on.
+
+    To discard a stale ticket is no error: the reader's thread looks at it, and does nothing.
+    """
     count = examples(2_000, 20_000)
     attack = Attack(pair)
     before = pair.lane.stats()
     seen: dict[type[TicketError], int] = {}
 
     @settings(max_examples=count, database=None)
-    @given(attack.strategy(), st.sampled_from([pair.reader.take, pair.reader.discard]))
-    def strike(ticket: Any, use: Any) -> None:
+    @given(attack.strategy(), st.booleans())
+    def strike(ticket: Any, discarded: bool) -> None:
         with pytest.raises(TicketError) as caught:
-            use(ticket)
+            if discarded:
+                pair.reader.discard(ticket)
+            pair.reader.take(ticket)
         assert caught.type in (MalformedTicket, StaleTicket, UnknownLane)
         assert str(caught.value)
         seen[caught.type] = seen.get(caught.type, 0) + 1
@@ -242,8 +247,8 @@ def test_withdrawing_what_is_not_a_ticket_of_this_lane_changes_nothing(pair: Tog
             elsewhere,
             rewritten(ticket, serial=content.serial + 1),
             rewritten(ticket, slot=content.slot + 1),
-            rewritten(ticket, address=other.lane.address),
-            rewritten(ticket, address=""),
+            rewritten(ticket, lane=other.lane.name),
+            rewritten(ticket, lane=""),
         ):
             pair.lane.withdraw(wrong)
         for nonsense in (b"", b"mml1", ticket[:-1], None, 7, bytearray(ticket)):
@@ -258,10 +263,10 @@ def test_withdrawing_what_is_not_a_ticket_of_this_lane_changes_nothing(pair: Tog
 def test_a_lane_that_is_not_joined_is_named(pair: Together) -> None:
     with together() as other:
         ticket = other.put(random((3,)))
-        with pytest.raises(UnknownLane, match=other.lane.address):
+        with pytest.raises(UnknownLane, match=other.lane.name):
             pair.reader.take(ticket)
         assert other.lane.stats().tickets == 1
-        other.reader.discard(ticket)
+        other.discard(ticket)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +283,7 @@ def test_the_message_says_what_was_found(pair: Together, made: Any, says: str) -
     ticket = pair.put(random((3,)))
     with pytest.raises(MalformedTicket, match=says):
         pair.reader.take(made(ticket))
-    pair.reader.discard(ticket)
+    pair.discard(ticket)
 
 
 def test_errors_of_tickets_are_value_errors_and_pickle() -> None:

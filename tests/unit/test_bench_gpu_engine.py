@@ -182,7 +182,7 @@ def test_the_numbers_of_the_servers_own_lane(ours: bool) -> None:
     pids = {os.getpid()} if ours else set()
     with Lane({"tp": 1}, capacity=1 << 20) as lane:
         found = command.settled(SimpleNamespace(pids=lambda: pids))  # type: ignore[arg-type]
-        assert [one["address"] for one in found] == [lane.address] * ours
+        assert [one["name"] for one in found] == [lane.name] * ours
     assert not ours or json.loads(json.dumps(found))[0]["stats"]["tickets"] == 0
 
 

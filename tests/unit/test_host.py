@@ -110,6 +110,17 @@ def test_pids_in_names(name: str, pid: int | None) -> None:
     assert alive is (None if pid is None else pid == 1)
 
 
+def test_only_plain_files_are_segments(tmp_path: Path) -> None:
+    """Any user can put these into /dev/shm."""
+    (tmp_path / "psm_a").write_bytes(b"x")
+    (tmp_path / "psm_loop").symlink_to("psm_loop")
+    (tmp_path / "psm_link").symlink_to("psm_a")
+    (tmp_path / "psm_directory").mkdir()
+    os.mkfifo(tmp_path / "psm_fifo")
+    shm = host.shared_memory(tmp_path)
+    assert shm is not None and [segment.name for segment in shm.segments] == ["psm_a"]
+
+
 def test_without_a_dev_shm(tmp_path: Path) -> None:
     assert host.shared_memory(tmp_path / "missing") is None
 

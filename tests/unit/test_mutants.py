@@ -76,20 +76,20 @@ def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 def test_results_hold_for_one_module_its_tests_and_what_they_import(tmp_path: Path, checkout: Path) -> None:
     shutil.copytree(checkout / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(checkout / mutants.LANE, tmp_path / mutants.LANE)
-    before = mutants.made_from("space", tmp_path)
-    assert before == mutants.made_from("space", checkout)
+    before = mutants.made_from("allocator", tmp_path)
+    assert before == mutants.made_from("allocator", checkout)
     for changed, counts in (
-        ("plugin/mmlane/lane/space.py", True),
-        ("tests/lane/test_space.py", True),
+        ("plugin/mmlane/lane/allocator.py", True),
+        ("tests/lane/test_allocator.py", True),
         ("tests/lane/harness/breakpoints.py", True),  # by way of the conftest.py beside the tests
         ("tests/lane/harness/sockets.py", False),
     ):
         text = (tmp_path / changed).read_text()
         (tmp_path / changed).write_text(text + "\n")
-        assert (mutants.made_from("space", tmp_path) != before) == counts, changed
+        assert (mutants.made_from("allocator", tmp_path) != before) == counts, changed
         (tmp_path / changed).write_text(text)
     (tmp_path / "tests" / "lane" / "test_ring.py").write_text("")
-    assert mutants.made_from("space", tmp_path) == before
+    assert mutants.made_from("allocator", tmp_path) == before
     # That one has all tests of the lane.
     assert mutants.made_from("reader", tmp_path) != mutants.made_from("reader", checkout)
 
@@ -98,14 +98,14 @@ def test_what_took_too_long_is_no_kill(tmp_path: Path, capsys: pytest.CaptureFix
     outcomes = (work_item.TestOutcome.KILLED, work_item.TestOutcome.SURVIVED, work_item.TestOutcome.INCOMPETENT)
     with use_db(tmp_path / "results.sqlite") as database:
         for line, outcome in enumerate(outcomes, 1):
-            change = work_item.MutationSpec("space.py", "core/AddNot", 0, (line, 0), (line, 1))
+            change = work_item.MutationSpec("allocator.py", "core/AddNot", 0, (line, 0), (line, 1))
             database.add_work_item(work_item.WorkItem.single(str(line), change))
             database.set_result(
                 str(line), work_item.WorkResult(work_item.WorkerOutcome.NORMAL, "", outcome, f"diff of {line}")
             )
-        mutants.report("space", database, tmp_path / "space.txt")
-    counts = "space: 1 of 3 killed (33.3 %), 1 survived, 1 took too long, 0 not tried"
+        mutants.report("allocator", database, tmp_path / "allocator.txt")
+    counts = "allocator: 1 of 3 killed (33.3 %), 1 survived, 1 took too long, 0 not tried"
     assert capsys.readouterr().out.startswith(counts)
-    survived, late = (tmp_path / "space.txt").read_text().split("\n\n")[1:]
-    assert survived == "survived: space.py:2 core/AddNot in None\ndiff of 2"
-    assert late == "took too long: space.py:3 core/AddNot in None\ndiff of 3\n"
+    survived, late = (tmp_path / "allocator.txt").read_text().split("\n\n")[1:]
+    assert survived == "survived: allocator.py:2 core/AddNot in None\ndiff of 2"
+    assert late == "took too long: allocator.py:3 core/AddNot in None\ndiff of 3\n"

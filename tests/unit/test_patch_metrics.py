@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 
 from mmlane import __version__  # noqa: E402
-from mmlane.lane import Lane, Reader, Refused  # noqa: E402
+from mmlane.lane import Lane, Reader, Refused, status  # noqa: E402
 from mmlane_patches import guard, lanes, metrics  # noqa: E402
 from tests.lane.harness.waiting import DEADLINE, eventually  # noqa: E402
 
@@ -98,10 +98,19 @@ def test_who_runs_and_how_the_lane_is_can_be_seen_from_the_start_on(
     assert producer.put(torch.ones(9))[0] is None
     metrics.write()
     assert states() == {"opening": 1}
-    reader = Reader("dp0")
+    reader = Reader("dp0", 0)
     assert producer.lane is not None
-    reader.join(producer.lane.address)
+    reader.join(producer.lane.invitation)
     assert producer.lane.wait_open(DEADLINE)
+    metrics.watch(producer.lane)
+    assert states() == {"open": 1} and numbers()["joined"] == 1
+    before = value("fallbacks_total", cause="off")
+    status.switch(producer.lane.name, off=True)
+    assert producer.put(torch.ones(9)) == (None, None)
+    metrics.write()
+    assert states() == {"off": 1} and numbers()["joined"] == 1
+    assert value("fallbacks_total", cause="off") == before + 1
+    status.switch(producer.lane.name, off=False)
     metrics.write()
     assert states() == {"open": 1}
     producer.lane.close()
@@ -111,6 +120,23 @@ def test_who_runs_and_how_the_lane_is_can_be_seen_from_the_start_on(
     del owner
     metrics.write()
     assert states() == {}
+
+
+def test_lost_tickets_are_counted(by_hand: None) -> None:
+    before = value("lost_tickets_total")
+    with Lane({"dp0": 1}, capacity=8 * MIB) as lane, Reader("dp0", 0) as reader:
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
+        metrics.watch(lane)
+        ticket = lane.put(torch.ones(9))
+        assert isinstance(ticket, bytes)
+        lane.recall(ticket)
+        lane.look()  # which is done once a period
+        eventually(lambda: lane.stats().lost_tickets == 1, "no reader has seen the ticket")
+        for _ in range(2):
+            metrics.write()
+            assert value("lost_tickets_total") == before + 1
+    metrics.write()
 
 
 def test_a_lane_that_cannot_be_had_has_failed(by_hand: None) -> None:

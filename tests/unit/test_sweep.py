@@ -28,6 +28,8 @@ MIB = 1 << 20
 FAMILIES = ("psm", "sgl", "mmlane")
 PSM, SGL = "psm_0123abcd", "sgl_shm_mm_4711_0123abcd"
 ELSEWHERE = "mmlane_4711_12345_4026530000_0123456789abcdef"  # of another pid namespace
+LOCK = f"mmlane-sweep-{os.geteuid()}"
+AS_ANOTHER_USER = ("setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups", "--")
 SWEPT = (
     "mmlane: reclaimed 1 segment (1.0 MiB) that a crashed engine left in /dev/shm; MMLANE_SWEEP=0 leaves them\n"
 )
@@ -115,7 +117,9 @@ def sweep(container: Container, chosen: str = "private", before: str = "") -> st
     code = f"import mmlane_patches.sweeping as s\n{before}\ns.sweep()"
     environ = {**os.environ, "MMLANE_SWEEP": chosen}
     command = container.inside([sys.executable, "-c", code])
-    return subprocess.run(command, env=environ, stderr=subprocess.PIPE, text=True, check=True).stderr
+    # The limit is there for a sweep that stands still, at a file that nobody answers at.
+    done = subprocess.run(command, env=environ, stderr=subprocess.PIPE, text=True, check=True, timeout=60)
+    return done.stderr
 
 
 def there(container: Container) -> set[str]:
@@ -260,11 +264,10 @@ def test_a_younger_engine_knows_nothing_of_it(container: Container, torch: str) 
 
 def test_another_users_processes_do_not_count(container: Container) -> None:
     code = "print(flush=True); import sys; sys.stdin.read()"
-    drop = ["setpriv", "--reuid", "12345", "--clear-groups", "--"]
     python = "/usr/bin/python3"  # one that everybody may run
     if not Path(python).exists():
         pytest.skip(f"no {python}")
-    with Living(container, *drop, python, "-c", code):
+    with Living(container, *AS_ANOTHER_USER, python, "-c", code):
         leave(container, PSM)
         assert sweep(container) == SWEPT
 
@@ -409,14 +412,102 @@ def test_what_is_no_longer_what_was_looked_at_stays(container: Container, change
     assert there(container) == {PSM}
 
 
-def test_two_that_start_at_once_do_not_disturb_each_other(container: Container) -> None:
+def test_only_one_of_two_that_start_at_once_sweeps(container: Container) -> None:
     leave(container, PSM)
-    directory = os.open(container.shm, os.O_RDONLY)
-    fcntl.flock(directory, fcntl.LOCK_EX)
-    assert sweep(container) == ""
+    lock = container.shm / LOCK
+    with lock.open("w") as file:
+        lock.chmod(0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert sweep(container) == ""
+        assert there(container) == {PSM, LOCK}
+    assert sweep(container) == SWEPT  # also the lock's file, which one that was killed has left
+    assert there(container) == set()
+
+
+def test_the_other_one_has_just_finished(container: Container) -> None:
+    """And has removed the lock's file. The next to start makes a new one, and must not meet us."""
+    leave(container, PSM)
+    finished = (
+        "import os\nflock = s.fcntl.flock\n"
+        f"def late(*how):\n    os.unlink('/dev/shm/{LOCK}')\n    flock(*how)\n"
+        "s.fcntl.flock = late"
+    )
+    assert sweep(container, before=finished) == ""
     assert there(container) == {PSM}
-    os.close(directory)
-    assert sweep(container) == SWEPT
+
+
+def test_another_users_lock_on_dev_shm_stops_no_sweep(container: Container) -> None:
+    leave(container, PSM)
+    with Living(container, *AS_ANOTHER_USER, "flock", "/dev/shm", "sh", "-c", "echo; exec cat"):
+        assert sweep(container) == SWEPT
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        "umask 0; : > {lock}; exec flock {lock} sh -c 'echo; exec cat'",
+        "mkdir {lock}",
+        "mkfifo -m 666 {lock}",
+        "ln -s {lock} {lock}",
+        "ln -s /dev/shm/ours {lock}",
+    ],
+)
+def test_another_user_who_has_the_locks_name_stops_no_sweep(container: Container, make: str) -> None:
+    """Whether fs.protected_regular has the kernel refuse us that file, or not."""
+    leave(container, PSM, "ours")
+    with (container.shm / "ours").open() as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        command = make.format(lock=f"/dev/shm/{LOCK}") + "; echo; exec cat"
+        with Living(container, *AS_ANOTHER_USER, "sh", "-c", command):
+            assert sweep(container) == SWEPT
+            assert there(container) == {"ours", LOCK}
+
+
+def test_a_second_name_of_a_file_of_ours_is_not_our_lock(container: Container) -> None:
+    """Where fs.protected_hardlinks is 0, another user can give it one."""
+    leave(container, PSM, "ours")
+    (container.shm / LOCK).hardlink_to(container.shm / "ours")
+    with (container.shm / "ours").open() as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        assert sweep(container) == SWEPT
+    assert there(container) == {"ours", LOCK}
+
+
+AT_ONCE = """
+import os
+go, start = os.pipe()
+sweepers = []
+for _ in range(8):
+    sweepers.append(os.fork())
+    if sweepers[-1] == 0:
+        os.close(start)
+        os.read(go, 1)
+        s.sweep()
+        os._exit(0)
+os.close(start)
+for sweeper in sweepers:
+    assert os.waitpid(sweeper, 0)[1] == 0
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_many_that_start_at_once(container: Container, locked: bool) -> None:
+    """Nothing wrong is unlinked, nothing reclaimed twice, nothing false said. With the lock, nothing is missed."""
+    dead = {f"{name_of(container, 4711, 12345)[:-4]}{number:04x}" for number in range(200)}
+    kept = {name_of(container, 1, 12345), "mine"}
+    leave(container, *dead, *kept)
+    if not locked:  # as another user can have it
+        (container.shm / LOCK).mkdir()
+        kept.add(LOCK)
+    said = sweep(container, "1", before=AT_ONCE)
+    left = there(container)
+    reclaimed = [int(number) for number in re.findall(r"reclaimed (\d+) segments? ", said)]
+    assert kept <= left <= kept | dead
+    assert sum(reclaimed) == len(dead - left)
+    assert said.count("\n") == len(reclaimed)
+    if locked:
+        assert left == kept and len(reclaimed) == 1
 
 
 def test_who_opens_a_segment_meanwhile_waits_and_kills_nobody(container: Container) -> None:
@@ -424,6 +515,7 @@ def test_who_opens_a_segment_meanwhile_waits_and_kills_nobody(container: Contain
     opened = (
         "import os, subprocess\nunlink = os.unlink\n"
         "def slow(name, dir_fd):\n"
+        "    s.os.unlink = unlink\n"
         f"    opener = subprocess.Popen(['cat', '/dev/shm/{PSM}'], stdout=subprocess.DEVNULL)\n"
         "    while not b'break_lease' in (wchan := open(f'/proc/{opener.pid}/wchan', 'rb').read()):\n"
         "        assert opener.poll() is None, wchan\n"

@@ -1,4 +1,4 @@
-"""The command `mmlane`: look at what the plugin does on this machine."""
+"""The command `mmlane`: look at what the plugin does on this machine, and switch it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import typer
 
 from mmlane import __version__
 from mmlane.cli.doctor import doctor
-from mmlane.cli.status import status
+from mmlane.cli.status import off, on, status
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(doctor)
 app.command()(status)
+app.command()(off)
+app.command()(on)
 
 
 def _show_version(wanted: bool) -> None:
@@ -27,7 +29,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """The command `mmlane`: look at what the plugin does on this machine."""
+    """The command `mmlane`: look at what the plugin does on this machine, and switch it."""
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""`mmlane status`: the lanes that run on this machine, and how they do."""
+"""`mmlane status`, `off` and `on`: the lanes that run on this machine, how they are, and a switch for them."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from mmlane.cli.examination import FINE, TROUBLE
 from mmlane.cli.units import size
-from mmlane.lane.status import LaneStats, StatusError, ask, running
+from mmlane.lane.status import LaneStats, OtherUser, StatusError, ask, running, switch
 
 NONE = (
     "No lane runs in this network namespace. An engine in mode arena (MMLANE=arena, the default) makes one at its "
@@ -32,23 +33,25 @@ _INTERVAL = 1.0  # seconds between two looks of --watch
 class Found:
     """A lane and what it tells, or `problem`: why it does not.
 
-    command: what its producer calls itself, in one line; "" if that is out of sight.
+    command: what its producer calls itself, in one line; "" if that is out of sight. is_ours: of this user, as
+    far as one can tell.
     """
 
-    address: str
+    name: str
     stats: LaneStats | None
     command: str = ""
     problem: str = ""
+    is_ours: bool = True
 
     @property
     def pid(self) -> int:
-        """The producer; by the number in the address, which is that of its own PID namespace, if need be."""
-        return (self.stats and self.stats.pid) or int(self.address.split("-")[1])
+        """The producer; by the number in the name, which is that of its own PID namespace, if need be."""
+        return (self.stats and self.stats.pid) or int(self.name.split("-")[1])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON. A key is always there; its value is null where there is nothing to tell."""
         return {
-            "address": self.address,
+            "name": self.name,
             "pid": self.pid,
             "command": self.command or None,
             "problem": self.problem or None,
@@ -90,17 +93,69 @@ def _watch(console: Console) -> None:
             live.update(render(look()), refresh=True)
 
 
+def off(
+    pid: Annotated[int | None, typer.Argument(help="Process whose lanes to switch off.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All lanes of this user.")] = False,
+) -> None:
+    """Switch running lanes off: their engines go on by shared-memory segments, at once and without a restart.
+
+    Features that are in a lane are still taken from there; its memory goes back to the system when it is unused.
+    `mmlane on` undoes this.
+
+    Exit code: 0 if there were lanes and all of them were switched, 1 if not, 2 a wrong option.
+    """
+    _switch_all(pid, everything, off=True)
+
+
+def on(
+    pid: Annotated[int | None, typer.Argument(help="Process whose lanes to switch on.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All lanes of this user.")] = False,
+) -> None:
+    """Switch lanes on again that `mmlane off` has switched off.
+
+    Exit code: 0 if there were lanes and all of them were switched, 1 if not, 2 a wrong option.
+    """
+    _switch_all(pid, everything, off=False)
+
+
+def _switch_all(pid: int | None, everything: bool, *, off: bool) -> None:
+    if (pid is None) != everything:
+        raise typer.BadParameter("name a PID, as `mmlane status` shows it, or --all")
+    try:
+        found = look()
+    except StatusError as error:
+        typer.echo(f"mmlane: {error}", err=True)
+        raise typer.Exit(TROUBLE) from None
+    lanes = [lane for lane in found if (lane.is_ours if everything else lane.pid == pid)]
+    if not lanes:
+        whose = "this user" if everything else f"process {pid}"
+        typer.echo(f"mmlane: no lane of {whose}; `mmlane status` lists all" if found else NONE, err=True)
+        raise typer.Exit(TROUBLE)
+    failed = False
+    for lane in lanes:
+        try:
+            typer.echo(f"{lane.name}: {switch(lane.name, off).state}")
+        except StatusError as error:
+            failed = True
+            typer.echo(f"mmlane: {error}", err=True)
+    if failed:
+        raise typer.Exit(TROUBLE)
+
+
 def look() -> list[Found]:
     """Ask all lanes that run. Raises StatusError where they cannot be listed."""
-    return [_found(address) for address in running()]
+    names = running()
+    # At once: any user can have a name here at which nobody answers.
+    with ThreadPoolExecutor(max(len(names), 1)) as pool:
+        return list(pool.map(_found, names))
 
 
-def _found(address: str) -> Found:
+def _found(name: str) -> Found:
     try:
-        stats = ask(address)
+        stats = ask(name)
     except StatusError as error:
-        return Found(address, None, problem=str(error))
-    return Found(address, stats, _command(stats.pid))
+        return Found(name, None, problem=str(error), is_ours=not isinstance(error, OtherUser))
+    return Found(name, stats, _command(stats.pid))
 
 
 def _command(pid: int) -> str:
@@ -131,42 +186,53 @@ def render(lanes: list[Found]) -> Group:
         table.add_column(overflow="fold")
         for name, text, style in (("process", f"{lane.pid}  {title}", ""), *_rows(lane.stats)):
             table.add_row(f"  {name}", Text(text, style=style))
-        parts += [Text(lane.address, style="bold"), table]
+        parts += [Text(lane.name, style="bold"), table]
     return Group(*parts)
 
 
 def _rows(lane: LaneStats) -> Iterator[tuple[str, str, str]]:
     """Name, text and style of what there is to say about a lane."""
-    joined = {group: (lane.readers.get(group, 0), wanted) for group, wanted in lane.expected.items()}
-    missing = [f"{wanted - have} in {group!r}" for group, (have, wanted) in joined.items() if have < wanted]
-    if lane.is_open:
-        yield "state", "open", "green"
+    missing = [
+        f"{number} of {group!r}"
+        for group, wanted in lane.expected.items()
+        for number in sorted(set(range(wanted)).difference(lane.joined.get(group, ())))
+    ]
+    if lane.state == "waiting":
+        yield "state", f"waiting for readers: {', '.join(missing)}", "yellow"
+    elif lane.state == "off":
+        yield "state", "off: puts are refused until `mmlane on`", "yellow"
     else:
-        yield "state", f"waiting for readers: {', '.join(missing)}" if missing else "closed", "yellow"
-    yield "readers", ", ".join(f"{group!r} {have}/{wanted}" for group, (have, wanted) in joined.items()), ""
+        yield "state", lane.state, "green" if lane.state == "open" else "yellow"
+    joined = {group: len(lane.joined.get(group, ())) for group in lane.expected}
     yield (
-        "memory",
-        f"{size(lane.taken)} in use by {_count(lane.extents, 'extent')},"
-        f" {size(lane.warm)} committed{f' ({size(lane.pinned)} of it to be pinned)' * bool(lane.pinned)},"
-        f" {size(lane.capacity)} capacity",
+        "readers",
+        ", ".join(f"{group!r} {joined[group]}/{wanted}" for group, wanted in lane.expected.items()),
         "",
     )
-    yield "tickets", f"{lane.tickets} out, {_count(lane.orphans, 'orphan')} reclaimed", ""
-    speed = f" ({size(round(lane.copied / lane.copy_seconds))}/s)" if lane.copy_seconds else ""
+    pinned = f" ({size(lane.pinned_bytes)} of it to be pinned)" if lane.pinned_bytes else ""
+    yield (
+        "memory",
+        f"{size(lane.used_bytes)} used by {_count(lane.extents, 'extent')},"
+        f" {size(lane.committed_bytes)} committed{pinned},"
+        f" {size(lane.capacity_bytes)} capacity",
+        "",
+    )
+    yield "tickets", f"{lane.tickets} out, {lane.lost_tickets} lost and reclaimed", ""
+    speed = f" ({size(round(lane.copied_bytes / lane.copy_seconds))}/s)" if lane.copy_seconds else ""
     yield (
         "puts",
-        f"{lane.puts}, {lane.shared} of them without a copy; {size(lane.copied)} copied in"
+        f"{lane.puts}, {lane.shared} of them without a copy; {size(lane.copied_bytes)} copied in"
         f" {lane.copy_seconds:.3g} s{speed}",
         "",
     )
-    refused = ", ".join(f"{count} {cause}" for cause, count in sorted(lane.refused.items()))
-    yield "refused", refused or "none", "yellow" if refused else ""
-    if lane.strays or lane.strangers:
-        strays = _count(lane.strays, "message")
-        yield "nonsense", f"{strays} from readers, {_count(lane.strangers, 'visitor')} sent away", "yellow"
+    fallbacks = ", ".join(f"{count} {cause}" for cause, count in sorted(lane.fallbacks.items()))
+    yield "fallbacks", fallbacks or "none", "yellow" if fallbacks else ""
+    if lane.malformed_messages or lane.rejected_peers:
+        malformed = _count(lane.malformed_messages, "malformed message")
+        yield "rejected", f"{malformed}, {_count(lane.rejected_peers, 'process', 'es')}", "yellow"
     for line in lane.degraded:
         yield "without", line, "yellow"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"

@@ -3,13 +3,16 @@
     lane = Lane(readers={"tp": 2})              # in the producer
     ticket = lane.put(tensor)                   # plain bytes, or a Refused that says why not; copies the tensor
 
-    reader = Reader(group="tp")                 # in each reader
-    reader.join(address)
-    tensor = reader.take(ticket, mode="view")   # given back when the tensor is let go
+    reader = Reader("tp", 0)                    # in each reader, with its number
+    reader.join(invitation)                     # the lane's
+    tensor = reader.take(ticket, mode="view")   # released when the tensor is let go
 
-Whoever else wants to know how lanes do: mmlane.lane.status.
+Any process of the same user can ask after lanes: mmlane.lane.status.
 
 docs/lane.md explains the protocol. `Lane` and `Reader` need torch; nothing here knows the engine.
+
+No error is logged as an object, only its text: a handler that keeps records would keep its traceback, and with
+that a lane's memory.
 """
 
 from importlib import import_module
@@ -19,6 +22,7 @@ from mmlane.lane.errors import (
     JoinRefused,
     LaneError,
     LaneUnavailable,
+    MalformedInvitation,
     MalformedTicket,
     Refused,
     StaleHere,
@@ -26,15 +30,21 @@ from mmlane.lane.errors import (
     TicketError,
     UnknownLane,
 )
+from mmlane.lane.invitation import Invitation
 from mmlane.lane.status import LaneStats, StatusError
 
 if TYPE_CHECKING:
     from mmlane.lane.producer import Lane
     from mmlane.lane.reader import Mode, Reader
-    from mmlane.lane.share import Share
+    from mmlane.lane.reservation import Reservation
 else:
     # These need torch, which takes seconds to import; who asks for a lane's status does not.
-    _LATER = {"Lane": "producer", "Mode": "reader", "Reader": "reader", "Share": "share"}
+    _LATER = {
+        "Lane": "producer",
+        "Mode": "reader",
+        "Reader": "reader",
+        "Reservation": "reservation",
+    }
 
     def __getattr__(name):
         if name not in _LATER:
@@ -43,16 +53,18 @@ else:
 
 
 __all__ = [
+    "Invitation",
     "JoinRefused",
     "Lane",
     "LaneError",
     "LaneStats",
     "LaneUnavailable",
+    "MalformedInvitation",
     "MalformedTicket",
     "Mode",
     "Reader",
     "Refused",
-    "Share",
+    "Reservation",
     "StaleHere",
     "StaleTicket",
     "StatusError",

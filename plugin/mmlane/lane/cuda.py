@@ -1,7 +1,7 @@
-"""The GPU that a reader copies to: host memory registered for it, and give-backs that wait until it has read.
+"""The GPU that a reader copies to: host memory registered for it, and releases that wait until it has read.
 
 A copy to the device is only queued when `non_blocking=True` returns, and from pinned memory the device reads the
-lane itself, later. So an extent whose tensor is gone may still be read. It is given back once events, recorded on
+lane itself, later. So an extent whose tensor is gone may still be read. It is released once events, recorded on
 every stream that may have been told to copy it, have passed.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -133,7 +133,7 @@ class Pinned(memory.Mapping):
         self.offset = offset
         writable = memory.Descriptor(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
         super().__init__(writable.fd, nbytes, offset=offset, writable=True)
-        self.populate(0, nbytes, write=True)
+        self.populate(0, nbytes)
         cuda.register(self.address, nbytes)
         self._cuda = cuda
         self.protect()
@@ -150,28 +150,32 @@ class Pinned(memory.Mapping):
                 cuda.unregister(self.address)
             except RuntimeError as error:  # CUDA has failed, or is shut down
                 self._stays = True
-                logger.debug("pinned memory of a lane stays as it is until the process ends: %s", error)
+                logger.debug("pinned memory of a lane stays as it is until the process ends: %s", str(error))
 
     def unmap(self) -> None:
         self.unpin()
         if self._stays:  # else CUDA would take what is mapped here next for what it has registered
-            self.address = 0
+            self._places.clear()
         super().unmap()
+
+
+_Settling: TypeAlias = "tuple[object, Callable[[], object]]"  # a loan, and what is to be done then
 
 
 class Device:
     """What a reader's tensors are copied to: settles loans in a thread of its own, and pins memory in others.
 
-    A loan is settled by calling it, in that thread, once no stream can be reading what it lent.
+    A loan, any object, is settled once no stream can be reading what it lent: what was to be done then, that
+    thread does.
     """
 
     def __init__(self, index: int) -> None:
         self._cuda = Cuda(index)
         self._pid = os.getpid()
-        self._work: SimpleQueue[tuple[Callable[[], object], Any] | None] = SimpleQueue()  # safe in finalizers
+        self._work: SimpleQueue[tuple[_Settling, Any] | None] = SimpleQueue()  # safe in finalizers
         self._known: dict[Any, None] = {}  # streams that were current where tensors were taken
-        self._counting = threading.Lock()
-        self._owed = self._settled = 0
+        self._noting = threading.Lock()
+        self._owed: set[object] = set()  # loans to be settled
         self._stopped = self._exiting = False
         self._ended = threading.Event()
         self._pinned: weakref.WeakSet[Pinned] = weakref.WeakSet()
@@ -180,16 +184,18 @@ class Device:
         self._thread.start()
         atexit.register(self._at_exit)
 
-    def owe(self) -> None:
-        """There will be one more loan to settle; the calling thread copies with the stream that it has now."""
+    def owe(self, loan: object) -> None:
+        """There is one more loan to settle; the calling thread copies with the stream that it has now."""
         self._known.setdefault(self._cuda.current_stream())
-        with self._counting:
-            self._owed += 1
+        self._owed.add(loan)
 
-    def settle(self, loan: Callable[[], object]) -> None:
-        """Call `loan` when the device has done all that it was told so far. For finalizers: waits for nothing."""
+    def settle(self, loan: object, then: Callable[[], object]) -> None:
+        """Call `then` when the device has done all that it was told so far. For finalizers: waits for nothing.
+
+        Can be said again, should it have been interrupted.
+        """
         if os.getpid() == self._pid:
-            self._work.put((loan, self._cuda.current_stream()))
+            self._work.put(((loan, then), self._cuda.current_stream()))
 
     def pin(
         self, file: memory.Descriptor, offset: int, nbytes: int, then: Callable[[Pinned | Exception], None]
@@ -200,7 +206,7 @@ class Device:
             try:
                 self._cuda.enter()
                 pinned = Pinned(self._cuda, file.fd, offset, nbytes)
-                with self._counting:
+                with self._noting:
                     self._pinned.add(pinned)
             except Exception as error:  # noqa: BLE001 - torch has many ways to say that CUDA does not work
                 then(error)
@@ -227,12 +233,12 @@ class Device:
     # --- the thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        let_go: list[Callable[[], object]] = []  # for which nothing is recorded yet
+        let_go: list[_Settling] = []  # for which nothing is recorded yet
         streams: set[Any] = set()
-        recorded: list[tuple[list[Any], list[Callable[[], object]]]] = []
+        recorded: list[tuple[list[Any], list[_Settling]]] = []
         entered = False
         pause = _POLL
-        while not self._exiting and (not self._stopped or self._settled < self._owed):
+        while not self._exiting and (not self._stopped or self._owed):
             self._receive(let_go, streams, pause if let_go or recorded else None)
             try:
                 if let_go and not entered:
@@ -245,9 +251,11 @@ class Device:
                     self._finish(recorded.pop(0)[1])
                 pause = _POLL
             except Exception as error:  # noqa: BLE001 - torch has many ways to say that CUDA has failed
-                # Nobody can say what the device still reads, so nothing is given back: at worst the lane is full.
+                # Nobody can say what the device still reads, so nothing is released: at worst the lane is full.
                 if pause == _POLL:
-                    logger.warning("a lane's reader cannot tell what the GPU has read, and keeps it: %s", error)
+                    logger.warning(
+                        "a lane's reader cannot tell what the GPU has read, and keeps it: %s", str(error)
+                    )
                 pause = _AFTER_ERROR
                 while recorded:  # other events, then
                     let_go += recorded.pop()[1]
@@ -256,7 +264,7 @@ class Device:
         atexit.unregister(self._at_exit)
         self._ended.set()
 
-    def _receive(self, let_go: list[Callable[[], object]], streams: set[Any], timeout: float | None) -> None:
+    def _receive(self, let_go: list[_Settling], streams: set[Any], timeout: float | None) -> None:
         with suppress(Empty):
             item = self._work.get(timeout=timeout)
             while True:
@@ -265,13 +273,13 @@ class Device:
                     streams.add(item[1])
                 item = self._work.get_nowait()
 
-    def _finish(self, loans: list[Callable[[], object]]) -> None:
-        while loans:
-            self._settled += 1
+    def _finish(self, settling: list[_Settling]) -> None:
+        while settling:
+            self._owed.discard(settling[-1][0])
             try:
-                loans.pop()()  # and no name here keeps it, and its mapping, alive
+                settling.pop()[1]()  # and no name here keeps it, and its mapping, alive
             except Exception as error:  # noqa: BLE001 - the others' room is to come back all the same
-                logger.error("a lane's reader could not give a tensor's room back: %s", repr(error))
+                logger.error("a lane's reader could not release a tensor: %s", repr(error))
 
     def _record(self, streams: set[Any]) -> list[Any] | None:
         """Events on every stream that may have been told to copy; None while one of them is being captured."""
@@ -285,7 +293,7 @@ class Device:
         return events
 
     def _unpin_all(self) -> None:
-        with self._counting:
+        with self._noting:
             pinned = list(self._pinned)
         if not pinned:
             return  # asking CUDA would make a context now
@@ -294,4 +302,4 @@ class Device:
             while pinned:
                 pinned.pop().unpin()
         except Exception as error:  # noqa: BLE001 - CUDA has failed; the kernel undoes it
-            logger.debug("pinned memory of a lane stays as it is until the process ends: %s", error)
+            logger.debug("pinned memory of a lane stays as it is until the process ends: %s", str(error))

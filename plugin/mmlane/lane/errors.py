@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-Cause = Literal["not_open", "full", "oversize", "unsupported", "closed"]
+Cause = Literal["not_open", "off", "full", "oversize", "unsupported", "closed"]
 
 
 class LaneError(Exception):
@@ -19,7 +19,11 @@ class LaneUnavailable(LaneError):
 
 
 class JoinRefused(LaneError):
-    """A reader could not join; the message says why: nobody there, another user, an unknown group, no room."""
+    """A reader could not join; the message says why: nobody there, a wrong secret, another has its number."""
+
+
+class MalformedInvitation(JoinRefused, ValueError):
+    """Not an invitation, one that was damaged, or one of another version of the protocol."""
 
 
 class TicketError(LaneError, ValueError):
@@ -31,11 +35,11 @@ class MalformedTicket(TicketError):
 
 
 class StaleTicket(TicketError):
-    """A ticket that was taken before, given back, withdrawn or revoked; or one that its lane never issued."""
+    """A ticket that was taken or released before, withdrawn or recalled; or one that its lane never issued."""
 
 
 class StaleHere(StaleTicket):
-    """A ticket that other readers may still take: this one joined too late, is leaving, or has forgone it."""
+    """A ticket that other readers may still take: this one has answered that it had not seen it."""
 
 
 class UnknownLane(TicketError):
@@ -46,8 +50,9 @@ class UnknownLane(TicketError):
 class Refused:
     """What `Lane.put` returns in a ticket's place, so that the caller can send the tensor another way.
 
-    cause: `not_open` (not all expected readers have joined), `full` (no room, or no memory for more),
-    `oversize` (larger than the whole lane), `unsupported` (not a plain dense CPU tensor), `closed`.
+    cause: `not_open` (not all expected readers have joined), `off` (somebody switched the lane off), `full` (no
+    room, or no memory for more), `oversize` (larger than the whole lane), `unsupported` (not a plain dense CPU
+    tensor), `closed` (for ever; a reader has ended, say).
     detail: one line for people, with what was wanted, what was found and what helps.
     """
 

@@ -1,6 +1,6 @@
-"""What a running lane tells about itself, to anybody of its user: which lanes there are, and how they do.
+"""What a running lane tells about itself, and how to switch it off and on, for any process of the same user.
 
-Asking takes no part in a lane: who asks is no reader, and the lane hangs up after the answer. Needs no torch.
+A process that asks is no reader: the lane hangs up after the answer. Needs no torch.
 """
 
 from __future__ import annotations
@@ -8,51 +8,59 @@ from __future__ import annotations
 import re
 import socket
 import struct
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass
 from os import geteuid
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mmlane.lane import wire
-from mmlane.lane.control import peer_pid, peer_uid
+from mmlane.lane import protocol
 from mmlane.lane.errors import Cause, LaneError
+from mmlane.lane.peer import last_words, peer_of
 
 # Num RefCount Protocol Flags Type St Inode Path: a listening (__SO_ACCEPTCON) SOCK_SEQPACKET of a lane's name
 _LISTENING = re.compile(r"^\S+ \S+ \S+ 00010000 0005 \S+ +\d+ @(mmlane-(\d+)-[0-9a-f]+)$", re.MULTILINE)
 
 
+State = Literal["waiting", "open", "off", "closed"]
+
+
 @dataclass(frozen=True)
 class LaneStats:
-    """A lane at one moment. All sizes in bytes.
+    """A lane at one moment.
 
-    pid: the producer, as whoever asks would call it; 0 if it is out of sight, in another PID namespace.
-    capacity: address room. warm: memory committed. pinned: of this, for good, for readers to pin. taken: in
-    extents: tickets refer to them, a share holds them, or they are being filled. expected, readers: by group.
-    puts: tickets issued. shared: puts that needed no copy. copied: copied into the lane by all other puts, in
-    `copy_seconds`, added up over all threads; puts that were refused after their copy count, too.
-    refused: puts refused, by cause. orphans: tickets that no reader ever saw, reclaimed. strays: messages from
-    readers that made no sense. strangers: visitors sent away. degraded: one line for each thing this kernel or
-    sandbox lacks.
+    name: the lane's. pid: the producer, as the asking process would call it.
+    state: `waiting` for readers, `open`, `off` (somebody switched it off) or `closed` (for ever).
+    capacity_bytes: address room. committed_bytes: memory committed. pinned_bytes: of this, what stays committed
+    for readers to pin. used_bytes: in extents; tickets refer to them, a reservation keeps them, or they are being
+    filled. expected: readers by group. joined: by group, the numbers of those that have joined.
+    puts: tickets issued. shared: of these, tickets for room that had one before, so that nothing was copied for
+    them. copied_bytes: copied into the lane, in `copy_seconds`, added up over all threads; what was refused after
+    its copy counts, too.
+    fallbacks: puts refused, by cause. lost_tickets: those that at least one reader never saw, reclaimed.
+    malformed_messages: from readers. rejected_peers: processes that were not let in. degraded: one line for each
+    thing this kernel or sandbox lacks.
     """
 
-    address: str
+    name: str
     pid: int
-    is_open: bool
-    capacity: int
-    warm: int
-    pinned: int
-    taken: int
+    state: State
+    capacity_bytes: int
+    committed_bytes: int
+    pinned_bytes: int
+    used_bytes: int
     extents: int
     tickets: int
     expected: dict[str, int]
-    readers: dict[str, int]
+    joined: dict[str, list[int]]
     puts: int
     shared: int
-    copied: int
+    copied_bytes: int
     copy_seconds: float
-    refused: dict[Cause, int]
-    orphans: int
-    strays: int
-    strangers: int
+    fallbacks: dict[Cause, int]
+    lost_tickets: int
+    malformed_messages: int
+    rejected_peers: int
     degraded: tuple[str, ...]
 
 
@@ -60,8 +68,12 @@ class StatusError(LaneError):
     """A lane's status cannot be had; the message says why: nobody there, another user, no answer in time."""
 
 
+class OtherUser(StatusError):
+    """The lane is another user's."""
+
+
 def running() -> tuple[str, ...]:
-    """Addresses of the lanes in this network namespace, of all users, by the PID in the address.
+    """Names of the lanes in this network namespace, of all users, by the PID in the name.
 
     Raises StatusError where /proc does not tell.
     """
@@ -69,41 +81,65 @@ def running() -> tuple[str, ...]:
         sockets = Path("/proc/net/unix").read_text(errors="replace")
     except OSError as error:
         raise StatusError(f"the lanes of this machine cannot be listed: {error}") from error
-    found = {(int(pid), address) for address, pid in _LISTENING.findall(sockets)}
-    return tuple(address for _, address in sorted(found))
+    found = {(int(pid), name) for name, pid in _LISTENING.findall(sockets)}
+    return tuple(name for _, name in sorted(found))
 
 
-def ask(address: str, timeout: float = 2.0) -> LaneStats:
+def ask(name: str, timeout: float = 2.0) -> LaneStats:
     """A lane as it is now, everything drained. Waits up to `timeout` seconds for each step. Raises StatusError."""
+    return _ask(name, protocol.STATUS, timeout)
+
+
+def switch(name: str, off: bool, timeout: float = 2.0) -> LaneStats:
+    """Switch a lane off, so that puts are refused, or on again. Waits and raises as `ask` does."""
+    return _ask(name, protocol.OFF if off else protocol.ON, timeout)
+
+
+def _ask(name: str, kind: int, timeout: float) -> LaneStats:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             # Python's own time-out would not wait where there is a queue.
             patience = struct.pack("@ll", int(timeout), max(int(timeout % 1 * 1e6), 1))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-            connection.connect(f"\0{address}")
+            connection.connect(f"\0{name}")
             connection.settimeout(timeout)
-            if peer_uid(connection) != geteuid():
-                raise StatusError(f"it belongs to user {peer_uid(connection)}, this is user {geteuid()}")
-            connection.send(bytes((wire.STATUS,)), socket.MSG_NOSIGNAL)
-            message = connection.recv(wire.STATUS_LIMIT)
-            return _stats(message, peer_pid(connection))
-    except (LaneError, wire.ProtocolError, OSError, ValueError) as error:
+            peer = peer_of(connection)
+            if peer.uid != geteuid():
+                raise OtherUser(f"it belongs to user {peer.uid}, this is user {geteuid()}")
+            with suppress(BrokenPipeError):  # it has answered already
+                connection.send(bytes((kind,)), socket.MSG_NOSIGNAL)
+            return _stats(last_words(lambda: connection.recv(protocol.STATUS_LIMIT)), peer.pid)
+    except (LaneError, protocol.ProtocolError, OSError, ValueError) as error:
         reason = str(error)
         if isinstance(error, (TimeoutError, BlockingIOError)):
             reason = f"no answer within {timeout:g} s: its producer stands still, or too many wait there"
         elif isinstance(error, ConnectionRefusedError):
             reason = "nobody listens there: its producer has ended, or is in another network namespace"
         elif isinstance(error, ConnectionError):
-            reason = "it hung up: its user is another, too many wait there, or it has just ended"
-        raise StatusError(f"lane {address} does not tell its status: {reason}") from error
+            reason = "it hung up: too many wait there, or it has just ended"
+        kind_of_error = OtherUser if isinstance(error, OtherUser) else StatusError
+        raise kind_of_error(f"lane {name} does not tell its status: {reason}") from error
 
 
 def _stats(message: bytes, pid: int) -> LaneStats:
     if not message:
         raise ConnectionResetError
-    if wire.kind(message) == wire.SORRY:
-        raise wire.ProtocolError(f"{wire.read_sorry(message)} (if it is of an older mmlane, it never tells)")
-    facts = wire.read_status(message)
-    if facts.keys() != {field.name for field in fields(LaneStats)}:
-        raise wire.ProtocolError("it is of another version of mmlane: ask with that one")
+    if protocol.kind(message) == protocol.REJECT:
+        raise protocol.ProtocolError(f"{protocol.read_reject(message)}")
+    facts = protocol.read_status(message)
+    wanted = get_type_hints(LaneStats)
+    if facts.keys() != wanted.keys() or not all(_is(facts[name], kind) for name, kind in wanted.items()):
+        raise protocol.ProtocolError("it is of another version of mmlane: ask with that one")
     return LaneStats(**{**facts, "pid": pid, "degraded": tuple(facts["degraded"])})
+
+
+def _is(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a type that LaneStats has."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is None:
+        return isinstance(value, kind)
+    if origin is Literal:
+        return value in args
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(k, args[0]) and _is(v, args[1]) for k, v in value.items())
+    return isinstance(value, list) and all(_is(one, args[0]) for one in value)

@@ -16,9 +16,7 @@ import torch
 from mmlane.lane.errors import MalformedTicket
 
 _MAGIC = b"mml1"
-_HEAD = struct.Struct(
-    "<4sBBBIQQQ"
-)  # magic, lengths of address and dtype, dimensions, slot, serial, offset, nbytes
+_HEAD = struct.Struct("<4sBBBIQQQ")  # magic, lengths of name and dtype, dimensions, slot, serial, offset, nbytes
 DIMENSIONS = 255  # of a tensor, at most: their number is one byte
 
 _NAMES = (
@@ -34,7 +32,7 @@ NAMES: dict[torch.dtype, bytes] = {dtype: name.encode() for name, dtype in DTYPE
 class Content(NamedTuple):
     """What a ticket says: the lane, the place of the tensor in it (bytes), a number unique there, its looks."""
 
-    address: str
+    lane: str
     slot: int
     serial: int
     offset: int
@@ -43,13 +41,30 @@ class Content(NamedTuple):
     shape: tuple[int, ...]
 
 
+def unsupported(tensor: torch.Tensor) -> str:
+    """Why a tensor cannot travel by lane; empty when it can."""
+    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        return f"{type(tensor).__name__}: only plain tensors travel by lane"
+    if not tensor.is_cpu:
+        return f"a tensor on {tensor.device}: only CPU tensors travel by lane"
+    if tensor.layout is not torch.strided or tensor.dtype not in NAMES or tensor.is_nested:
+        return f"{tensor.dtype}, {tensor.layout}: only dense tensors of ordinary dtypes travel by lane"
+    if tensor.dim() > DIMENSIONS:
+        return f"{tensor.dim()} dimensions: at most {DIMENSIONS} travel by lane"
+    try:
+        is_there = tensor.data_ptr() or not tensor.numel()
+    except RuntimeError as error:  # one inside of torch.vmap, torch.func.grad, ...
+        return f"a tensor that has no memory ({error}): only plain tensors travel by lane"
+    return "" if is_there else "a tensor whose memory is gone, or never was: only plain tensors travel by lane"
+
+
 def write(content: Content) -> bytes:
     """The ticket for a content."""
-    address, dtype = content.address.encode(), NAMES[content.dtype]
+    name, dtype = content.lane.encode(), NAMES[content.dtype]
     dimensions = len(content.shape)
     head = _HEAD.pack(
         _MAGIC,
-        len(address),
+        len(name),
         len(dtype),
         dimensions,
         content.slot,
@@ -57,7 +72,7 @@ def write(content: Content) -> bytes:
         content.offset,
         content.nbytes,
     )
-    return b"".join((head, address, dtype, struct.pack(f"<{dimensions}Q", *content.shape)))
+    return b"".join((head, name, dtype, struct.pack(f"<{dimensions}Q", *content.shape)))
 
 
 def read(ticket: bytes) -> Content:
@@ -66,10 +81,10 @@ def read(ticket: bytes) -> Content:
         raise MalformedTicket(f"a ticket is bytes, as `Lane.put` returned it; this is {type(ticket).__name__}")
     try:
         magic, *lengths, slot, serial, offset, nbytes = _HEAD.unpack_from(ticket)
-        address_end = _HEAD.size + lengths[0]
-        dtype_end = address_end + lengths[1]
-        address = ticket[_HEAD.size : address_end].decode()
-        dtype = DTYPES[ticket[address_end:dtype_end].decode()]
+        name_end = _HEAD.size + lengths[0]
+        dtype_end = name_end + lengths[1]
+        name = ticket[_HEAD.size : name_end].decode()
+        dtype = DTYPES[ticket[name_end:dtype_end].decode()]
         shape = struct.unpack(f"<{lengths[2]}Q", ticket[dtype_end:])
     except (struct.error, UnicodeDecodeError, KeyError) as error:
         raise MalformedTicket(f"not a ticket, or damaged: {len(ticket)} bytes, {error}") from error
@@ -77,7 +92,7 @@ def read(ticket: bytes) -> Content:
         raise MalformedTicket(f"not a ticket: it begins with {magic!r}, a ticket with {_MAGIC!r}")
     if prod(shape) * dtype.itemsize != nbytes:
         raise MalformedTicket(f"damaged ticket: {dtype} of shape {shape} has not {nbytes} bytes")
-    return Content(address, slot, serial, offset, nbytes, dtype, shape)
+    return Content(name, slot, serial, offset, nbytes, dtype, shape)
 
 
 def digest(ticket: bytes) -> int:

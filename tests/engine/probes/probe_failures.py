@@ -18,7 +18,7 @@ from when_imported import when_imported
 
 # Of each place at which the engine calls mmlane, a function of ours that is called there.
 SEAMS = {
-    "mmlane.lane.producer": ("Lane.put", "Lane.share"),
+    "mmlane.lane.producer": ("Lane.put", "Lane.copy"),
     "mmlane.lane.reader": ("Reader.join", "Reader.take"),
     "mmlane_patches.fan_out": ("own_items",),
     "mmlane_patches.fan_out_images": ("_keep_together",),

@@ -1,4 +1,4 @@
-"""While there is a file $NOTES/hold, sends a request only when every ticket of the tokenizer's lane has come back.
+"""While there is a file $NOTES/hold, sends a request only when every ticket of its lane has been released.
 
 So the n samples of a prompt find nothing of the request that warmed its prefix, as on a machine that is slow.
 """
@@ -16,7 +16,7 @@ LIMIT_S = 60.0  # only a fault takes that long
 
 
 def hold(manager: Any) -> None:
-    """Tickets come back to a thread of the lane, and the ranks do not need this process to let go of them."""
+    """Ranks do not need this process to release tickets: asking for the lane's numbers handles what they sent."""
     if not Path(os.environ["NOTES"], "hold").exists():
         return
     from mmlane_patches import lanes
@@ -25,7 +25,7 @@ def hold(manager: Any) -> None:
     deadline = time.monotonic() + LIMIT_S
     while lane is not None and (tickets := lane.stats().tickets):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{tickets} tickets have not come back")
+            raise TimeoutError(f"{tickets} tickets have not been released")
         time.sleep(0.002)
 
 

@@ -8,7 +8,7 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-from mmlane.lane import points
+from mmlane.lane import failpoints
 from tests.lane.harness.waiting import DEADLINE
 
 Action = Literal["kill", "stop"]
@@ -27,7 +27,7 @@ class Gate:
         self._point, self._where, self._nth = point, where, nth
         self._times = itertools.count(1)
         self._reached, self._open = threading.Event(), threading.Event()
-        points.probe = self
+        failpoints.probe = self
 
     def __call__(self, name: str) -> None:
         if name == self._point and _is_here(self._where) and next(self._times) >= self._nth:
@@ -40,7 +40,7 @@ class Gate:
 
     def open(self) -> None:
         """Let all go on, now and later."""
-        points.probe = None
+        failpoints.probe = None
         self._open.set()
 
 
@@ -68,5 +68,5 @@ class _Probes(list[_Probe]):
 
 def arm(words: Connection, arguments: tuple[Any, ...]) -> None:
     """Arm this process with one more (point, nth, action, where), or disarm it: no arguments."""
-    armed = points.probe if isinstance(points.probe, _Probes) else _Probes()
-    points.probe = _Probes([*armed, _Probe(words, *arguments)]) if arguments else None
+    armed = failpoints.probe if isinstance(failpoints.probe, _Probes) else _Probes()
+    failpoints.probe = _Probes([*armed, _Probe(words, *arguments)]) if arguments else None

@@ -2,7 +2,7 @@
 
     def test(company: Company) -> None:
         producer = company.producer({"tp": 1})
-        reader = company.reader("tp", company.address(producer))
+        reader = company.reader("tp", company.invitation(producer))
         sent = producer.call(Producing.put, seed=1, nbytes=1000)
         reader.call(Reading.take, sent)
 
@@ -16,13 +16,14 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 
-from mmlane.lane import Lane, LaneError, LaneStats, Mode, Reader, Refused, Share
+from mmlane.lane import Invitation, Lane, LaneError, LaneStats, Mode, Reader, Refused, Reservation
 from mmlane.lane.producer import SLOTS
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Action, Gate, Where, arm
@@ -47,17 +48,17 @@ FOREVER = 1800.0  # seconds that no test lasts
 
 
 class Producing:
-    """A producer: one lane, and its shares."""
+    """A producer: one lane, and the copies that it keeps there."""
 
     def __init__(self, readers: dict[str, int], **options: Any) -> None:
         self.lane = Lane(readers, **options)
-        self.shares: dict[int, Share] = {}
+        self.copies: dict[int, tuple[Reservation, int]] = {}  # with how many tickets there will be
 
-    def address(self) -> str:
-        return self.lane.address
+    def invitation(self) -> Invitation:
+        return self.lane.invitation
 
     def put(self, seed: int, nbytes: int, *, uses: int = 1) -> Sent:
-        """Put a stamped tensor. uses: of a share for this seed, of which this put is the first."""
+        """Put a stamped tensor. uses: how many tickets there will be for this seed, of which this is the first."""
         sent = self.try_put(seed, nbytes, uses=uses)
         if isinstance(sent, Refused):
             raise AssertionError(f"payload {seed} of {nbytes} bytes was refused: {sent}")
@@ -65,9 +66,16 @@ class Producing:
 
     def try_put(self, seed: int, nbytes: int, *, uses: int = 1) -> Sent | Refused:
         """As `put`, where a refusal is an answer."""
-        if uses > 1:
-            self.shares[seed] = self.lane.share(uses)
-        ticket = self.lane.put(stamp(seed, nbytes), share=self.shares.get(seed))
+        if seed not in self.copies and uses == 1:
+            ticket = self.lane.put(stamp(seed, nbytes))
+        else:
+            kept = self.copies.pop(seed, None)
+            copy, left = (self.lane.copy(stamp(seed, nbytes)), uses) if kept is None else kept
+            if isinstance(copy, Refused):
+                return copy
+            if left > 1:
+                self.copies[seed] = copy, left - 1
+            ticket = copy.publish()
         return ticket if isinstance(ticket, Refused) else Sent(ticket, seed, nbytes)
 
     def put_many(self, seed: int, nbytes: int, count: int) -> list[Sent]:
@@ -75,8 +83,8 @@ class Producing:
         return [self.put(seed, nbytes, uses=count), *(self.put(seed, nbytes) for _ in range(count - 1))]
 
     def forget(self, seed: int) -> None:
-        """Close a share."""
-        self.shares.pop(seed).close()
+        """Keep a copy no longer."""
+        self.copies.pop(seed)[0].close()
 
     def withdraw(self, ticket: bytes) -> None:
         self.lane.withdraw(ticket)
@@ -104,14 +112,14 @@ class Producing:
 class Reading:
     """A reader, and the tensors that it holds."""
 
-    def __init__(self, group: str, linger: float = 30.0) -> None:
-        self.reader = Reader(group, linger=linger)
+    def __init__(self, group: str, number: int, linger: float = 30.0) -> None:
+        self.reader = Reader(group, number, linger=linger)
         self.linger = linger
         self.held: dict[int, tuple[torch.Tensor, Sent]] = {}
         self._numbers = itertools.count(1)
 
-    def join(self, address: str) -> None:
-        self.reader.join(address, timeout=DEADLINE)
+    def join(self, invitation: Invitation) -> None:
+        self.reader.join(invitation, timeout=DEADLINE)
 
     def take(self, sent: Sent, mode: Mode = "view") -> int:
         """Take a ticket, look at its tensor in whole, and hold it; the number it is held by."""
@@ -149,11 +157,15 @@ class Reading:
     def close(self) -> None:
         self.reader.close()
 
-    def come_back(self, address: str) -> None:
-        """Be another reader from now on; the former one still gives back what is held of it."""
+    def leave(self) -> None:
+        """Leave all lanes, and be another reader from now on, in the same place."""
         self.reader.close()
-        self.reader = Reader(self.reader.group, linger=self.linger)
-        self.join(address)
+        self.reader = Reader(self.reader.group, self.reader.number, linger=self.linger)
+
+    def come_back(self, invitation: Invitation) -> None:
+        """Leave, and join; which is refused where the producer has yet to hear of the former."""
+        self.leave()
+        self.join(invitation)
 
 
 _gates: list[Gate] = []
@@ -278,8 +290,9 @@ class Company:
 
     def __init__(self) -> None:
         self.peers: list[Peer[Any]] = []
-        self.addresses: set[str] = set()
+        self.names: set[str] = set()
         self.files: set[int] = set()
+        self._next: Counter[str] = Counter()  # by group
 
     def add(self, peer: AnyPeer) -> AnyPeer:
         """One more, which is ready when this returns."""
@@ -294,22 +307,27 @@ class Company:
     def add_producer(self, peer: AnyPeer) -> AnyPeer:
         """One more, with a lane of which nothing may be left in the end."""
         self.add(peer)
-        address, files = self.address(peer), kernel.lane_files(peer.pid)
-        kinds = {trace.kind for trace in kernel.traces([address], files)}
+        name, files = self.invitation(peer).name, kernel.lane_files(peer.pid)
+        kinds = {trace.kind for trace in kernel.traces([name], files)}
         assert kinds == {"descriptor", "mapping", "socket"}, "the kernel tells nothing"
-        self.addresses.add(address)
+        self.names.add(name)
         self.files |= files
         return peer
 
-    def reader(self, group: str, *addresses: str, linger: float = 30.0) -> Peer[Reading]:
-        """A process with a reader that has joined these lanes."""
-        peer = self.add(Peer(Reading, group, linger))
-        for address in addresses:
-            peer.call(Reading.join, address)
+    def reader(
+        self, group: str, *invitations: Invitation, number: int | None = None, linger: float = 30.0
+    ) -> Peer[Reading]:
+        """A process with a reader that has joined these lanes; with the next number of its group by default."""
+        if number is None:
+            number = self._next[group]
+            self._next[group] += 1
+        peer = self.add(Peer(Reading, group, number, linger))
+        for invitation in invitations:
+            peer.call(Reading.join, invitation)
         return peer
 
-    def address(self, producer: Peer[Producing]) -> str:
-        return producer.call(Producing.address)
+    def invitation(self, producer: Peer[Producing]) -> Invitation:
+        return producer.call(Producing.invitation)
 
     def open(
         self, groups: Iterable[str], expected: dict[str, int] | None = None, **options: Any
@@ -318,8 +336,9 @@ class Company:
         groups = list(groups)
         wanted = {group: groups.count(group) for group in groups}
         producer = self.producer(wanted if expected is None else expected, **options)
-        address = self.address(producer)
-        readers = [self.reader(group, address) for group in groups]
+        self._next.clear()
+        invitation = self.invitation(producer)
+        readers = [self.reader(group, invitation) for group in groups]
         assert producer.call(Producing.wait_open)
         return producer, readers
 
@@ -327,7 +346,7 @@ class Company:
         """Now that all processes have ended, not a trace of their lanes may be anywhere."""
         pids = [peer.pid for peer in self.peers]
         # The kernel may still be at it when a parent hears of a death.
-        eventually(lambda: not kernel.traces(self.addresses, self.files, pids), "all traces of the lanes go")
+        eventually(lambda: not kernel.traces(self.names, self.files, pids), "all traces of the lanes go")
 
     def end(self) -> None:
         """Have each that lives end, well; not a trace of their lanes is left then."""
@@ -370,7 +389,7 @@ def baseline(producer: Peer[Producing]) -> LaneStats:
 
     def look() -> LaneStats | None:
         stats = producer.call(Producing.stats)
-        return stats if (stats.taken, stats.tickets, stats.extents) == (0, 0, 0) else None
+        return stats if (stats.used_bytes, stats.tickets, stats.extents) == (0, 0, 0) else None
 
     stats = eventually(look, "the lane comes back to its baseline")
     assert stats is not None

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from mmlane.lane import Lane, LaneStats, Reader, Refused, Share
+from mmlane.lane import Lane, LaneStats, Reader, Refused, Reservation
+from mmlane.lane.memory import Backing
 from mmlane.lane.ticket import read
 from tests.lane.harness import kernel
 from tests.lane.harness.waiting import DEADLINE, eventually
@@ -33,17 +34,29 @@ class Together:
         """The first one."""
         return self.readers[0]
 
-    def put(self, tensor: torch.Tensor, *, share: Share | None = None) -> bytes:
+    def put(self, tensor: torch.Tensor) -> bytes:
         """A ticket; a refusal is a failure."""
-        return put(self.lane, tensor, share=share)
+        return put(self.lane, tensor)
 
-    def refused(self, tensor: Any, *, share: Share | None = None) -> Refused:
-        """A refusal, which is counted and changes nothing else."""
+    def copy(self, tensor: torch.Tensor) -> Reservation:
+        """A copy that is kept; a refusal is a failure."""
+        copy = self.lane.copy(tensor)
+        assert isinstance(copy, Reservation), copy
+        return copy
+
+    def discard(self, ticket: bytes) -> None:
+        """Have the only reader discard a ticket, and wait for its end: the reader's thread does it."""
+        before = self.lane.stats().tickets
+        self.reader.discard(ticket)
+        eventually(lambda: self.lane.stats().tickets < before, "the ticket is discarded")
+
+    def refused(self, tensor: Any, *, kept: bool = False) -> Refused:
+        """A refusal, of a put or of a copy that would be kept, which is counted and changes nothing else."""
         before = self.lane.stats()
-        refused = self.lane.put(tensor, share=share)
+        refused = self.lane.copy(tensor) if kept else self.lane.put(tensor)
         assert isinstance(refused, Refused)
         after = self.lane.stats()
-        assert after.refused.get(refused.cause, 0) == before.refused.get(refused.cause, 0) + 1
+        assert after.fallbacks.get(refused.cause, 0) == before.fallbacks.get(refused.cause, 0) + 1
         assert books(after) == books(before)
         return refused
 
@@ -54,10 +67,10 @@ class Together:
     def nothing_is_out(self) -> bool:
         """Whether all tickets have ended, and no extent is held."""
         stats = self.lane.stats()
-        return (stats.tickets, stats.extents, stats.taken) == (0, 0, 0)
+        return (stats.tickets, stats.extents, stats.used_bytes) == (0, 0, 0)
 
     def wait_until_nothing_is_out(self) -> None:
-        """Give-backs may wait for a device."""
+        """Releases may wait for a device or a reader's thread."""
         eventually(self.nothing_is_out, "all extents are back")
 
 
@@ -66,13 +79,13 @@ def books(stats: LaneStats) -> dict[str, Any]:
     return {
         "tickets": stats.tickets,
         "extents": stats.extents,
-        "taken": stats.taken,
-        "readers": stats.readers,
+        "used_bytes": stats.used_bytes,
+        "joined": stats.joined,
         "puts": stats.puts,
         "shared": stats.shared,
-        "orphans": stats.orphans,
-        "strays": stats.strays,
-        "strangers": stats.strangers,
+        "lost_tickets": stats.lost_tickets,
+        "malformed_messages": stats.malformed_messages,
+        "rejected_peers": stats.rejected_peers,
     }
 
 
@@ -85,12 +98,12 @@ def together(
     options = {"capacity": 16 * SEGMENT, "segment": SEGMENT, **options}
     pair = Together(Lane({"tp": readers}, **options))
     try:
-        for _ in range(readers):
-            pair.readers.append(Reader("tp", linger=linger, device=device))
-            pair.readers[-1].join(pair.lane.address, DEADLINE)
+        for number in range(readers):
+            pair.readers.append(Reader("tp", number, linger=linger, device=device))
+            pair.readers[-1].join(pair.lane.invitation, DEADLINE)
         assert pair.lane.wait_open(DEADLINE)
         yield pair
-        assert pair.lane.stats().strays == 0
+        assert pair.lane.stats().malformed_messages == 0
     finally:
         for reader in pair.readers:
             reader.close()
@@ -101,7 +114,7 @@ def together(
 
 def held(stats: LaneStats) -> tuple[int, int, int]:
     """What is out: tickets, extents, pages."""
-    return stats.tickets, stats.extents, stats.taken // PAGE
+    return stats.tickets, stats.extents, stats.used_bytes // PAGE
 
 
 def offset(ticket: bytes) -> int:
@@ -109,19 +122,34 @@ def offset(ticket: bytes) -> int:
     return read(ticket).offset
 
 
-def uses_left(share: Share) -> int:
-    """How many puts a share is for, of those that are yet to be made."""
-    return share.held.uses
-
-
 # --- a lane alone ------------------------------------------------------------------------------------------
 
 _numbers = count()
 
 
-def put(lane: Lane, tensor: torch.Tensor, *, share: Share | None = None) -> bytes:
+def backing(lane: Lane) -> Backing:
+    """The memory of a lane that has not ended."""
+    assert lane._backing is not None
+    return lane._backing
+
+
+def copy(lane: Lane, tensor: torch.Tensor) -> Reservation:
+    """A copy that is kept; a refusal is a failure."""
+    room = lane.copy(tensor)
+    assert isinstance(room, Reservation), room
+    return room
+
+
+def put(lane: Lane, tensor: torch.Tensor) -> bytes:
     """A ticket; a refusal is a failure."""
-    ticket = lane.put(tensor, share=share)
+    ticket = lane.put(tensor)
+    assert isinstance(ticket, bytes), ticket
+    return ticket
+
+
+def published(copy: Reservation) -> bytes:
+    """A ticket for all of it; a refusal is a failure."""
+    ticket = copy.publish()
     assert isinstance(ticket, bytes), ticket
     return ticket
 
@@ -136,9 +164,10 @@ def serves(lane: Lane, *readers: Reader) -> None:
     with ExitStack() as scope:
         if not readers:
             readers = (scope.enter_context(Reader("tp")),)
-            readers[0].join(lane.address)
+            readers[0].join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
         tensor = new_tensor()
         ticket = put(lane, tensor)
         for reader in readers:
             assert torch.equal(reader.take(ticket), tensor)
-        assert lane.stats().tickets == 0
+        eventually(lambda: lane.stats().tickets == 0, "the tensor is released")

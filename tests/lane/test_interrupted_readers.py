@@ -1,0 +1,100 @@
+"""A signal handler that raises, anywhere in a reader: a ticket is taken or is not, and is released in the end."""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from mmlane.lane import Mode, StaleTicket, link, reader
+from tests.lane.harness.child import run
+from tests.lane.harness.payloads import MODES, random, same
+from tests.lane.harness.together import PAGE, Together, together
+from tests.lane.harness.waiting import eventually
+
+FILES = {module.__file__ for module in (link, reader)}
+
+
+class Interrupted(Exception):
+    """What a signal handler raises."""
+
+
+class Interrupt:
+    """Raises where Python looks for signals in the reader's code, the nth time. Says whether it has."""
+
+    def __init__(self, nth: int) -> None:
+        self._left = nth
+        self.raised = False
+
+    def __enter__(self) -> Interrupt:
+        sys.setprofile(self._look)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _look(self, frame: FrameType, event: str, argument: Any) -> None:
+        if frame.f_code.co_filename in FILES and event in ("call", "c_return"):
+            self._left -= 1
+            if self._left == 0:
+                self.raised = True
+                raise Interrupted
+
+
+def interrupted(pair: Together, ticket: bytes, mode: Mode, what: str, nth: int) -> bool:
+    """Take a ticket and let it go, with an interrupt in one of them; False if there was nothing to interrupt."""
+    try:
+        if what == "take":
+            with Interrupt(nth) as interrupt:
+                pair.reader.take(ticket, mode)
+        else:
+            held = [pair.reader.take(ticket, mode)]
+            with Interrupt(nth) as interrupt:
+                held.clear()
+    except Interrupted:
+        pass
+    return interrupt.raised
+
+
+def everywhere(mode: Mode, what: str) -> int:
+    """At how many places it was interrupted."""
+    sys.unraisablehook = lambda hook: None  # a finalizer's interrupt goes nowhere
+    with together() as pair:
+        for nth in count(1):
+            tensor = random((3 * PAGE,), seed=nth)
+            ticket = pair.put(tensor)
+            if not interrupted(pair, ticket, mode, what, nth):
+                return nth - 1
+            try:
+                assert same(pair.reader.take(ticket, mode), tensor)  # it had not come so far
+            except StaleTicket as error:
+                error.__traceback__ = None
+            pair.reader.take(pair.put(tensor))  # what is left of the one before goes with the next
+            eventually(pair.nothing_is_out, f"{what} {mode}, interrupted at the {nth}th place")
+    raise AssertionError
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("what", ["take", "let go"])
+def test_a_signal_handler_that_raises_anywhere_in_a_reader(mode: Mode, what: str) -> None:
+    places = run(everywhere, mode, what)
+    assert places > 10 if what == "take" else places >= (0 if mode == "clone" else 8)
+
+
+def recalled() -> int:
+    """What becomes of a ticket whose release was interrupted, should there be no next one."""
+    sys.unraisablehook = lambda hook: None
+    with together(idle=0.05) as pair:
+        ticket = pair.put(random((PAGE,)))
+        assert interrupted(pair, ticket, "view", "let go", 1)
+        assert pair.lane.stats().tickets == 1
+        pair.lane.recall(ticket)
+        eventually(pair.nothing_is_out, "the reader has looked when it was asked")
+        return pair.lane.stats().lost_tickets
+
+
+def test_a_reader_that_is_asked_makes_up_for_an_interrupted_release() -> None:
+    assert run(recalled) == 0
