@@ -140,6 +140,8 @@ def _may_begin(directory: int, scope: ExitStack) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:  # no lock can be had here
+        return True
     if os.fstat(file).st_nlink == 0:  # the engine that had the lock removed the file after its sweep
         return False
     scope.callback(_remove, name, directory)

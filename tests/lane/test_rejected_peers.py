@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import mmap
 import os
@@ -10,10 +9,8 @@ import select
 import socket
 import struct
 import tempfile
-import threading
 import time
 from multiprocessing.connection import Connection
-from typing import Any
 
 import pytest
 
@@ -410,51 +407,3 @@ def test_a_reader_gets_memory_that_it_can_only_read(lane: Lane) -> None:
             with pytest.raises(OSError, match=r"Invalid argument|Operation not permitted"):
                 os.ftruncate(cut, size // 2)
         os.close(fd)
-
-
-# --- a system that has no more room ------------------------------------------------------------------------
-
-
-class FakeFullEpoll:
-    """An epoll of a user who may watch no more descriptors; the real limit is the whole machine's."""
-
-    def __init__(self, real: select.epoll) -> None:
-        self._real = real
-        self.is_full = True
-        self.was_full = threading.Event()
-
-    def register(self, *what: Any) -> None:
-        if self.is_full:
-            self.was_full.set()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._real.register(*what)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-
-def test_a_lane_that_can_watch_no_more_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    """A process that connects then is sent away; the next one is let in."""
-    with Lane({"tp": 1}, capacity=1 << 20) as lane:
-        control = lane._control
-        full = FakeFullEpoll(control._events)
-        control._events = full  # type: ignore[assignment]
-        control.wake()  # out of the real one
-        with visit(lane.name) as connection:
-            assert receive(connection) == (b"", [])
-        assert "could not let a reader in" in caplog.text
-        full.is_full = False
-        serves(lane)
-
-
-def test_a_reader_that_can_watch_no_more_says_so_when_it_joins() -> None:
-    """And its thread goes on."""
-    with Lane({"tp": 1}, capacity=1 << 20) as lane, Reader("tp") as reader:
-        full = FakeFullEpoll(reader._events)
-        reader._events = full  # type: ignore[assignment]
-        with pytest.raises(JoinRefused, match=os.strerror(errno.ENOSPC)):
-            reader.join(lane.invitation)
-        assert not lane.is_open
-        full.is_full = False
-        reader.join(lane.invitation)
-        serves(lane, reader)

@@ -436,6 +436,17 @@ def test_the_other_one_has_just_finished(container: Container) -> None:
     assert there(container) == {PSM}
 
 
+def test_where_no_lock_can_be_had_the_sweep_goes_on(container: Container) -> None:
+    leave(container, PSM)
+    failing = (
+        "import errno\n"
+        "def none_left(*how):\n    raise OSError(errno.ENOLCK, 'No locks available')\n"
+        "s.fcntl.flock = none_left"
+    )
+    assert sweep(container, before=failing) == SWEPT
+    assert PSM not in there(container)
+
+
 def test_another_users_lock_on_dev_shm_stops_no_sweep(container: Container) -> None:
     leave(container, PSM)
     with Living(container, *AS_ANOTHER_USER, "flock", "/dev/shm", "sh", "-c", "echo; exec cat"):

@@ -27,6 +27,7 @@ NONE = (
 )
 _TITLE = 60  # characters of a process's title to show
 _INTERVAL = 1.0  # seconds between two looks of --watch
+_AT_ONCE = 64  # lanes to ask
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def _switch_all(pid: int | None, everything: bool, *, off: bool) -> None:
 def look() -> list[Found]:
     """Ask all lanes that run. Raises StatusError where they cannot be listed."""
     names = running()
-    # At once: any user can have a name here at which nobody answers.
-    with ThreadPoolExecutor(max(len(names), 1)) as pool:
+    # At once: any user can have a name here at which nobody answers, or thousands of them.
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(_found, names))
 
 

@@ -63,6 +63,7 @@ class Live:
     issued: float
     owed: Mapping[str, frozenset[int]]
     claimed: bool = False
+    unseen_in: tuple[str, ...] = ()  # groups with members that never had it
 
     def debtors(self) -> list[Member]:
         """The members that have yet to release the ticket, of all groups that it may have gone to."""
@@ -154,7 +155,7 @@ class Bookkeeping:
         """A member never had a ticket and will never take it. False: no such ticket was issued."""
         ticket = self._owed_by(member, slot, serial)
         if ticket is not None:
-            self.lost += len(ticket.debtors()) == 1
+            ticket.unseen_in += (member.group,)
             self._strike(ticket, member)
         return self._was_issued(serial)
 
@@ -176,6 +177,7 @@ class Bookkeeping:
     def _strike(self, ticket: Live, member: Member) -> None:
         ticket.owed = {**ticket.owed, member.group: ticket.owed[member.group] - {member.number}}
         if not any(ticket.owed.values()):
+            self.lost += not ticket.owed.keys().isdisjoint(ticket.unseen_in)
             self._end(ticket)
 
     def _end(self, ticket: Live) -> None:

@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -186,8 +187,10 @@ class Control:
         except Exception as error:  # noqa: BLE001 - whatever it is, the lane ends, and says so last
             failure = error
         finally:
-            self._lane.ended(f"the lane's control thread has failed: {failure!r}")
-            self.abandon()
+            try:
+                self._lane.ended(f"the lane's control thread has failed: {failure!r}")
+            finally:
+                self.abandon()
         if failure is not None:
             logger.error("lane %s is closed: its control thread has failed", self._thread.name, exc_info=failure)
         self._lane.work()
@@ -241,9 +244,11 @@ class Control:
             self._events.register(accepted, select.EPOLLIN | select.EPOLLRDHUP)
         except BlockingIOError:
             return
-        except OSError as error:  # out of descriptors, and the process stays in the queue; or of memory
+        except OSError as error:
             logger.warning(
-                "a lane could not let a reader in (%s): trying again in a second; raise `ulimit -n`", str(error)
+                "a lane could not let a reader in (%s): trying again in a second; raise `ulimit -n`, or"
+                " fs.epoll.max_user_watches",
+                str(error),
             )
             self._rest_for(1.0)
             return
@@ -293,7 +298,8 @@ class Control:
             raise ProtocolError("this lane is closed")
         one.member = member
         message = protocol.welcome(self._invitation.secret, hello.nonce, *self._memory)
-        socket.send_fds(one.socket, [message], [self._descriptor], protocol.QUIETLY)
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [self._descriptor]))
+        one.socket.sendmsg([message], [rights], protocol.QUIETLY)  # not socket.send_fds, which ignores the flags
         failpoints.reached("accept.welcomed")
 
     def _join(self, number: int, one: _Connection, member: Member) -> None:

@@ -181,8 +181,13 @@ class Device:
         self._pinned: weakref.WeakSet[Pinned] = weakref.WeakSet()
         watch_streams()
         self._thread = threading.Thread(target=self._run, name=f"mmlane-cuda-{index}", daemon=True)
-        self._thread.start()
         atexit.register(self._at_exit)
+        try:
+            self._thread.start()
+        except BaseException:  # no thread can be had; or a signal handler raised, and it may run
+            self.stop()
+            self._ended.set()
+            raise
 
     def owe(self, loan: object) -> None:
         """There is one more loan to settle; the calling thread copies with the stream that it has now."""

@@ -103,6 +103,7 @@ class Link:
         self.gone_at: float | None = None  # when the producer ended
         self.wants_room = False  # the socket was full
         self.is_promised_room = False  # the reader's thread knows that, and calls `flush`
+        self.retry_at: float | None = None  # when to use the socket again, which has failed
         self._is_member = self._asked_to_pin = False
         self._directory = self.mapping.words(slots)
         self._wake = wake
@@ -181,8 +182,11 @@ class Link:
 
     def _make_up(self) -> None:
         """Release what is gone and was not released, since an interrupt broke into that."""
-        while self.dropped:
-            watch = self.dropped[0]
+        while True:
+            try:
+                watch = self.dropped[0]
+            except IndexError:  # also where a signal handler that takes has emptied it
+                return
             if not watch.is_done:
                 self.let_go(watch, self.mapping)
             if self.dropped and self.dropped[0] is watch:  # a signal handler that takes may have been here
@@ -213,7 +217,7 @@ class Link:
                 raise
 
     def flush(self) -> None:
-        """Send what could not be sent. Called by the reader's thread alone."""
+        """Send what could not be sent. Called by the reader's thread alone. Raises OSError if it cannot be."""
         self.wants_room = self.is_promised_room = False
         try:
             while batch := self._batch():
@@ -223,8 +227,10 @@ class Link:
         except OSError as error:
             if error.errno in _GONE:
                 self._outbox.clear()
-            else:
-                self.wants_room = True
+                return
+            self.wants_room = True
+            if not isinstance(error, BlockingIOError):  # it is not full
+                raise
 
     def _batch(self) -> list[tuple[int, int, int]]:
         """What one message holds, of one kind."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mmlane import host
+from mmlane.lane.protocol import ProtocolError
 
 T = TypeVar("T")
 
@@ -45,6 +48,33 @@ def shares_pid_namespace(pid: int) -> bool:
         return Path(f"/proc/{pid}/ns/pid").samefile("/proc/self/ns/pid")
     except OSError:  # it has ended, or hides it
         return False
+
+
+def connect(connection: socket.socket, name: str, timeout: float) -> None:
+    """Connect a socket to a lane, and wait up to `timeout` seconds where there is a queue.
+
+    Raises ProtocolError where nobody listens, TimeoutError, and OSError.
+    """
+    due = time.monotonic() + timeout
+    while True:
+        left = max(due - time.monotonic(), 1e-6)
+        # Python's own time-out would not wait where there is a queue.
+        patience = struct.pack("@ll", int(left), max(int(left % 1 * 1e6), 1))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        try:
+            connection.connect(f"\0{name}")
+            connection.getpeername()
+        except BlockingIOError as error:
+            raise TimeoutError(f"no place in its queue within {timeout:g} s") from error
+        except ConnectionRefusedError as error:
+            raise ProtocolError(
+                "nobody listens there: its producer has ended, or is in another network namespace"
+            ) from error
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # else a signal came, after which Python takes it for connected
+                raise
+        else:
+            return
 
 
 def has_ended(connection: socket.socket) -> bool:

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from math import prod
+from operator import index
 from types import TracebackType
 
 import torch
@@ -81,6 +82,7 @@ class Lane:
 
     Raises:
         ValueError: no reader expected, or a size that is not positive.
+        TypeError: a size that is no integer.
         LaneUnavailable: this machine or sandbox cannot carry a lane.
     """
 
@@ -100,11 +102,13 @@ class Lane:
             raise ValueError(f"{segment=}, {capacity=}, {idle=}, {orphan=}: all must be positive")
         if pinned < 0:
             raise ValueError(f"{pinned=}: it must not be negative")
-        segment = memory.round_up(segment)
-        capacity = memory.round_up(memory.default_capacity() if capacity is None else capacity, segment)
-        pinned = min(memory.round_up(pinned, segment), capacity)
-        self.expected = dict(readers)
-        self.members = tuple(Member(group, number) for group in readers for number in range(readers[group]))
+        segment = memory.round_up(index(segment))
+        capacity = memory.round_up(memory.default_capacity() if capacity is None else index(capacity), segment)
+        pinned = min(memory.round_up(index(pinned), segment), capacity)
+        self.expected = {group: index(number) for group, number in readers.items()}
+        self.members = tuple(
+            Member(group, number) for group, count in self.expected.items() for number in range(count)
+        )
         self.invitation = Invitation.make(f"mmlane-{os.getpid()}-{secrets.token_hex(8)}")
         self.name = self.invitation.name
         self.lock = threading.Lock()
@@ -132,7 +136,7 @@ class Lane:
         self._uninformed: set[Member] = set()  # members that have yet to hear of them
 
         self._base = SLOTS * 8  # the directory's size: where extents begin
-        groups = {group: frozenset(range(number)) for group, number in readers.items()}
+        groups = {group: frozenset(range(number)) for group, number in self.expected.items()}
         self._allocator = Allocator(capacity, segment, memory.PAGE, pinned)
         self._tickets = Bookkeeping(self._allocator, SLOTS, groups, self._clear)
         backing = memory.Backing(self._base + capacity)
@@ -160,6 +164,7 @@ class Lane:
         self._degraded = backing.degraded
         for line in self._degraded:
             logger.warning("lane %s goes without %s", self.name, line)
+        _lanes.add(self)
         try:
             self._control.start()
         except RuntimeError as error:
@@ -167,7 +172,9 @@ class Lane:
             raise LaneUnavailable(
                 f"no thread for a lane ({error}): raise `ulimit -u`, or the limit on pids"
             ) from error
-        _lanes.add(self)
+        except BaseException:  # a signal handler raised; the thread may run
+            self._end("the lane was interrupted while it was made")
+            raise
 
     # --- for the producing process -------------------------------------------------------------------------
 
@@ -198,7 +205,7 @@ class Lane:
         waiting.acquire()
         self._waiting.append(waiting)
         if not self._closed and not self._has_opened:
-            waiting.acquire(timeout=-1 if timeout is None else timeout)
+            waiting.acquire(timeout=-1 if timeout is None else max(timeout, 0))
         with suppress(ValueError):  # it was woken
             self._waiting.remove(waiting)
         return self._has_opened and not self._closed
@@ -238,13 +245,17 @@ class Lane:
         travel by lane or a shape that is none.
         """
         self._check_process()
-        if dtype not in NAMES or len(shape) > DIMENSIONS or any(size < 0 for size in shape):
-            raise ValueError(f"{dtype} of shape {tuple(shape)}: no tensor that travels by lane")
+        try:
+            sizes = tuple(map(index, shape))  # of numpy's integers, say, plain ones
+        except TypeError as error:
+            raise ValueError(f"shape {shape!r}: not a sequence of integers") from error
+        if dtype not in NAMES or len(sizes) > DIMENSIONS or any(size < 0 for size in sizes):
+            raise ValueError(f"{dtype} of shape {sizes}: no tensor that travels by lane")
         hold = Hold(self._dropped.append)
-        owner = self._reserve(prod(shape) * dtype.itemsize, hold)
+        owner = self._reserve(prod(sizes) * dtype.itemsize, hold)
         if isinstance(owner, Refused):
             return owner
-        return Reservation(self, hold, memory.tensor_at(owner, dtype, shape))
+        return Reservation(self, hold, memory.tensor_at(owner, dtype, sizes))
 
     def withdraw(self, ticket: bytes) -> None:
         """Take back a ticket that was never sent and never will be; its bytes can be used again.
@@ -394,11 +405,11 @@ class Lane:
     def _reserve(self, nbytes: int, hold: Hold) -> memory.Owner | Refused:
         """An extent that the hold keeps, with memory behind it."""
         with self.lock, self._change:
-            self._ahead = max(self._ahead, min(nbytes, _AHEAD))
             self._drain_now_and_then()
             placed = self._find(nbytes, hold)
             if not isinstance(placed, Extent):
                 return placed
+            self._ahead = max(self._ahead, min(nbytes, _AHEAD))
             backing, mapping = self._backing, self._mapping
             uncommitted = self._allocator.uncommitted(placed.offset, placed.nbytes)
         assert backing is not None and mapping is not None  # it is open
@@ -658,8 +669,8 @@ class Lane:
         self._ask_after(live, recalled)
         if lost > self._lost:
             logger.warning(
-                "lane %s: %d tickets that a reader never saw were reclaimed; they were lost, or come after more"
-                " than %g s (`orphan`)",
+                "lane %s: %d tickets that a reader never saw were reclaimed: they were lost, recalled, or come"
+                " after more than %g s (`orphan`)",
                 *(self.name, lost - self._lost, self._orphan),
             )
             self._lost = lost
@@ -693,8 +704,9 @@ class Lane:
         self._wake_waiting()
 
     def _wake_waiting(self) -> None:
-        while self._waiting:
-            self._waiting.popleft().release()
+        with suppress(IndexError):  # not `while self._waiting`: another thread may take the last one away
+            while True:
+                self._waiting.popleft().release()
 
     # --- fork ----------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from mmlane.lane.errors import JoinRefused, LaneError, LaneUnavailable, UnknownL
 from mmlane.lane.fork import close_in_child
 from mmlane.lane.invitation import Invitation
 from mmlane.lane.link import Claim, Link
-from mmlane.lane.peer import has_ended, last_words, peer_of, uid_is_proof
+from mmlane.lane.peer import connect, has_ended, last_words, peer_of, uid_is_proof
 from mmlane.lane.protocol import ProtocolError
 from mmlane.lane.ticket import Content, read
 
@@ -33,6 +33,7 @@ logger = logging.getLogger("mmlane.lane")
 
 Mode = Literal["view", "cow", "clone"]
 _MODES = get_args(Mode)
+_AFTER_ERROR = 1.0  # seconds before a socket that fails is tried again
 _HEARING = select.EPOLLIN | select.EPOLLRDHUP
 _INT = struct.Struct("@i")
 
@@ -110,7 +111,9 @@ class Reader:
             thread = threading.Thread(target=self._run, name=f"mmlane-reader-{group}-{number}", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:
+            except BaseException:  # no thread can be had; or a signal handler raised, and it may run
+                self._closed = True
+                self._wake()
                 if self._device is not None:
                     self._device.stop()
                 raise
@@ -141,12 +144,9 @@ class Reader:
                 self._hear(link)
                 link.enter()
                 failpoints.reached("join.acknowledged")
-                if self._closed:  # by another thread, whose own may have ended before this link was there
-                    link.leave()
-                    raise LaneError("this reader is closed")
+                self._check_open()
             except (OSError, ValueError, ProtocolError) as error:
-                if self._closed:  # and has hung up itself
-                    raise LaneError("this reader is closed") from error
+                self._check_open()
                 reason = str(error)
                 if isinstance(error, TimeoutError):
                     reason = f"no answer within {timeout:g} s"
@@ -165,7 +165,8 @@ class Reader:
         exports count), for a clone at once; with a device, when it has also done its work on what was let go. It
         is also released if this call is interrupted.
 
-        Raises MalformedTicket, StaleTicket, UnknownLane, and ValueError for an unknown mode.
+        Raises MalformedTicket, StaleTicket, UnknownLane, ValueError for an unknown mode, and LaneError in a reader
+        that is closed and in a forked child.
         """
         if mode is None:
             mode = "cow" if self._device is None else "view"
@@ -181,7 +182,7 @@ class Reader:
     def discard(self, ticket: bytes) -> None:
         """Release a ticket untaken, soon: the reader's thread does it. No-op for one that is not out.
 
-        Can be called wherever Python runs, finalizers included. Raises MalformedTicket and UnknownLane.
+        Can be called wherever Python runs, finalizers included. Raises as `take` does.
         """
         self._find(ticket)
         self._discarded.append(ticket)
@@ -209,9 +210,10 @@ class Reader:
         if _ending() or os.getpid() != self._pid:
             return
         self._closed = True
-        for link in list(self._links.values()):
-            link.leave()  # at once: the next reader may have this one's number, also in this process
+        self._leave()  # at once: the next reader may have this one's number, also in this process
         self._wake()
+        if self._failed:
+            self._end()
 
     def __enter__(self) -> Reader:
         return self
@@ -227,26 +229,25 @@ class Reader:
         if self._closed:
             raise LaneError("this reader is closed")
 
+    def _check_open(self) -> None:
+        """Raises LaneError if another thread has closed this; what that may not have seen is left here."""
+        if self._closed:
+            self._leave()
+            raise LaneError("this reader is closed")
+
+    def _leave(self) -> None:
+        for link in list(self._links.values()):
+            link.leave()
+
     # --- joining -------------------------------------------------------------------------------------------
 
     def _connect(self, invitation: Invitation, timeout: float) -> Link:
         """Everything up to the mapping of the memory. If interrupted, the connection goes with this frame."""
-        name = invitation.name
         with ExitStack() as scope:
             with needed("a Unix socket"):
                 connection = close_in_child(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             scope.enter_context(connection)
-            # Python's own time-out would not wait where there is a queue.
-            patience = struct.pack("@ll", int(timeout), max(int(timeout % 1 * 1e6), 1))
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-            try:
-                connection.connect(f"\0{name}")
-            except BlockingIOError as error:
-                raise TimeoutError from error
-            except ConnectionRefusedError as error:
-                raise ProtocolError(
-                    "nobody listens there: its producer has ended, or is in another network namespace"
-                ) from error
+            connect(connection, invitation.name, timeout)
             connection.settimeout(timeout)
             if uid_is_proof() and (uid := peer_of(connection).uid) != os.geteuid():
                 raise ProtocolError(f"it belongs to user {uid}, this is user {os.geteuid()}")
@@ -360,6 +361,9 @@ class Reader:
                     self._attend(self._heard[number], events)
             self._tidy()  # while no name here keeps a link, and its mapping, alive
             memory.unmap_dead()
+        self._end()
+
+    def _end(self) -> None:
         while self._links:
             _, link = self._links.popitem()
             link.leave()
@@ -370,16 +374,23 @@ class Reader:
             self._device.stop()
 
     def _patience(self) -> float | None:
-        gone = [link.gone_at for link in list(self._links.values()) if link.gone_at is not None]
-        return max(min(gone) + self._linger - time.monotonic(), 0.0) if gone else None
+        links = list(self._links.values())
+        due = [link.gone_at + self._linger for link in links if link.gone_at is not None]
+        due += [link.retry_at for link in links if link.retry_at is not None]
+        return max(min(due) - time.monotonic(), 0.0) if due else None
 
     def _attend(self, link: Link, events: int) -> None:
-        if events & select.EPOLLOUT:
-            link.flush()
-            if not link.wants_room:
-                self._events.modify(link.connection, _HEARING)
-        if events & ~select.EPOLLOUT:
-            self._listen(link)
+        try:
+            if events & select.EPOLLOUT:
+                link.flush()
+                if not link.wants_room:
+                    self._events.modify(link.connection, _HEARING)
+            if events & ~select.EPOLLOUT:
+                self._listen(link)
+        except OSError as error:
+            logger.warning("lane %s: its socket fails, trying again in a second: %s", link.name, str(error))
+            self._events.modify(link.connection, 0)
+            link.retry_at = time.monotonic() + _AFTER_ERROR
 
     def _listen(self, link: Link) -> None:
         try:
@@ -396,17 +407,16 @@ class Reader:
             return
         except ConnectionResetError:  # its producer has ended, and had not read all that was sent to it
             logger.debug("lane %s has ended, with releases on their way", link.name)
-        except OSError as error:
-            logger.warning(
-                "lane %s: its socket could not be read, which will be tried again: %s", link.name, str(error)
-            )
-            return
         self._events.unregister(link.connection)
         del self._heard[link.connection.fileno()]
         link.gone_at = time.monotonic()
 
     def _handle(self, link: Link, message: bytes) -> None:
-        kind, items = protocol.kind(message), protocol.read_pairs(message)
+        kind = protocol.kind(message)
+        if kind == protocol.REJECT:
+            logger.warning("lane %s sends this reader away: %s", link.name, protocol.read_reject(message))
+            return
+        items = protocol.read_pairs(message)
         for first, second in items:
             if kind == protocol.RECALL:
                 failpoints.reached("recall.heard")
@@ -425,8 +435,14 @@ class Reader:
             if link.gone_at is not None:
                 if link.gone_at + self._linger <= now:
                     link.unpin()
-                    del self._links[name]
+                    if self._links.get(name) is link:  # not one that was joined anew
+                        del self._links[name]
                 continue
+            if link.retry_at is not None:
+                if link.retry_at > now:
+                    continue
+                link.retry_at = None
+                self._events.modify(link.connection, _HEARING)
             if link.wants_room:
                 self._events.modify(link.connection, _HEARING | select.EPOLLOUT)
                 link.is_promised_room = True

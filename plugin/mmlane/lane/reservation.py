@@ -28,6 +28,7 @@ class Reservation:
         self._lane = lane
         self._hold: Hold | None = hold  # the tensor's storage has it, too
         self._tensor: torch.Tensor | None = tensor
+        self._begin, self._nbytes = tensor.data_ptr(), tensor.nbytes  # whatever its user has it point to later
         self._parts: list[tuple[int, int]] = []  # that were published: from, to
         self._writes: int | None = None  # of which torch knew when all of it was published
 
@@ -52,14 +53,14 @@ class Reservation:
             part = tensor
         if problem := unsupported(part):
             raise ValueError(problem)
-        offset = part.data_ptr() - tensor.data_ptr() if part.numel() else 0  # of no elements, nobody knows where
+        offset = part.data_ptr() - self._begin if part.numel() else 0  # of no elements, nobody knows where
         is_plain = part.is_contiguous() and not part.is_conj() and not part.is_neg()
-        if not is_plain or not 0 <= offset <= tensor.nbytes - part.nbytes:
+        if not is_plain or not 0 <= offset <= self._nbytes - part.nbytes:
             raise ValueError(f"{tuple(part.shape)}, {part.dtype}: not a contiguous part of what was reserved")
         ticket = self._lane.publish(part, hold, offset)
         if isinstance(ticket, bytes):
             self._parts = _joined([*self._parts, (offset, offset + part.nbytes)])
-            if self._parts == [(0, tensor.nbytes)]:
+            if self._parts == [(0, self._nbytes)]:
                 self._writes = _writes(tensor)
         return ticket
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import socket
-import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from os import geteuid
@@ -16,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mmlane.lane import protocol
 from mmlane.lane.errors import Cause, LaneError
-from mmlane.lane.peer import last_words, peer_of
+from mmlane.lane.peer import connect, last_words, peer_of
 
 # Num RefCount Protocol Flags Type St Inode Path: a listening (__SO_ACCEPTCON) SOCK_SEQPACKET of a lane's name
 _LISTENING = re.compile(r"^\S+ \S+ \S+ 00010000 0005 \S+ +\d+ @(mmlane-(\d+)-[0-9a-f]+)$", re.MULTILINE)
@@ -98,10 +97,7 @@ def switch(name: str, off: bool, timeout: float = 2.0) -> LaneStats:
 def _ask(name: str, kind: int, timeout: float) -> LaneStats:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            # Python's own time-out would not wait where there is a queue.
-            patience = struct.pack("@ll", int(timeout), max(int(timeout % 1 * 1e6), 1))
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-            connection.connect(f"\0{name}")
+            connect(connection, name, timeout)
             connection.settimeout(timeout)
             peer = peer_of(connection)
             if peer.uid != geteuid():
@@ -113,8 +109,6 @@ def _ask(name: str, kind: int, timeout: float) -> LaneStats:
         reason = str(error)
         if isinstance(error, (TimeoutError, BlockingIOError)):
             reason = f"no answer within {timeout:g} s: its producer stands still, or too many wait there"
-        elif isinstance(error, ConnectionRefusedError):
-            reason = "nobody listens there: its producer has ended, or is in another network namespace"
         elif isinstance(error, ConnectionError):
             reason = "it hung up: too many wait there, or it has just ended"
         kind_of_error = OtherUser if isinstance(error, OtherUser) else StatusError

@@ -52,10 +52,17 @@ def unsupported(tensor: torch.Tensor) -> str:
     if tensor.dim() > DIMENSIONS:
         return f"{tensor.dim()} dimensions: at most {DIMENSIONS} travel by lane"
     try:
-        is_there = tensor.data_ptr() or not tensor.numel()
+        is_there = not tensor.numel() or (tensor.data_ptr() and _ends_within_its_storage(tensor))
     except RuntimeError as error:  # one inside of torch.vmap, torch.func.grad, ...
         return f"a tensor that has no memory ({error}): only plain tensors travel by lane"
     return "" if is_there else "a tensor whose memory is gone, or never was: only plain tensors travel by lane"
+
+
+def _ends_within_its_storage(tensor: torch.Tensor) -> bool:
+    """Not so if the storage was resized: torch itself would read beyond it."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
+    return end * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def write(content: Content) -> bytes:
