@@ -301,7 +301,7 @@ def test_a_reader_that_is_sent_away_when_it_has_joined_says_why(caplog: pytest.L
         inbox = lane._control._inbox
         lane._control._inbox = FakeFullEpoll(inbox)  # type: ignore[assignment]
         reader.join(lane.invitation, DEADLINE)
-        eventually(lambda: "sends this reader away: [Errno 28]" in caplog.text, "the reader's line")
+        eventually(lambda: "it sends this reader away: [Errno 28]" in caplog.text, "the reader's line")
         lane._control._inbox = inbox
         eventually(lambda: joins(lane), "the number is free again")
 

@@ -52,7 +52,7 @@ def test_what_is_no_ticket_or_is_not_out_is_left_alone() -> None:
     with together(idle=PERIOD) as pair, together(idle=PERIOD) as elsewhere:
         foreign = elsewhere.put(random((5000,)))
         ticket = pair.put(random((5000,)))
-        pair.reader.discard(ticket)
+        pair.discard(ticket)
         again = pair.put(random((5000,)))  # likely in the same slot, with another number
         pair.lane.recall(ticket)
         pair.lane.recall(foreign)

@@ -414,8 +414,7 @@ class Reader:
     def _handle(self, link: Link, message: bytes) -> None:
         kind = protocol.kind(message)
         if kind == protocol.REJECT:
-            logger.warning("lane %s sends this reader away: %s", link.name, protocol.read_reject(message))
-            return
+            raise ProtocolError(f"it sends this reader away: {protocol.read_reject(message)}")
         items = protocol.read_pairs(message)
         for first, second in items:
             if kind == protocol.RECALL:
