@@ -15,12 +15,13 @@ from contextlib import suppress
 from math import prod
 from operator import index
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
 from mmlane.lane import failpoints, memory, protocol
 from mmlane.lane.allocator import Allocator
-from mmlane.lane.bookkeeping import Bookkeeping, Extent, Hold, Kept, Live, Member
+from mmlane.lane.bookkeeping import Bookkeeping, Hold, Kept, Live, Member
 from mmlane.lane.control import Control
 from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused, needed
 from mmlane.lane.invitation import Invitation
@@ -60,6 +61,21 @@ class _Change:
             self._is_under_way = False
         else:
             self._poison(repr(error))
+
+
+class _Place(NamedTuple):
+    """Where an extent is, and the (offset, nbytes) ranges that have to be committed for it."""
+
+    offset: int
+    uncommitted: list[tuple[int, int]]
+
+
+class _Copied(NamedTuple):
+    """A copy that was made, and has to be counted."""
+
+    owner: memory.Owner
+    nbytes: int
+    seconds: float
 
 
 class Lane:
@@ -218,10 +234,11 @@ class Lane:
         Returns a Refused where no ticket can be had; never waits for readers. Raises LaneError in a forked child.
         """
         hold = Hold(self._dropped.append)
-        owner = self._copy(tensor, hold)
-        if isinstance(owner, Refused):
-            return owner
+        copied = self._copy(tensor, hold)
+        if isinstance(copied, Refused):
+            return copied
         with self.lock, self._change:
+            self._count(copied)
             ticket = self._issue(tensor, hold, 0)
             if isinstance(ticket, bytes):  # else the lane may have been interrupted in the middle of anything
                 self._tickets.let_go(hold)
@@ -233,10 +250,12 @@ class Lane:
         It is kept until the reservation is closed or dropped, whatever becomes of the tickets. Else as `put`.
         """
         hold = Hold(self._dropped.append)
-        owner = self._copy(tensor, hold)
-        if isinstance(owner, Refused):
-            return owner
-        return Reservation(self, hold, memory.tensor_at(owner, tensor.dtype, tensor.shape))
+        copied = self._copy(tensor, hold)
+        if isinstance(copied, Refused):
+            return copied
+        with self.lock, self._change:
+            self._count(copied)
+        return Reservation(self, hold, memory.tensor_at(copied.owner, tensor.dtype, tensor.shape))
 
     def reserve(self, shape: Sequence[int], dtype: torch.dtype) -> Reservation | Refused:
         """Room for a contiguous tensor, to be filled by anybody, and published in one piece or several.
@@ -383,7 +402,7 @@ class Lane:
 
     # --- putting, in pieces; without the lock --------------------------------------------------------------
 
-    def _copy(self, tensor: torch.Tensor, hold: Hold) -> memory.Owner | Refused:
+    def _copy(self, tensor: torch.Tensor, hold: Hold) -> _Copied | Refused:
         """A copy of a tensor in an extent that the hold keeps."""
         self._check_process()
         if problem := unsupported(tensor):
@@ -397,26 +416,22 @@ class Lane:
         memory.copy(tensor, nbytes, owner)
         took = time.perf_counter() - began
         failpoints.reached("put.copied")
-        with self.lock, self._change:
-            self._copied += nbytes
-            self._copy_seconds += took
-        return owner
+        return _Copied(owner, nbytes, took)
 
     def _reserve(self, nbytes: int, hold: Hold) -> memory.Owner | Refused:
         """An extent that the hold keeps, with memory behind it."""
         with self.lock, self._change:
             self._drain_now_and_then()
             placed = self._find(nbytes, hold)
-            if not isinstance(placed, Extent):
+            if isinstance(placed, Refused):
                 return placed
             self._ahead = max(self._ahead, min(nbytes, _AHEAD))
             backing, mapping = self._backing, self._mapping
-            uncommitted = self._allocator.uncommitted(placed.offset, placed.nbytes)
         assert backing is not None and mapping is not None  # it is open
         failpoints.reached("put.allocated")
         # Nobody else knows the extent yet, so memory is committed and filled without the lock.
         try:
-            self._commit(backing, mapping, uncommitted)
+            self._commit(backing, mapping, placed.uncommitted)
         except OSError as error:
             if error.errno is None:  # a TimeoutError of a signal handler
                 raise
@@ -432,8 +447,12 @@ class Lane:
         if self._undrained >= _DRAIN:
             self._drain(_AT_ONCE)
 
-    def _find(self, nbytes: int, hold: Hold) -> Extent | Refused:
-        """An extent of that size."""
+    def _count(self, copied: _Copied) -> None:
+        self._copied += copied.nbytes
+        self._copy_seconds += copied.seconds
+
+    def _find(self, nbytes: int, hold: Hold) -> _Place | Refused:
+        """An extent of that size, for the hold to keep."""
         if (refused := self._why_not_open()) is not None:
             return refused
         if nbytes > self._allocator.capacity:
@@ -441,17 +460,23 @@ class Lane:
                 "oversize",
                 f"{nbytes} bytes, more than the lane's capacity of {self._allocator.capacity}: raise it",
             )
-        offset = self._allocator.find(nbytes)
-        if offset is None or self._allocator.uncommitted(offset, nbytes):
+        offset, uncommitted = self._place(nbytes)
+        if offset is None or uncommitted:
             self._drain()  # before memory is committed, use what was released
-            offset = self._allocator.find(nbytes)
+            offset, uncommitted = self._place(nbytes)
         if offset is None:
             return self._refuse(
                 "full",
                 f"{nbytes} bytes wanted, {self._allocator.used_bytes} of {self._allocator.capacity} are used by"
                 f" {len(self._tickets.live)} tickets: readers must let tensors go, or the capacity be raised",
             )
-        return self._tickets.allocate(offset, nbytes, hold)
+        self._tickets.allocate(offset, nbytes, hold)
+        return _Place(offset, uncommitted)
+
+    def _place(self, nbytes: int) -> tuple[int | None, list[tuple[int, int]]]:
+        """Where an extent would go, and what has to be committed for it."""
+        offset = self._allocator.find(nbytes)
+        return offset, [] if offset is None else self._allocator.uncommitted(offset, nbytes)
 
     def _issue(self, tensor: torch.Tensor, hold: Hold, at: int) -> bytes | Refused:
         """A ticket for what lies at a place in an extent and looks like a tensor."""
@@ -501,10 +526,8 @@ class Lane:
             self._tickets.withdraw(*self._withdrawn.popleft())
         while self._dropped:
             self._tickets.dropped(self._dropped.popleft())
-        if self._ahead and not self._starved:
-            offset = self._allocator.find(self._ahead)
-            if offset is not None and self._allocator.uncommitted(offset, self._ahead):
-                self._control.has_work()
+        if self._ahead and not self._starved and self._place(self._ahead)[1]:
+            self._control.has_work()
 
     def _handle(self, member: Member, message: bytes) -> None:
         kind = message[0]
@@ -616,8 +639,7 @@ class Lane:
             with self.lock, self._change:
                 if self._closed:
                     return False
-                offset = self._allocator.find(self._ahead) if self._ahead and not self._starved else None
-                ranges = [] if offset is None else self._allocator.uncommitted(offset, self._ahead)
+                ranges = self._place(self._ahead)[1] if self._ahead and not self._starved else []
             self._commit(backing, mapping, ranges)
         except OSError as error:
             logger.debug("lane %s: no memory ahead of need: %s", self.name, str(error))

@@ -25,8 +25,9 @@ _NAMES = (
     *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
 )
 # The dtypes that travel, by name: those of the list that this torch has.
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)}
-NAMES: dict[torch.dtype, bytes] = {dtype: name.encode() for name, dtype in DTYPES.items()}
+DTYPES: dict[bytes, torch.dtype] = {name.encode(): getattr(torch, name) for name in _NAMES if hasattr(torch, name)}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SHAPES = [struct.Struct(f"<{dimensions}Q") for dimensions in range(DIMENSIONS + 1)]
 
 
 class Content(NamedTuple):
@@ -60,8 +61,10 @@ def unsupported(tensor: torch.Tensor) -> str:
 
 def _ends_within_its_storage(tensor: torch.Tensor) -> bool:
     """Not so if the storage was resized: torch itself would read beyond it."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
+    end = tensor.storage_offset() + tensor.numel()
+    if not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
     return end * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
@@ -79,7 +82,7 @@ def write(content: Content) -> bytes:
         content.offset,
         content.nbytes,
     )
-    return b"".join((head, name, dtype, struct.pack(f"<{dimensions}Q", *content.shape)))
+    return b"".join((head, name, dtype, _SHAPES[dimensions].pack(*content.shape)))
 
 
 def read(ticket: bytes) -> Content:
@@ -87,12 +90,12 @@ def read(ticket: bytes) -> Content:
     if not isinstance(ticket, bytes):
         raise MalformedTicket(f"a ticket is bytes, as `Lane.put` returned it; this is {type(ticket).__name__}")
     try:
-        magic, *lengths, slot, serial, offset, nbytes = _HEAD.unpack_from(ticket)
-        name_end = _HEAD.size + lengths[0]
-        dtype_end = name_end + lengths[1]
+        magic, name_size, dtype_size, dimensions, slot, serial, offset, nbytes = _HEAD.unpack_from(ticket)
+        name_end = _HEAD.size + name_size
+        dtype_end = name_end + dtype_size
         name = ticket[_HEAD.size : name_end].decode()
-        dtype = DTYPES[ticket[name_end:dtype_end].decode()]
-        shape = struct.unpack(f"<{lengths[2]}Q", ticket[dtype_end:])
+        dtype = DTYPES[ticket[name_end:dtype_end]]
+        shape = _SHAPES[dimensions].unpack(ticket[dtype_end:])
     except (struct.error, UnicodeDecodeError, KeyError) as error:
         raise MalformedTicket(f"not a ticket, or damaged: {len(ticket)} bytes, {error}") from error
     if magic != _MAGIC:
