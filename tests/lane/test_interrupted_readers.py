@@ -4,59 +4,30 @@ from __future__ import annotations
 
 import sys
 from itertools import count
-from types import FrameType
-from typing import Any
 
 import pytest
 
 from mmlane.lane import Mode, StaleTicket, link, reader
 from tests.lane.harness.child import run
+from tests.lane.harness.moments import Interrupted, Moment, interrupt
 from tests.lane.harness.payloads import MODES, random, same
 from tests.lane.harness.together import PAGE, Together, together
 from tests.lane.harness.waiting import eventually
-
-FILES = {module.__file__ for module in (link, reader)}
-
-
-class Interrupted(Exception):
-    """What a signal handler raises."""
-
-
-class Interrupt:
-    """Raises where Python looks for signals in the reader's code, the nth time. Says whether it has."""
-
-    def __init__(self, nth: int) -> None:
-        self._left = nth
-        self.raised = False
-
-    def __enter__(self) -> Interrupt:
-        sys.setprofile(self._look)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
-
-    def _look(self, frame: FrameType, event: str, argument: Any) -> None:
-        if frame.f_code.co_filename in FILES and event in ("call", "c_return"):
-            self._left -= 1
-            if self._left == 0:
-                self.raised = True
-                raise Interrupted
 
 
 def interrupted(pair: Together, ticket: bytes, mode: Mode, what: str, nth: int) -> bool:
     """Take a ticket and let it go, with an interrupt in one of them; False if there was nothing to interrupt."""
     try:
         if what == "take":
-            with Interrupt(nth) as interrupt:
+            with Moment(nth, interrupt, (link, reader)) as moment:
                 pair.reader.take(ticket, mode)
         else:
             held = [pair.reader.take(ticket, mode)]
-            with Interrupt(nth) as interrupt:
+            with Moment(nth, interrupt, (link, reader)) as moment:
                 held.clear()
     except Interrupted:
         pass
-    return interrupt.raised
+    return moment.came
 
 
 def everywhere(mode: Mode, what: str) -> int:

@@ -11,8 +11,6 @@ import sys
 import threading
 from collections.abc import Callable
 from itertools import count
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from mmlane.lane import Lane, LaneError, Reader, Refused, Reservation, allocator
 from mmlane.lane import reservation as reservations
 from tests.lane.harness import kernel
 from tests.lane.harness.child import run
+from tests.lane.harness.moments import Interrupted, Moment, interrupt
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, published
 from tests.lane.harness.waiting import DEADLINE, eventually, in_threads
@@ -93,33 +92,7 @@ def test_copies_are_closed_by_one_thread_while_others_publish_them(wide: Togethe
 
 # --- at every moment ---------------------------------------------------------------------------------------
 
-FILES = {module.__file__ for module in (allocator, bookkeeping, memory, producer, reservations)}
-
-
-class Moment:
-    """Does something at the nth moment at which Python may run a signal handler, or another thread, in the lane.
-
-    That is where a function begins, and where one that is not written in Python has returned. `came`: it was so.
-    """
-
-    def __init__(self, nth: int, act: Callable[[], object]) -> None:
-        self._left = nth
-        self._act = act
-        self.came = False
-
-    def __enter__(self) -> Moment:
-        sys.setprofile(self._look)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
-
-    def _look(self, frame: FrameType, event: str, argument: Any) -> None:
-        if frame.f_code.co_filename in FILES and event in ("call", "c_return"):
-            self._left -= 1
-            if self._left == 0:
-                self.came = True
-                self._act()
+MODULES = (allocator, bookkeeping, memory, producer, reservations)
 
 
 @pytest.mark.parametrize("before", [0, 1])
@@ -132,7 +105,7 @@ def test_a_copy_that_is_closed_at_any_moment_of_its_publishing(wide: Together, b
         for _ in range(before):
             wide.discard(published(copy))
         tickets: list[bytes] = []
-        with Moment(nth, copy.close) as moment:
+        with Moment(nth, copy.close, MODULES) as moment:
             try:
                 tickets.append(published(copy))
             except LaneError as error:
@@ -152,14 +125,6 @@ def test_a_copy_that_is_closed_at_any_moment_of_its_publishing(wide: Together, b
 
 
 # --- interrupts --------------------------------------------------------------------------------------------
-
-
-class Interrupted(Exception):
-    """What a signal handler raises."""
-
-
-def interrupt() -> None:
-    raise Interrupted
 
 
 def in_one(lane: Lane) -> None:
@@ -194,7 +159,7 @@ def interrupted_everywhere(what: str) -> tuple[int, int]:
             assert isinstance(copy, Reservation)
             tickets = [published(copy) for _ in range(before)]
             try:
-                with Moment(nth, interrupt) as moment:
+                with Moment(nth, interrupt, MODULES) as moment:
                     act(lane, copy)
             except Interrupted:
                 assert moment.came
