@@ -322,6 +322,6 @@ class collected(logging.Handler):
 
 
 Fuzz.TestCase.settings = settings(
-    max_examples=examples(40, 2000), stateful_step_count=20, suppress_health_check=list(HealthCheck)
+    max_examples=examples(25, 2000), stateful_step_count=20, suppress_health_check=list(HealthCheck)
 )
 TestFuzz = pytest.mark.long(Fuzz.TestCase)
