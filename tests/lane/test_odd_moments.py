@@ -24,7 +24,7 @@ import torch
 from mmlane.lane import JoinRefused, Lane, LaneError, Reader, Refused, Reservation, StatusError, failpoints, status
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.sockets import listen, receive, visit
-from tests.lane.harness.together import PAGE, SEGMENT, put, serves, together
+from tests.lane.harness.together import PAGE, SEGMENT, Together, put, serves, together
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 # --- arguments ---------------------------------------------------------------------------------------------
@@ -295,6 +295,25 @@ def test_a_reader_that_can_watch_no_more_says_so_when_it_joins() -> None:
         full.is_full = False
         reader.join(lane.invitation)
         serves(lane, reader)
+
+
+def end_while_it_fails(pair: Together) -> float | None:
+    """How long the reader's thread sleeps then; no name keeps the link after this."""
+    (link,) = pair.reader._links.values()
+    real = link.connection
+    link.connection = FakeFailingSocket(real)  # type: ignore[assignment]
+    pair.reader.take(pair.put(random((100,))))
+    eventually(lambda: link.retry_at, "the reader's thread has tried")
+    pair.lane.close()
+    eventually(lambda: link.gone_at, "the end of the lane")
+    link.connection = real
+    return pair.reader._patience()
+
+
+def test_a_lane_that_ends_while_its_socket_fails_lets_the_readers_thread_sleep() -> None:
+    with together() as pair:
+        patience = end_while_it_fails(pair)
+        assert patience is not None and patience > 5  # until the lane is forgotten
 
 
 def test_a_reader_that_is_sent_away_when_it_has_joined_says_why(caplog: pytest.LogCaptureFixture) -> None:

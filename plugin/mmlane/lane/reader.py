@@ -374,10 +374,12 @@ class Reader:
             self._device.stop()
 
     def _patience(self) -> float | None:
-        links = list(self._links.values())
-        due = [link.gone_at + self._linger for link in links if link.gone_at is not None]
-        due += [link.retry_at for link in links if link.retry_at is not None]
-        return max(min(due) - time.monotonic(), 0.0) if due else None
+        due = [
+            link.retry_at if link.gone_at is None else link.gone_at + self._linger
+            for link in list(self._links.values())
+        ]
+        soonest = min((at for at in due if at is not None), default=None)
+        return None if soonest is None else max(soonest - time.monotonic(), 0.0)
 
     def _attend(self, link: Link, events: int) -> None:
         try:
