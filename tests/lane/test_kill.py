@@ -184,7 +184,7 @@ def one_that_dies(company: Company, traffic: Traffic, victim: Peer[Any], point: 
     with pytest.raises((Died, AssertionError)) as end:
         traffic.run()
     # A reader can die by itself of what it hears; then it may be a put that tells so first.
-    assert isinstance(end.value, Died) or "not_open" in str(end.value)
+    assert isinstance(end.value, Died) or "cause='closed'" in str(end.value)
     assert victim.exitcode() == -signal.SIGKILL
     assert point is None or victim.last_words() == point
     assert all(peer.is_alive() for peer in company.peers if peer is not victim)
