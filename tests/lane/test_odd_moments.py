@@ -21,7 +21,18 @@ import numpy
 import pytest
 import torch
 
-from mmlane.lane import JoinRefused, Lane, LaneError, Reader, Refused, Reservation, StatusError, failpoints, status
+from mmlane.lane import (
+    JoinRefused,
+    Lane,
+    LaneError,
+    Reader,
+    Refused,
+    Reservation,
+    StatusError,
+    failpoints,
+    status,
+)
+from mmlane.lane import reader as reading
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.sockets import listen, receive, visit
 from tests.lane.harness.together import PAGE, SEGMENT, Together, put, serves, together
@@ -233,20 +244,47 @@ class FakeFailingSocket:
         return getattr(self.real, name)
 
 
-def test_releases_that_cannot_be_sent_for_a_while_are_sent_later(caplog: pytest.LogCaptureFixture) -> None:
-    """And the reader's thread tries it once a second, not all the time."""
+def test_releases_that_cannot_be_sent_for_a_while_are_sent_later(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the reader's thread tries it after a while, not all the time."""
+    monkeypatch.setattr(reading, "_AFTER_ERROR", 1800.0)
     with together() as pair:
         (link,) = pair.reader._links.values()
         failing = FakeFailingSocket(link.connection)
         link.connection = failing  # type: ignore[assignment]
         pair.reader.take(pair.put(random((100,))))
-        eventually(lambda: "trying again in a second" in caplog.text, "the reader's thread has tried")
+        eventually(
+            lambda: any(one.retry_at for one in pair.reader._links.values()), "the reader's thread has tried"
+        )
+        assert "its socket fails, trying again" in caplog.text
         assert failing.tries == 2 and pair.lane.stats().tickets == 1
         failing.fails = False
+        link.retry_at = 0.0  # it is time
+        pair.reader._wake()
         eventually(pair.nothing_is_out, "the release has come")
         assert failing.tries == 3
         link.connection = failing.real
         del link
+
+
+def end_while_it_fails(pair: Together) -> float | None:
+    """How long the reader's thread sleeps then; no name keeps the link after this."""
+    (link,) = pair.reader._links.values()
+    real = link.connection
+    link.connection = FakeFailingSocket(real)  # type: ignore[assignment]
+    pair.reader.take(pair.put(random((100,))))
+    eventually(lambda: link.retry_at, "the reader's thread has tried")
+    pair.lane.close()
+    eventually(lambda: link.gone_at, "the end of the lane")
+    link.connection = real
+    return pair.reader._patience()
+
+
+def test_a_lane_that_ends_while_its_socket_fails_lets_the_readers_thread_sleep() -> None:
+    with together() as pair:
+        patience = end_while_it_fails(pair)
+        assert patience is not None and patience > 5  # until the lane is forgotten
 
 
 # --- a system that can watch no more -----------------------------------------------------------------------
@@ -295,25 +333,6 @@ def test_a_reader_that_can_watch_no_more_says_so_when_it_joins() -> None:
         full.is_full = False
         reader.join(lane.invitation)
         serves(lane, reader)
-
-
-def end_while_it_fails(pair: Together) -> float | None:
-    """How long the reader's thread sleeps then; no name keeps the link after this."""
-    (link,) = pair.reader._links.values()
-    real = link.connection
-    link.connection = FakeFailingSocket(real)  # type: ignore[assignment]
-    pair.reader.take(pair.put(random((100,))))
-    eventually(lambda: link.retry_at, "the reader's thread has tried")
-    pair.lane.close()
-    eventually(lambda: link.gone_at, "the end of the lane")
-    link.connection = real
-    return pair.reader._patience()
-
-
-def test_a_lane_that_ends_while_its_socket_fails_lets_the_readers_thread_sleep() -> None:
-    with together() as pair:
-        patience = end_while_it_fails(pair)
-        assert patience is not None and patience > 5  # until the lane is forgotten
 
 
 def test_a_reader_that_is_sent_away_when_it_has_joined_says_why(caplog: pytest.LogCaptureFixture) -> None:
