@@ -73,9 +73,9 @@ class Producing:
             copy, left = (self.lane.copy(stamp(seed, nbytes)), uses) if kept is None else kept
             if isinstance(copy, Refused):
                 return copy
-            if left > 1:
-                self.copies[seed] = copy, left - 1
             ticket = copy.publish()
+            if left > 1 and not isinstance(ticket, Refused):  # else nobody would say that it is to be forgotten
+                self.copies[seed] = copy, left - 1
         return ticket if isinstance(ticket, Refused) else Sent(ticket, seed, nbytes)
 
     def put_many(self, seed: int, nbytes: int, count: int) -> list[Sent]:
