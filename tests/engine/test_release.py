@@ -13,9 +13,9 @@ from packaging.version import Version
 from devkit.images import jpeg
 from mmlane import __version__
 from tests.engine import asking, looking
-from tests.engine.at_once import AT_ONCE
 from tests.engine.conftest import MODES
 from tests.engine.faults import DEFERRED, FANNED_OUT
+from tests.engine.racing import ANSWERED, AT_ONCE
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -55,12 +55,12 @@ def test_a_lost_segment_fails_its_own_request(mode: str, server: WatchedServer) 
 
 
 @both
-@pytest.mark.parametrize("name", asking.ANSWERED)
+@pytest.mark.parametrize("name", ANSWERED)
 def test_the_tokens_are_those_of_the_unpatched_engine(
     name: str, mode: str, unpatched: Any, server: WatchedServer
 ) -> None:
     with by_its_way(server, mode, images="text" not in name):
-        reply = asking.ANSWERED[name](server)
+        reply = ANSWERED[name](server)
     assert reply.status == 200, reply.body
     assert asking.tokens(reply) == unpatched["answers"][name]["tokens"]
 
@@ -101,7 +101,7 @@ def test_streaming(mode: str, unpatched: Any, server: WatchedServer) -> None:
 def test_concurrent_requests_of_every_kind(mode: str, unpatched: Any, server: WatchedServer) -> None:
     names = [*AT_ONCE] * 2
     with concurrent.futures.ThreadPoolExecutor(len(names) + 2) as pool:
-        plain = [pool.submit(asking.ANSWERED[name], server) for name in names]
+        plain = [pool.submit(AT_ONCE[name], server) for name in names]
         fanned = [pool.submit(asking.one_image_n3, server), pool.submit(asking.two_images_n2, server)]
         for name, future in zip(names, plain, strict=True):
             assert asking.tokens(future.result()) == unpatched["answers"][name]["tokens"]

@@ -18,6 +18,7 @@ from mmlane import __version__, compat
 from mmlane.engine import Engine
 from mmlane.settings import Settings
 from tests.engine import asking, looking
+from tests.engine.racing import ANSWERED
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -40,7 +41,7 @@ def test_ranks_wait_for_nothing(arena: WatchedServer) -> None:
     """Counted: the unpatched engine's ranks wait for each other at every image, ours at none that goes by lane."""
     looking.open_lanes(arena)
     before = arena.collectives()
-    for ask in (*asking.ANSWERED.values(), asking.one_image_n3):
+    for ask in (*ANSWERED.values(), asking.one_image_n3):
         assert ask(arena).status == 200
     assert arena.collectives() == before
 

@@ -15,7 +15,7 @@ from devkit.images import jpeg
 from devkit.server import free_port
 from tests.engine import asking, looking
 from tests.engine.asking import image
-from tests.engine.at_once import AT_ONCE
+from tests.engine.racing import AT_ONCE
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched import embeddings, sessions, small_memory
 from tests.engine.watching import WatchedServer

@@ -17,6 +17,7 @@ import pytest
 from devkit.environment import Environment, disposable_environment
 from tests.engine import asking, looking
 from tests.engine.asking import image
+from tests.engine.racing import ANSWERED
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
@@ -49,7 +50,7 @@ MODES = ["arena", pytest.param("backport", marks=pytest.mark.matrix)]
 
 def answers(server: WatchedServer) -> list[list[list[int]]]:
     """The tokens of every kind of request; the first that a server is asked has an image."""
-    replies = [ask(server) for ask in asking.ANSWERED.values()]
+    replies = [ask(server) for ask in ANSWERED.values()]
     assert {reply.status for reply in replies} == {200}, [reply.body for reply in replies]
     return [asking.tokens(reply) for reply in replies]
 

@@ -17,6 +17,7 @@ from devkit.environment import disposable_environment
 from mmlane.lane import protocol
 from tests.conftest import CHECKOUT
 from tests.engine import asking, looking
+from tests.engine.racing import ANSWERED
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
@@ -56,7 +57,7 @@ def test_ranks_of_another_version(
     environment = disposable_environment(release, plugin_wheel, tmp_path / "overlay")
     (environment.site_packages / "00_other_version.pth").write_text(OTHER_FIRST.format(path=str(other_version)))
     with WatchedServer(release, environment=environment) as server:
-        answers = [asking.tokens(ask(server)) for ask in asking.ANSWERED.values()]
+        answers = [asking.tokens(ask(server)) for ask in ANSWERED.values()]
         assert answers == [answer["tokens"] for answer in unpatched["answers"].values()]
         stats = looking.lane(server)
         assert stats.state == "waiting" and set(stats.fallbacks) == {"not_open"}
