@@ -39,19 +39,26 @@ def measure(release: str) -> dict[str, list[list[float]]]:
     from sglang.srt.managers import mm_utils
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
+    import mmlane_patches
     from mmlane.compat import contributed
 
     # As on one node: what the engine's own function asks, which 0.5.10 - 0.5.12 call for each request.
     mm_utils._is_default_tensor_transport = False
     server_args._global_server_args = SimpleNamespace(skip_tokenizer_init=False)
     version = Version(release)
-    specs = [spec for spec in contributed()[0] if (cell := spec.cell(version)) and cell.state == "apply"]
+    specs = [
+        spec for spec in contributed(mmlane_patches)[0] if (cell := spec.cell(version)) and cell.state == "apply"
+    ]
     targets = [target for spec in specs for target in spec.targets_on(version)]
 
     def around(nothing: Callable[..., Any], *names: str) -> Callable[..., Any]:
+        done: list[Any] = []
         for target in targets:
-            if target.name in names:
-                nothing = target.build(nothing)
+            if target.name not in names or any(target.shares(other) for other in done):
+                continue
+            done.append(target)
+            steps = [other.load_step() for other in targets if target.shares(other)]
+            nothing = target.build(nothing, tuple(dict.fromkeys(filter(None, steps))))
         return nothing
 
     parameters = inspect.signature(TokenizedGenerateReqInput).parameters.values()

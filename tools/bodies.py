@@ -15,7 +15,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from mmlane.patching import EngineSource, PatchSpec
+from mmlane.engine.source import EngineSource
+from mmlane.patching import PatchSpec
 
 RECORD = Path(__file__).parent.parent / "tests" / "contract" / "fingerprints.json"
 

@@ -18,7 +18,8 @@ from packaging.version import InvalidVersion, Version
 from devkit.installer import InstallError
 from mmlane.compat import Matrix, matrix
 from mmlane.engine import Engine
-from mmlane.patching import Cell, EngineSource, PatchSpec, Refusal
+from mmlane.engine.source import EngineSource
+from mmlane.patching import Cell, PatchSpec, Refusal, check
 from tools import bodies, probes, releases, table
 
 
@@ -50,7 +51,7 @@ def judge(spec: PatchSpec, engine: Engine, changed: dict[str, str]) -> Verdict:
         wanted.append("no target is known on this version: give the patch one")
     for target in targets:
         try:
-            source.check(target)
+            check(target, source)
         except Refusal as refusal:
             wanted.append(str(refusal))
     return Verdict(spec.id, cell, tuple(wanted + [f"read again, {line}" for line in read_again]), ())

@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from mmlane.patching import Cell, EngineSource, signature_of
+from mmlane.engine.source import EngineSource, signature_of
+from mmlane.patching import Cell
 from tools.steps import Function, Step, steps, steps_in
 
 MM_UTILS = "sglang.srt.managers.mm_utils"

@@ -1,7 +1,7 @@
 """What mmlane changes in the engine: one file per patch, named after its id in compat_matrix.yaml.
 
 A patch file is read before the engine has set up its environment, so it imports neither torch nor the
-engine. What needs them (`pointer`, `agreement`, ...) is named by its targets, and imported when they are there.
+engine. What needs them (`mmlane.transport`) is named by its targets, and imported when they are there.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.mm_utils",
             name="unwrap_shm_features",
             signature="(obj)",
-            replace="mmlane_patches.receiving:deferrable",
+            replace="mmlane.transport.scheduler_side:unwrap_nothing_while_receiving",
             before="0.5.10",
         ),
     ),

@@ -11,14 +11,13 @@ When it can go: with the oldest supported engine at 0.5.13.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mmlane.compat import matrix
+from mmlane.log import guarded
 from mmlane.patching import Target
-from mmlane_patches.features import tokenized
-from mmlane_patches.guard import guarded
 
 
 def own_items(request: Any) -> None:
@@ -34,16 +33,11 @@ def own_items(request: Any) -> None:
     request.mm_inputs = own
 
 
-def _send(original: Callable[..., Any]) -> Callable[..., Any]:
-    request = tokenized(original)
-
-    @wraps(original)
-    def send_one_request(*args: Any, **kwargs: Any) -> Any:
-        with guarded("fan_out", "with n > 1 the samples of this request share their items"):
-            own_items(request(args, kwargs))
-        return original(*args, **kwargs)
-
-    return send_one_request
+@contextmanager
+def _with_own_items(manager: Any, request: Any) -> Iterator[None]:
+    with guarded("fan_out", "with n > 1 the samples of this request share their items"):
+        own_items(request)
+    yield
 
 
 SPEC = matrix().spec(
@@ -53,7 +47,8 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.tokenizer_manager",
             name="TokenizerManager._send_one_request",
             signature=("(self, obj, tokenized_obj, created_time=)", "(self, tokenized_obj)"),
-            replace=_send,
+            replace="mmlane.transport.tokenizer_side:around_send",
+            step=_with_own_items,
             before="0.5.13",
         ),
     ),

@@ -16,8 +16,8 @@ from functools import wraps
 from typing import Any
 
 from mmlane.compat import matrix
+from mmlane.log import guarded
 from mmlane.patching import Target
-from mmlane_patches.guard import guarded
 
 # The inputs of which one prompt may have several, and what 0.5.18 and later keep beside each image.
 FIELDS = ("image_data", "video_data", "audio_data", "mm_hashes", "mm_content_hashes")

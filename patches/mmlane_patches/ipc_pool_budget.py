@@ -19,8 +19,8 @@ from functools import wraps
 from typing import Any
 
 from mmlane.compat import matrix
+from mmlane.log import guarded
 from mmlane.patching import Target
-from mmlane_patches.guard import guarded
 
 logger = logging.getLogger("mmlane")
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmlane.entry import say
+from mmlane.log import say
 
 VARIABLE = "MMLANE_IPC_LOCK"
 NAME = "shm_wr_lock.lock"

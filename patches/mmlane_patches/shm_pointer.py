@@ -4,10 +4,11 @@ Why: on 0.5.9 the pointer unlinks while it is unpickled; up to 0.5.15 a full /de
 (SIGBUS); up to 0.5.18 a segment that one rank cannot open ends the server; up to 0.5.20 every rank copies every
 feature.
 Upstream: #21465 (metadata-only state), #30602 (reserve, inline), #37047 (isolation), copy-on-write in 0.5.21.
-How: `ShmPointerMMData` is replaced in `mm_utils`, where the engine finds it by that global name (`pointer`).
-0.5.9 - 0.5.12: the engine's wrapping function is also shown what it leaves (`wrapping`).
-0.5.9 - 0.5.18: ranks agree on what is lost before they take (`agreement`; below 0.5.15 that is part of
-`tp_barrier`), and the two request handlers refuse a request that lost its features.
+How: `ShmPointerMMData` is replaced in `mm_utils`, where the engine finds it by that global name
+(`mmlane.transport.pointer`), and what was made for a request that cannot be sent is released (`tokenizer_side`).
+0.5.9 - 0.5.12: the engine's wrapping function is also shown what it leaves.
+0.5.9 - 0.5.18: ranks agree on what is lost before they take (`scheduler_side`; below 0.5.15 that is part of
+`tp_barrier`), and the two request handlers refuse a request that lost its features (`agreement`).
 0.5.9: a refused request has no `prompt_tokens` in its answer, which the chat stream breaks off over; it gets one.
 When it can go: with the oldest supported engine at 0.5.21; the targets go one by one before.
 """
@@ -19,8 +20,8 @@ from functools import wraps
 from typing import Any
 
 from mmlane.compat import matrix
+from mmlane.log import guarded
 from mmlane.patching import Target
-from mmlane_patches.guard import guarded
 
 
 def _answer_abort(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -42,14 +43,14 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.mm_utils",
             name="ShmPointerMMData",
             signature=("(self, tensor)", "(self, tensor, precomputed_hash=)"),
-            replace="mmlane_patches.pointer:in_its_place",
+            replace="mmlane.transport.pointer:with_own_segments",
             before="0.5.21",
         ),
         Target(
             module="sglang.srt.managers.mm_utils",
             name="wrap_shm_features",
             signature="(obj)",
-            replace="mmlane_patches.wrapping:wrap_everything",
+            replace="mmlane.transport.tokenizer_side:wrap_everything",
             before="0.5.13",
         ),
         Target(
@@ -63,14 +64,15 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.tokenizer_manager",
             name="TokenizerManager._send_one_request",
             signature=("(self, obj, tokenized_obj, created_time=)", "(self, tokenized_obj)"),
-            replace="mmlane_patches.sending:unlink_if_unsent",
+            replace="mmlane.transport.tokenizer_side:around_send",
+            step="mmlane.transport.tokenizer_side:sending",
             before="0.5.21",
         ),
         Target(
             module="sglang.srt.managers.scheduler_components.request_receiver",
             name="SchedulerRequestReceiver._finalize_shm_features",
             signature="(self, recv_reqs)",
-            replace="mmlane_patches.receiving:agree_before",
+            replace="mmlane.transport.scheduler_side:take_before",
             since="0.5.15",
             before="0.5.19",
         ),
@@ -78,14 +80,14 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.scheduler",
             name="Scheduler.handle_generate_request",
             signature="(self, recv_req)",
-            replace="mmlane_patches.agreement:refuse_lost",
+            replace="mmlane.transport.agreement:refuse_lost",
             before="0.5.19",
         ),
         Target(
             module="sglang.srt.managers.scheduler",
             name="Scheduler.handle_embedding_request",
             signature="(self, recv_req)",
-            replace="mmlane_patches.agreement:refuse_lost",
+            replace="mmlane.transport.agreement:refuse_lost",
             before="0.5.19",
         ),
     ),

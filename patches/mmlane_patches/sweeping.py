@@ -38,9 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from mmlane import host, settings
-from mmlane.entry import say
 from mmlane.host import SHM
-from mmlane_patches.guard import guarded
+from mmlane.log import guarded, say
 
 NAMES = re.compile(r"psm_[0-9a-f]{8}|sgl_shm_[a-z]+_\d+_[0-9a-f]{8}|mmlane_(\d+)_(\d+)_(\d+)_[0-9a-f]{16}")
 PROC = Path("/proc")

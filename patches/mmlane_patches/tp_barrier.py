@@ -4,7 +4,8 @@ Why: 0.5.9 has no barrier (it needed none, see `deferred_unwrap`); 0.5.10 - 0.5.
 none with DP-attention, where the groups that carried the request are others.
 Upstream: #21655, #29543.
 How: the function that receives runs without its own barrier; then the groups that carried the requests agree,
-which is a barrier too and is left out when no request holds a pointer (`receiving`, `agreement`).
+which is a barrier too and is left out when no request holds a pointer (`mmlane.transport.scheduler_side`). Up to
+0.5.12 its barrier and its taking go by two functions of `mm_utils`, which do nothing meanwhile.
 When it can go: with the oldest supported engine at 0.5.15.
 """
 
@@ -20,14 +21,22 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.scheduler",
             name="Scheduler.recv_requests",
             signature="(self)",
-            replace="mmlane_patches.receiving:agree_after_deferring",
-            before="0.5.10",
+            replace="mmlane.transport.scheduler_side:take_after",
+            before="0.5.13",
         ),
         Target(
-            module="sglang.srt.managers.scheduler",
-            name="Scheduler.recv_requests",
-            signature="(self)",
-            replace="mmlane_patches.receiving:agree_after",
+            module="sglang.srt.managers.mm_utils",
+            name="unwrap_shm_features",
+            signature="(obj)",
+            replace="mmlane.transport.scheduler_side:unwrap_nothing_while_receiving",
+            since="0.5.10",
+            before="0.5.13",
+        ),
+        Target(
+            module="sglang.srt.managers.mm_utils",
+            name="has_shm_features",
+            signature="(recv_reqs)",
+            replace="mmlane.transport.scheduler_side:has_nothing_while_receiving",
             since="0.5.10",
             before="0.5.13",
         ),
@@ -35,7 +44,7 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.scheduler_components.request_receiver",
             name="SchedulerRequestReceiver._finalize_shm_features",
             signature="(self, recv_reqs)",
-            replace="mmlane_patches.receiving:agree_before",
+            replace="mmlane.transport.scheduler_side:take_before",
             since="0.5.13",
             before="0.5.15",
         ),

@@ -7,16 +7,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 import yaml
 from packaging.version import Version
 
 from mmlane import hookspecs
-from mmlane.engine import Engine
-from mmlane.patching import Cell, Decision, PatchSpec, Refusal, Target, spread
+from mmlane.patching import Cell, Decision, PatchSpec, Refusal, Target, check, spread
 from mmlane.settings import Settings
+
+if TYPE_CHECKING:
+    from mmlane.engine import Engine
 
 MATRIX = "compat_matrix.yaml"
 
@@ -68,16 +70,14 @@ def matrix() -> Matrix:
     raise FileNotFoundError(f"{MATRIX} is neither in {package} nor at the top of a checkout; reinstall mmlane")
 
 
-def contributed() -> tuple[tuple[PatchSpec, ...], tuple[str, ...]]:
-    """Every patch there is, ours first, and one line for each package whose patches cannot be had.
+def contributed(ours: object) -> tuple[tuple[PatchSpec, ...], tuple[str, ...]]:
+    """Every patch there is, those of `ours` first, and one line for each package whose patches cannot be had.
 
     Other packages contribute through the entry-point group `mmlane`; see `mmlane.hookspecs`.
     """
-    import mmlane_patches
-
     problems: list[str] = []
     specs: dict[str, PatchSpec] = {}
-    for name, plugin in [("mmlane", mmlane_patches), *_others(problems)]:
+    for name, plugin in [("mmlane", ours), *_others(problems)]:
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
         try:
@@ -89,7 +89,7 @@ def contributed() -> tuple[tuple[PatchSpec, ...], tuple[str, ...]]:
                 if not spec.cells or not spec.targets:
                     raise ValueError(f"{spec.id} has no cells, or no targets")
         except Exception as error:  # somebody else's code: named, and the engine starts without it
-            if plugin is mmlane_patches:
+            if plugin is ours:
                 raise
             problems.append(f"the patches of {name} are left out: {type(error).__name__}: {error}")
             continue
@@ -134,7 +134,7 @@ def _decide(spec: PatchSpec, engine: Engine, settings: Settings) -> Decision:
     if engine.source is not None:
         for target in targets:
             try:
-                engine.source.check(target)
+                check(target, engine.source)
             except Refusal as refusal:
                 return Decision(spec, "skipped", str(refusal))
     return Decision(spec, "planned", cell.reason, targets)

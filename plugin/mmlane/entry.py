@@ -14,8 +14,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from mmlane import bootstrap, compat, engine, settings
+import mmlane_patches
+from mmlane import compat, engine, import_hook, settings
 from mmlane.engine_help import HELP
+from mmlane.log import say
 from mmlane.patching import Decision, Failure, Patcher, Refusal, Replacement, Target, apply
 from mmlane.report import Report, skip_line
 
@@ -30,7 +32,7 @@ class Session:
     """mmlane in this process: the settings it read, the plan it made, and what has become of it so far."""
 
     def __init__(self, chosen: settings.Settings, here: engine.Engine, trigger: str) -> None:
-        specs, problems = compat.contributed()
+        specs, problems = compat.contributed(mmlane_patches)
         ids = [spec.id for spec in specs]
         unknown = sorted(chosen.disable.difference(ids))
         # It may well be a patch of a package that could not be loaded; or, in a child, of our parent's version.
@@ -68,10 +70,10 @@ class Session:
             if loaded is not None:
                 self.module_ready(loaded)
             else:
-                bootstrap.WATCH.after[name] = guarded(self.module_ready)
-        if bootstrap.WATCH not in sys.meta_path:
-            sys.meta_path.insert(0, bootstrap.WATCH)
-        if bootstrap.is_unstarted_child():
+                import_hook.WATCH.after[name] = guarded(self.module_ready)
+        if import_hook.WATCH not in sys.meta_path:
+            sys.meta_path.insert(0, import_hook.WATCH)
+        if import_hook.is_unstarted_child():
             engine.when_child_runs(guarded(self.tell))
 
     def module_ready(self, module: ModuleType) -> None:
@@ -86,7 +88,7 @@ class Session:
         for extra in (HELP, self.after_hooks()):
             if module.__name__ == extra.module:
                 self.add(extra, module)
-        if module.__name__ == LAST_MODULE and not bootstrap.is_unstarted_child():
+        if module.__name__ == LAST_MODULE and not import_hook.is_unstarted_child():
             self.tell()
 
     def drop(self, dropped: list[Decision]) -> None:
@@ -166,7 +168,7 @@ class Session:
         while self.extras:
             self.extras.pop().undo()
         for name in self.watched():
-            bootstrap.WATCH.after.pop(name, None)
+            import_hook.WATCH.after.pop(name, None)
 
 
 session: Session | None = None
@@ -214,14 +216,14 @@ def guarded(step: Callable[..., None]) -> Callable[..., None]:
 
 
 def give_up(error: Exception) -> None:
-    """Leave the engine as it was, or end this process: see `bootstrap.give_up`."""
+    """Leave the engine as it was, or end this process: see `import_hook.give_up`."""
     global session
     if session is not None:
         session.undo()
         session = None
     if os.environ.get("MMLANE_LOG") == "debug":
         traceback.print_exception(error)
-    bootstrap.give_up(error, child=engine.is_child())
+    import_hook.give_up(error, child=engine.is_child())
 
 
 def stop() -> None:
@@ -251,8 +253,3 @@ def untested(here: engine.Engine) -> str:
     if version < oldest:
         return f"unsupported: older than {oldest}"
     return "untested: not a published release, checked by signature"
-
-
-def say(line: str) -> None:
-    """One line on standard error."""
-    print(f"mmlane: {line}", file=sys.stderr, flush=True)

@@ -7,15 +7,13 @@ one engine comes to the same decision, and so that the same code serves wheels t
 
 from __future__ import annotations
 
-import ast
 import pkgutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from types import CellType, ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from packaging.version import Version
 
@@ -42,13 +40,16 @@ class Target:
     `replace` is given the engine's object and returns what takes its place; as a string, "module:function", it is
     imported as soon as torch is there (`Patcher.load`), so that a patch file need not import what the engine is
     yet to. That module may import torch; the engine only inside of its functions.
+    `step`: for a function that several patches want. It is wrapped once, by the `replace` that they all name,
+    which is also given a tuple of their steps, in the order of the patches. It may be a string, too.
     `since` and `before` bound the engine versions on which this target is the right place.
     """
 
     module: str
     name: str
     signature: str | tuple[str, ...]
-    replace: Callable[[Any], Any] | str
+    replace: Callable[..., Any] | str
+    step: Callable[..., Any] | str | None = None
     since: str = "0"
     before: str | None = None
 
@@ -65,19 +66,33 @@ class Target:
         """What is looked for, in words."""
         return f"wanted {self.path}{' or '.join(_told(signature) for signature in self.signatures)}"
 
-    def load(self) -> Callable[[Any], Any]:
-        """`replace`, imported. Raises `Failure`."""
-        if not isinstance(self.replace, str):
-            return self.replace
+    def load(self) -> None:
+        """Import what is named by a string. Raises `Failure`."""
+        self._loaded(self.replace)
+        self.load_step()
+
+    def load_step(self) -> Callable[..., Any] | None:
+        """`step`, imported. Raises `Failure`."""
+        return None if self.step is None else self._loaded(self.step)
+
+    def build(self, original: Any, steps: tuple[Callable[..., Any], ...] = ()) -> Any:
+        """What takes the place of the engine's `original`."""
+        replace = self._loaded(self.replace)
+        return replace(original) if self.step is None else replace(original, steps)
+
+    def _loaded(self, named: Callable[..., Any] | str) -> Callable[..., Any]:
+        if not isinstance(named, str):
+            return named
         try:
-            replace: Callable[[Any], Any] = pkgutil.resolve_name(self.replace)
+            found: Callable[..., Any] = pkgutil.resolve_name(named)
         except Exception as error:  # as in `apply`
             raise Failure(f"nothing to replace {self.path} with: {type(error).__name__}: {error}") from error
-        return replace
+        return found
 
-    def build(self, original: Any) -> Any:
-        """What takes the place of the engine's `original`."""
-        return self.load()(original)
+    def shares(self, other: Target) -> bool:
+        """Whether the two are steps of one replacement."""
+        together = self.step is not None and other.step is not None
+        return together and (self.path, self.replace) == (other.path, other.replace)
 
     def serves(self, version: Version) -> bool:
         """Whether this is a target on that engine version. A pre-release counts as before its release."""
@@ -126,107 +141,21 @@ class Failure(Refusal):
     """A patch's own code failed, or is not there: unlike what the engine looks like, that may be so here alone."""
 
 
-# --- check: the engine's source, read without importing it -------------------------------------------------
+class Source(Protocol):
+    """The source of an engine, as far as it is asked for here."""
+
+    def signature(self, module: str, name: str) -> str:
+        """As in `Target.signature`. Raises `LookupError`."""
 
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-Assignment = ast.Assign | ast.AnnAssign
-
-
-class EngineSource:
-    """The Python source of one engine: `root` is the directory that holds the package `sglang`."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def file(self, module: str) -> Path | None:
-        base = self.root.joinpath(*module.split("."))
-        for candidate in (base.with_suffix(".py"), base / "__init__.py"):
-            if candidate.is_file():
-                return candidate
-        return None
-
-    def find(self, module: str, name: str) -> ast.AST | None:
-        """The definition of a dotted name in a module, or None."""
-        file = self.file(module)
-        if file is None:
-            return None
-        node: ast.AST = _parse(file)
-        for part in name.split("."):
-            found = _member(node, part)
-            if found is None:
-                return None
-            node = found
-        return node
-
-    def check(self, target: Target) -> None:
-        """Raise `Refusal` unless the target is there with a signature that the patch can live with."""
-        node = self.find(target.module, target.name)
-        if node is None:
-            found = "no such module" if self.file(target.module) is None else "no such name in it"
-            raise Refusal(f"{target.wanted}, found {found}")
-        actual = signature_of(node)
-        if actual not in target.signatures:
-            raise Refusal(f"{target.wanted}, found {actual}")
-
-
-@lru_cache(maxsize=16)
-def _parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
-
-
-def _member(node: ast.AST, name: str) -> ast.AST | None:
-    """The last definition of `name` directly in a module or class body, also under an `if` or `try`."""
-    found = None
-    for statement in _statements(node):
-        if name in defined(statement):
-            found = statement
-    return found
-
-
-def defined(statement: ast.AST) -> list[str]:
-    """The names that one statement defines."""
-    if isinstance(statement, ast.ClassDef | Function):
-        return [statement.name]
-    if isinstance(statement, Assignment) and statement.value is not None:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        return [target.id for target in targets if isinstance(target, ast.Name)]
-    return []
-
-
-def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    for child in ast.iter_child_nodes(node):
-        yield child
-        if isinstance(child, ast.If | ast.Try):
-            yield from _statements(child)
-
-
-def signature_of(node: ast.AST) -> str:
-    """What `Target.signature` is compared with: parameters of a function or a class's `__init__`, or a value."""
-    if isinstance(node, Assignment):
-        assert node.value is not None
-        return ast.unparse(node.value)
-    if isinstance(node, ast.ClassDef):
-        init = _member(node, "__init__")
-        return signature_of(init) if init is not None else "()"
-    assert isinstance(node, Function)
-    arguments = node.args
-    positional = [*arguments.posonlyargs, *arguments.args]
-    defaults = len(positional) - len(arguments.defaults)
-    words = [a.arg + ("=" if i >= defaults else "") for i, a in enumerate(positional)]
-    if arguments.posonlyargs:
-        words.insert(len(arguments.posonlyargs), "/")
-    if arguments.vararg:
-        words.append("*" + arguments.vararg.arg)
-    elif arguments.kwonlyargs:
-        words.append("*")
-    words += [
-        a.arg + ("=" if d is not None else "")
-        for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    ]
-    if arguments.kwarg:
-        words.append("**" + arguments.kwarg.arg)
-    return f"({', '.join(words)})"
+def check(target: Target, source: Source) -> None:
+    """Raise `Refusal` unless the source has the target, with a signature that the patch can live with."""
+    try:
+        found = source.signature(target.module, target.name)
+    except LookupError as missing:
+        raise Refusal(f"{target.wanted}, found {missing}") from None
+    if found not in target.signatures:
+        raise Refusal(f"{target.wanted}, found {found}")
 
 
 def _told(signature: str) -> str:
@@ -239,13 +168,17 @@ def _told(signature: str) -> str:
 
 @dataclass
 class Replacement:
-    """One target as it stands in this process: where it was put, what was there, what is there now."""
+    """One target as it stands in this process: where it was put, what was there, what is there now.
+
+    targets: those of the patches that share it.
+    """
 
     target: Target
     owner: Any
     attribute: str
     original: Any
     installed: Any
+    targets: list[Target] = field(default_factory=list)
 
     def in_force(self) -> bool:
         """Whether the engine would run ours: it is in place, or someone has wrapped it further."""
@@ -266,11 +199,17 @@ class Replacement:
             _rebind(self.owner, self.attribute, self.installed, self.original)
 
 
-def apply(target: Target, module: ModuleType, ours: Collection[Replacement] = ()) -> Replacement:
+def apply(
+    target: Target,
+    module: ModuleType,
+    ours: Collection[Replacement] = (),
+    steps: tuple[Callable[..., Any], ...] = (),
+) -> Replacement:
     """Replace a target in an imported module, and wherever the engine holds it by `from module import name`.
 
-    `ours` are replacements that may be wrapped again. Raises `Refusal` when the object is missing, or is neither
-    the engine's own nor one of those, and when nothing can be made to take its place.
+    `ours` are replacements that may be wrapped again, `steps` those of `Target.step`. Raises `Refusal` when the
+    object is missing, or is neither the engine's own nor one of those, and when nothing can be made to take its
+    place.
     """
     *outer, attribute = target.name.split(".")
     owner: Any = module
@@ -288,9 +227,9 @@ def apply(target: Target, module: ModuleType, ours: Collection[Replacement] = ()
         raise Refusal(f"{target.path} is already replaced by {foreign}")
     try:
         if isinstance(original, staticmethod | classmethod):
-            installed: Any = type(original)(target.build(original.__func__))
+            installed: Any = type(original)(target.build(original.__func__, steps))
         else:
-            installed = target.build(original)
+            installed = target.build(original, steps)
     except Refusal:
         raise
     except Exception as error:  # a patch's code, perhaps somebody else's; the engine's import must not fail of it
@@ -434,16 +373,37 @@ class Patcher:
             if decision.state not in ("planned", "applied"):
                 continue
             for target in decision.targets:
-                if target.module != module.__name__ or any(r.target is target for r in decision.replaced):
+                if target.module != module.__name__ or any(target in r.targets for r in decision.replaced):
                     continue
                 try:
-                    replacement = apply(target, module, [ours for _, ours in self._in_order])
+                    target.load_step()
+                    replacement = self._shared(target) or apply(
+                        target, module, [ours for _, ours in self._in_order], self._steps(target)
+                    )
                 except Refusal as refusal:
                     self._drop_group(decision, refusal)
                     break
+                replacement.targets.append(target)
                 decision.replaced.append(replacement)
                 decision.state = "applied"
                 self._in_order.append((decision, replacement))
+
+    def _shared(self, target: Target) -> Replacement | None:
+        """The replacement that another patch's target shares with this one, if it is in place."""
+        return next((r for _, r in self._in_order if target.shares(r.target)), None)
+
+    def _steps(self, target: Target) -> tuple[Callable[..., Any], ...]:
+        """Of all patches that share a target's replacement, each once; less those that cannot be imported.
+
+        The patch of such a step is dropped when its own turn comes, and the others are applied again.
+        """
+        steps: dict[Callable[..., Any], None] = {}
+        for decision in self.decisions.values():
+            for other in decision.targets if decision.state in ("planned", "applied") else ():
+                if target.shares(other):
+                    with suppress(Failure):
+                        steps[other.load_step()] = None  # type: ignore[index]
+        return tuple(steps)
 
     def overridden(self) -> list[str]:
         """Read every target back: one line for each of ours that somebody has taken out again."""

@@ -88,6 +88,10 @@ class Settings:
     sweep: Sweep = "1"
     unknown: tuple[str, ...] = ()
 
+    def pinned_of_one(self, workers: int) -> int:
+        """What ranks on CUDA register of one tokenizer's lane, in bytes, with that many tokenizer workers."""
+        return PINNED // max(workers, 1) if self.pinned is None else self.pinned
+
     def is_default(self, field: str) -> bool:
         """Whether a setting is what it is when nobody says anything."""
         return bool(getattr(self, field) == getattr(_DEFAULTS, field))

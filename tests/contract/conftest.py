@@ -6,7 +6,7 @@ import pytest
 
 from mmlane.compat import matrix
 from mmlane.engine import Engine
-from mmlane.patching import EngineSource
+from mmlane.engine.source import EngineSource
 from tools.releases import release
 
 

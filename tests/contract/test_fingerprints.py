@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from mmlane.compat import matrix
 from mmlane.engine import Engine
-from mmlane.patching import EngineSource
+from mmlane.engine.source import EngineSource
 from tools import bodies
 from tools.releases import our_patches
 

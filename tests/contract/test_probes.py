@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from mmlane.patching import EngineSource
+from mmlane.engine.source import EngineSource
 from tools import probes
 from tools.probes import (
     CUDA_IPC,

@@ -13,7 +13,8 @@ from packaging.version import Version
 
 from mmlane.compat import plan
 from mmlane.engine import Engine
-from mmlane.patching import EngineSource, PatchSpec, Target, defined
+from mmlane.engine.source import EngineSource, defined
+from mmlane.patching import PatchSpec, Target
 from mmlane.settings import Settings
 from tools.releases import our_patches, release
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # What a request has got in the place of its inputs when a feature is lost, below 0.5.19 and from there on.
-LOST = ("LostFeatures", "MMInputsProcessError")
+LOST = ("RefusedInputs", "MMInputsProcessError")
 
 
 @dataclass

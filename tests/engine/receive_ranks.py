@@ -311,29 +311,48 @@ def running(groups: str, function: Callable[..., None], *arguments: Any) -> Iter
 def lane_scenario(groups: str) -> dict[str, Any]:
     """What became of each case: in each rank, and of the lane's tickets."""
     with running(groups, run_lane_rank) as (send, hear, over):
-        from mmlane_patches import lanes
+        from mmlane.transport.base import Tokenizer
+        from mmlane.transport.pointer import slot
+        from mmlane.transport.tokenizer_side import TokenizerSide
 
-        producer = lanes.Producer({"dp0": len(RANKS)}, 64 << 20)  # here, when nothing will be forked any more
+        side = TokenizerSide(  # here: nothing will be forked any more
+            Tokenizer({"dp0": len(RANKS)}, 64 << 20, engines=slot.chain.here.engines)
+        )
+        producer = side.producer
+        assert producer is not None
         try:
-            sending = lanes.producer.set(producer)  # as while its manager sends
             found: dict[str, Any] = {}
-            send(make_request("opening"))
+            with sent_by(side.chain):
+                send(make_request("opening"))
             found["opening"] = {"ranks": hear()}
             assert producer.lane is not None
             found["opening"]["is_open"] = producer.lane.wait_open(60)
             for case in (by_lane, mixed, tampered, overflow):
                 before = producer.lane.stats().puts
-                send(case())
+                with sent_by(side.chain):
+                    send(case())
                 ranks = hear()
                 tickets = settled(producer.lane, LEFT.get(case.__name__, 0))
                 puts = producer.lane.stats().puts - before
                 found[case.__name__] = {"ranks": ranks, "puts": puts, "tickets": tickets}
-            lanes.producer.reset(sending)
             over.set()
             return found
         finally:
             if producer.lane is not None:
                 producer.lane.close()
+
+
+@contextmanager
+def sent_by(chain: Any) -> Iterator[None]:
+    """What is made in here goes by this chain, as while the manager that has it sends a request."""
+    from mmlane.transport.pointer import slot
+    from mmlane.transport.tokenizer_side import Sending
+
+    token = slot.scope.set(Sending(chain))
+    try:
+        yield
+    finally:
+        slot.scope.reset(token)
 
 
 # Tickets that are never released, from this case on: that of which a bit was changed.
@@ -364,22 +383,21 @@ def by_lane() -> Any:
 
 def mixed() -> Any:
     """One by lane, one by segment."""
-    from mmlane_patches import lanes
+    from mmlane.transport.pointer import slot
 
     whole = full("lane")
-    sending = lanes.producer.set(None)
-    segments = full("segment")
-    lanes.producer.reset(sending)
+    with sent_by(slot.chain):  # that of a process without a lane
+        segments = full("segment")
     return make_batch(whole, segments)
 
 
 def tampered() -> Any:
     """Of two requests, one has a ticket with a bit that is wrong."""
     bad = full("tampered")
-    pointer = items_of(bad)[0].feature
-    ticket = bytearray(pointer.ticket)
+    payload = items_of(bad)[0].feature.payload
+    ticket = bytearray(payload.ticket)
     ticket[19] ^= 1  # of its offset
-    pointer.ticket = bytes(ticket)
+    payload.ticket = bytes(ticket)
     return make_batch(bad, full("whole"))
 
 
@@ -401,9 +419,10 @@ def overflow() -> Any:
 def run_lane_rank(rank: int, groups: str, directory: str, over: Event, results: Any) -> None:
     try:
         receive = begin(rank, groups, directory)
-        from mmlane_patches import lanes
+        from mmlane.engine.topology import RankPlace
+        from mmlane.transport import scheduler_side
 
-        lanes.become_rank(settings(groups), None, 0, rank)
+        scheduler_side.start(settings(groups), RankPlace(None, 0, rank), pinned=None)
         waits = counted_collectives()
         for _ in ("opening", by_lane, mixed, tampered, overflow):
             waits.clear()

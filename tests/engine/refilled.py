@@ -69,12 +69,12 @@ def ask(engine: Any, kind: str, tensor: torch.Tensor, samples: int) -> list[dict
 def open_lane(engine: Any) -> Any:
     """The lane of this process, with the plugin; the first feature invites the ranks."""
     ask(engine, "pixels", torch.zeros(KINDS["pixels"][1]), 1)
-    lanes: Any = sys.modules.get("mmlane_patches.lanes")
-    if lanes is None:
+    ours: Any = sys.modules.get("mmlane.transport.tokenizer_side")
+    if ours is None:
         return None
-    (producer,) = lanes.producers.values()
-    assert producer.lane.wait_open(60)
-    return producer.lane
+    lane = getattr(engine.tokenizer_manager, ours.SIDE).producer.lane
+    assert lane.wait_open(60)
+    return lane
 
 
 def main() -> None:

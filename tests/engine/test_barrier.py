@@ -38,14 +38,14 @@ def test_no_rank_takes_before_all_have_opened(version: str, patched: dict[str, d
     if Version(version) >= ISOLATED:
         pytest.skip("from 0.5.19 mmlane leaves receiving alone")
     assert patched["attn"] == patched["tp"] == ALL_OK
-    assert patched["tp-without-agreement"]["3"] == "LostFeatures"
+    assert patched["tp-without-agreement"]["3"] == "RefusedInputs"
 
 
 def test_ranks_with_a_lane(version: str, patched: dict[str, dict[str, Any]]) -> None:
     """Each of four ranks comes to the same end by itself, and waits only where a segment is in the message."""
     isolated = Version(version) >= ISOLATED
     agreeing = ["barrier", "all_reduce"] if isolated else ["all_reduce"]
-    lost = "MMInputsProcessError" if isolated else "LostFeatures"
+    lost = "MMInputsProcessError" if isolated else "RefusedInputs"
 
     def on_all_ranks(*waits: str, **requests: str) -> dict[str, Any]:
         return {rank: {**requests, "waits": list(waits)} for rank in ALL_OK}

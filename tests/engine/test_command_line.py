@@ -28,7 +28,7 @@ io.GenerateReqInput._handle_parallel_sampling = _handle_parallel_sampling
 mmlane.entry.register()
 print('served')
 """
-POINTER = "import sys, sglang.srt.managers.mm_utils as m; print(m.ShmPointerMMData.__init__.__module__)"
+POINTER = "import sys, sglang.srt.managers.mm_utils as m; print(m.ShmPointerMMData.materialize.__module__)"
 
 Ended = subprocess.CompletedProcess[str]
 
@@ -109,4 +109,4 @@ def test_nothing_is_patched_when_off(started: dict[str, Ended], tmp_path: Path, 
     script = tmp_path / "pointer.py"
     script.write_text(POINTER)
     on = forks.start(ONE, plugin_wheel, script).result(300)
-    assert on.stdout.split()[-1] == "mmlane_patches.pointer", on.stderr[-3000:]
+    assert on.stdout.split()[-1] == "mmlane.transport.pointer", on.stderr[-3000:]

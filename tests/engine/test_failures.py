@@ -24,17 +24,19 @@ pytestmark = pytest.mark.engine
 RELEASES = pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.18", "0.5.23")
 ENDS_S = 180.0  # from 0.5.14 on the main process waits a minute for core dumps
 
+# The title of the process that sends requests: some of these functions are called in ranks, too.
+TOKENIZER = "launch_server"
 # What fails while requests are sent -> what its line begins with.
 SENDING = {
     "mmlane.lane.producer:Lane.put": "put failed",
     "mmlane.lane.producer:Lane.copy": "put failed",
-    "mmlane_patches.lanes:Samples.put": "put failed",
-    "mmlane_patches.lanes:Samples.close": "share failed",
-    "mmlane_patches.tickets:LanePointer._carry": "put failed",
+    "mmlane.transport.samples:Samples.put": "put failed",
+    "mmlane.transport.samples:Samples.close": "share failed",
+    "mmlane.transport.lane:Ticket.__init__": "put failed",
 }
 # The same where only older releases have the patch: up to which one.
 OLDER = {
-    "mmlane_patches.wrapping:replace_values": ("wrapping failed", "0.5.12.post1"),
+    "mmlane.engine.requests:Place.replace": ("wrapping failed", "0.5.12.post1"),
     "mmlane_patches.fan_out:own_items": ("fan_out failed", "0.5.12.post1"),
 }
 
@@ -87,7 +89,7 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
             error = f"Injected{number}"  # the same kind of error at the same place is said once
             where = (line, seam, error)
             alone = seam.endswith("own_items")  # what it does is needed for n > 1 there
-            with failing(server, f"{seam} {error}"):
+            with failing(server, f"{seam} {error} {TOKENIZER}"):
                 replies = [one(server), *([] if alone else [three(server), three(server)])]
                 # A copy is closed after the answer has gone.
                 asking.wait_for(partial(said, server, *where), f"the line of {where}")
@@ -97,11 +99,11 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
             assert said(server, *where) == 1, seam
 
         # The way behind it fails as well: features go inline, or, from 0.5.21 on, by the engine's own class.
-        with failing(server, "mmlane.lane.producer:Lane.put Injected", "mmlane_patches.pointer:_store Injected"):
+        with failing(server, "mmlane.lane.producer:Lane.put Injected", "mmlane.transport.segment:_store Injected"):
             assert asking.tokens(one(server)) == wanted[0]
         with failing(server, "mmlane_patches.fan_out_images:_keep_together Injected"):
             assert asking.two_images_n2(server).status == 400  # as without mmlane
-        write = "mmlane_patches.metrics:_write"
+        write = "mmlane.transport.metrics:_write"
         with failing(server, f"{write} Injected"):
             asking.wait_for(lambda: said(server, "metrics failed", write) == 1, "the line of the metrics")
         counted = [f'mmlane_failures_total{{where="{where}"}}' for where in ("join", "put", "share", "metrics")]
@@ -132,7 +134,7 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
 def test_at_start(release: str, plugin_wheel: Path) -> None:
     """Whoever cannot take part leaves the lane out, and says so; images are answered all the same."""
     server = failing_server(release, plugin_wheel)
-    seams = ("mmlane_patches.lanes:become_producer", "mmlane_patches.sweeping:_sweep")
+    seams = ("mmlane.transport.tokenizer_side:start", "mmlane_patches.sweeping:_sweep")
     with failing(server, *(f"{seam} Injected" for seam in seams)), server:
         assert one(server).status == 200
         assert three(server).status == 200
@@ -144,10 +146,11 @@ def test_at_start(release: str, plugin_wheel: Path) -> None:
 @RELEASES
 def test_a_rank_that_cannot_join(release: str, plugin_wheel: Path) -> None:
     server = failing_server(release, plugin_wheel)
-    with failing(server, "mmlane_patches.lanes:become_rank Injected scheduler_TP0"), server:
+    start = "mmlane.transport.scheduler_side:start"
+    with failing(server, f"{start} Injected scheduler_TP0"), server:
         assert one(server).status == 200
         assert three(server).status == 200
-        assert said(server, "start failed", "mmlane_patches.lanes:become_rank") == 1
+        assert said(server, "start failed", start) == 1
         asking.wait_for(lambda: looking.lane(server).joined == {"dp0": [1]}, "the other rank")
         assert one(server).status == 200
         assert looking.lane(server).state == "waiting"

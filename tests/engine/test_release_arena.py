@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
+import mmlane_patches
 from devkit.images import jpeg
 from mmlane import __version__, compat
 from mmlane.engine import Engine
@@ -27,7 +28,7 @@ STATES = ("off", "unused", "opening", "open", "failed")
 
 
 def test_the_first_feature_opens_the_lane(version: str, arena: WatchedServer) -> None:
-    specs, _ = compat.contributed()
+    specs, _ = compat.contributed(mmlane_patches)
     decisions = compat.plan(specs, Engine(Version(version), None), Settings())
     looking.open_lanes(arena)
     assert looking.lane(arena).joined == {"dp0": [0, 1]}

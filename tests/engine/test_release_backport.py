@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+import mmlane_patches
 from mmlane import compat
 from mmlane.engine import Engine
 from mmlane.settings import Settings
@@ -44,7 +45,7 @@ def test_unpatched_lost_segment(version: str, unpatched: Any) -> None:
 
 
 def test_the_report_agrees_with_the_table(version: str, backport: WatchedServer) -> None:
-    specs, problems = compat.contributed()
+    specs, problems = compat.contributed(mmlane_patches)
     decisions = compat.plan(specs, Engine(Version(version), None), Settings(mode="backport"))
     block = [line.partition("mmlane: ")[2] for line in backport.log().splitlines() if line.startswith("mmlane: ")]
     (applied,) = [line for line in block if line.startswith("  applied:")]

@@ -40,7 +40,8 @@ SHM = Path("/dev/shm")
 # tracker does after it, comes through a pipe that is read to its end.
 RUNNER = """
 import json, os, sys
-import torch, mmlane.lane.producer, mmlane.lane.reader, mmlane_patches.tickets
+import torch, mmlane.lane.producer, mmlane.lane.reader, mmlane.transport.scheduler_side
+import mmlane.transport.tokenizer_side
 for line in sys.stdin:
     program, late = json.loads(line)
     ours, theirs = os.pipe()
@@ -73,21 +74,32 @@ assert lane.wait_open(60)
 POINTER = """
 import pickle
 import torch
-from mmlane_patches.pointer import SegmentPointer, ShmPointerMMData
+from mmlane.transport.pointer import ShmPointerMMData as Pointer
+def sent(pointer):
+    return pickle.dumps(pointer.__getstate__())
+def received(message):
+    pointer = Pointer()
+    pointer.__setstate__(pickle.loads(message))
+    return pointer
 """
-TICKET = """
-import torch
-from mmlane_patches import lanes, pointer, tickets
-Pointer = tickets.in_front_of(pointer.ShmPointerMMData)
-producer = lanes.Producer({"tp": 1}, 64 << 20)
-lanes.rank = lanes.Rank("tp", 0)
-lanes.producer.set(producer)
-assert Pointer(torch.zeros(100_000)).invitation
-lanes.rank.notice(producer.lane.invitation)
-assert producer.lane.wait_open(60)
-held = Pointer(torch.zeros(100_000))
-assert held.ticket
+TICKET = (
+    POINTER
+    + """
+from types import SimpleNamespace
+from mmlane.transport import pointer, scheduler_side, tokenizer_side
+from mmlane.transport.base import Scheduler, Tokenizer
+scheduler_side._become(scheduler_side.SchedulerSide(Chain(Scheduler("tp", 0))))
+lane = tokenizer_side.TokenizerSide(Tokenizer({"tp": 1}, 64 << 20))
+producer = lane.producer
+manager = SimpleNamespace(**{tokenizer_side.SIDE: lane})
+with tokenizer_side.sending(manager, None):
+    assert Pointer(torch.zeros(100_000)).invitation
+    pointer.slot.chain.join(bytes(producer.lane.invitation))
+    assert producer.lane.wait_open(60)
+    held = Pointer(torch.zeros(100_000))
+assert held.payload.ticket
 """
+)
 
 PROGRAMS = {
     "nothing taken": LANE,
@@ -110,23 +122,22 @@ class Last:
 x = Last(reader.take(lane.put(torch.ones(100_000)), "view"))
 y = x.cycle = x
 """,
-    "segment never sent": POINTER + "x = SegmentPointer(torch.zeros(9))",
-    "segment never sent, in a cycle": POINTER + "x = [SegmentPointer(torch.zeros(9))]\nx.append(x)",
-    "segment received": POINTER + "x = pickle.loads(pickle.dumps(SegmentPointer(torch.zeros(9))))",
+    "segment never sent": POINTER + "x = Pointer(torch.zeros(9))",
+    "segment never sent, in a cycle": POINTER + "x = [Pointer(torch.zeros(9))]\nx.append(x)",
+    "segment received": POINTER + "x = received(sent(Pointer(torch.zeros(9))))",
     "segment looked at": POINTER
-    + "x = pickle.loads(pickle.dumps(SegmentPointer(torch.zeros(9))))\ny = x.tensor\nassert y is not None",
-    "segment taken": POINTER
-    + "x = pickle.loads(pickle.dumps(SegmentPointer(torch.zeros(9))))\ny = x.materialize()",
+    + "x = received(sent(Pointer(torch.zeros(9))))\ny = x.tensor\nassert y is not None",
+    "segment taken": POINTER + "x = received(sent(Pointer(torch.zeros(9))))\ny = x.materialize()",
     "segment that a peer took": POINTER
     + """
-sent = pickle.dumps(SegmentPointer(torch.zeros(9)))
-x, y = pickle.loads(sent), pickle.loads(sent)
+message = sent(Pointer(torch.zeros(9)))
+x, y = received(message), received(message)
 x.tensor, y.materialize()
 """,
     "segment dropped, and then a fork": POINTER
     + """
 import os
-x = SegmentPointer(torch.zeros(9))
+x = Pointer(torch.zeros(9))
 x = None
 if y := os.fork():
     os.waitpid(y, 0)
@@ -134,15 +145,14 @@ if y := os.fork():
     "segment held, and a fork": POINTER
     + """
 import os
-x = SegmentPointer(torch.zeros(9))
+x = Pointer(torch.zeros(9))
 if y := os.fork():
     os.waitpid(y, 0)
-    assert os.path.exists(f"/dev/shm/{x.shm_name}")
+    assert os.path.exists(f"/dev/shm/{x.payload.name}")
 """,
     "ticket never sent": TICKET,
-    "ticket received": TICKET + "x = Pointer.__new__(Pointer)\nx.__setstate__(held.__getstate__())",
-    "ticket taken": TICKET
-    + "x = Pointer.__new__(Pointer)\nx.__setstate__(held.__getstate__())\ny = x.materialize()",
+    "ticket received": TICKET + "x = received(sent(held))",
+    "ticket taken": TICKET + "x = received(sent(held))\ny = x.materialize()",
 }
 
 
@@ -210,7 +220,7 @@ def module_globals(code: CodeType) -> set[str]:
 
 def test_finalizers_need_no_module_and_do_nothing_at_the_end() -> None:
     found = [(finalizer.__qualname__, finalizer) for finalizer in finalizers()]
-    assert {"Descriptor.__del__", "Mapping.__del__", "SegmentPointer.__del__", "Claim.__del__"} <= {
+    assert {"Descriptor.__del__", "Mapping.__del__", "Segment.__del__", "Ticket.__del__", "Claim.__del__"} <= {
         name for name, _ in found
     }
     for name, finalizer in found:

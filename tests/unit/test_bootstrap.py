@@ -37,13 +37,13 @@ def test_it_loads_nothing_but_itself(tmp_path: Path) -> None:
         [sys.executable, "-I", "-S", "-c", code, str(source)], capture_output=True, text=True, check=True
     )
     added = set(eval(result.stdout))
-    assert added == {"mmlane", "mmlane.bootstrap"}
+    assert added == {"mmlane", "mmlane.bootstrap", "mmlane.import_hook"}
 
 
 def test_an_after_callback_sees_the_finished_module_before_its_importer_goes_on(tmp_path: Path) -> None:
     package(tmp_path, "watched", "x = 1\n")
     result = run(
-        "from mmlane.bootstrap import ImportWatch; import sys\n"
+        "from mmlane.import_hook import ImportWatch; import sys\n"
         "w = ImportWatch(); sys.meta_path.insert(0, w)\n"
         "w.after['watched'] = lambda m: setattr(m, 'x', m.x + 1)\n"
         "from watched import x; import watched\n"
@@ -58,7 +58,7 @@ def test_an_after_callback_sees_the_finished_module_before_its_importer_goes_on(
 def test_a_watched_module_that_is_missing_or_fails_does_so_as_ever(tmp_path: Path) -> None:
     package(tmp_path, "broken", "raise RuntimeError('mine')\n")
     result = run(
-        "from mmlane.bootstrap import ImportWatch; import sys\n"
+        "from mmlane.import_hook import ImportWatch; import sys\n"
         "w = ImportWatch(); sys.meta_path.insert(0, w)\n"
         "w.after['broken'] = w.after['missing'] = lambda m: print('called')\n"
         "try: import missing\n"
@@ -73,7 +73,8 @@ def test_a_watched_module_that_is_missing_or_fails_does_so_as_ever(tmp_path: Pat
 def test_installing_twice_watches_once(tmp_path: Path) -> None:
     """A virtual environment may run a .pth line twice."""
     result = run(
-        "import sys, mmlane.bootstrap as b; b.install(); b.install()\nprint(sys.meta_path.count(b.WATCH))",
+        "import sys, mmlane.bootstrap as b, mmlane.import_hook as h; b.install(); b.install()\n"
+        "print(sys.meta_path.count(h.WATCH))",
         tmp_path,
     )
     assert result.stdout.strip() == "1", result.stderr
@@ -82,9 +83,9 @@ def test_installing_twice_watches_once(tmp_path: Path) -> None:
 def test_off_does_nothing_at_all(tmp_path: Path) -> None:
     package(tmp_path, "sglang")
     result = run(
-        "import sys, mmlane.bootstrap as b\n"
+        "import sys, mmlane.bootstrap, mmlane.import_hook as h\n"
         "import sglang\n"
-        "print(b.WATCH in sys.meta_path, 'mmlane.entry' in sys.modules)",
+        "print(h.WATCH in sys.meta_path, 'mmlane.entry' in sys.modules)",
         tmp_path,
         MMLANE="off",
     )
@@ -124,6 +125,7 @@ DAMAGE = {
     "half written": {"__init__": "", "bootstrap": "def install("},
     "of another version": {"__init__": "", "bootstrap": ""},
     "raising": {"__init__": "raise OSError('made to fail')"},
+    "without the watch": {"__init__": "", "bootstrap": (PLUGIN / "mmlane" / "bootstrap.py").read_text()},
 }
 
 
@@ -202,7 +204,7 @@ def test_a_part_of_the_package_is_gone(tmp_path: Path) -> None:
     """The watch is there, and what it starts is not: the same follows."""
     shutil.copy(PLUGIN / "mmlane.pth", tmp_path)
     (tmp_path / "mmlane").mkdir()
-    for name in ("__init__.py", "bootstrap.py"):
+    for name in ("__init__.py", "bootstrap.py", "import_hook.py"):
         shutil.copy(PLUGIN / "mmlane" / name, tmp_path / "mmlane")
     package(tmp_path, "sglang", "print('the engine')\n")
     result = run_in(tmp_path, f"{LOOK}import sglang, os; print(os.environ['MMLANE'])")

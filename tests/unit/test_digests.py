@@ -91,7 +91,7 @@ def test_what_does_not(probe: Any, tmp_path: Path, what: str, wrong: tuple[int, 
 
 
 def test_a_request_that_lost_a_feature(probe: Any, tmp_path: Path) -> None:
-    lost = type("LostFeatures", (), {})
+    lost = type("RefusedInputs", (), {})
     send(probe, request("a", FEATURE))
     for rank in RANKS:
         take(probe, rank, SimpleNamespace(rid="a", mm_inputs=lost()))

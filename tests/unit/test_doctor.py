@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+import mmlane_patches
 from mmlane import __version__, compat, host
 from mmlane.cli import lane_size
 from mmlane.cli.units import size
@@ -68,7 +69,7 @@ def stand_in(path: Path, version: str) -> Path:
 
 @pytest.mark.parametrize("release", ENGINES)
 def test_every_release_gets_the_plan_of_the_table(release: str) -> None:
-    specs, _ = compat.contributed()
+    specs, _ = compat.contributed(mmlane_patches)
     plan = compat.plan(specs, Engine(Version(release), None), Settings())
     found = doctor("--engine", release)
     states = {"planned": "applied", "native": "native", "skipped": "skipped"}

@@ -86,7 +86,7 @@ def test_where_our_own_pid_namespace_is_hidden_no_maker_is_known(monkeypatch: py
 
 def test_the_names_are_those_that_our_pointer_gives() -> None:
     pytest.importorskip("torch")
-    from mmlane_patches.pointer import segment_name
+    from mmlane.transport.segment import segment_name
 
     assert host.maker(segment_name()) == (os.getpid(), True)
 

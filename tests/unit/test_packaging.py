@@ -19,15 +19,17 @@ import importlib.metadata as m, json, pathlib, site, sys
 import mmlane, mmlane_patches
 from mmlane import compat
 points = {g: [p.value for p in m.entry_points(group=g)] for g in ("sglang.srt.plugins", "console_scripts")}
+roots = [pathlib.Path(p.__file__).parent for p in (mmlane, mmlane_patches)]
 site_dir = pathlib.Path(next(p for p in site.getsitepackages() if "site-packages" in p))
 print(json.dumps({
-    "watching": "mmlane.bootstrap" in sys.modules and sys.modules["mmlane.bootstrap"].WATCH in sys.meta_path,
+    "watching": "mmlane.bootstrap" in sys.modules and sys.modules["mmlane.import_hook"].WATCH in sys.meta_path,
     "pth": (site_dir / "mmlane.pth").read_text(),
     "start": (site_dir / "mmlane.start").read_text(),
     "points": points,
-    "patches": [s.id for s in compat.contributed()[0]],
+    "patches": [s.id for s in compat.contributed(mmlane_patches)[0]],
     "engines": len(compat.matrix().engines),
-    "typed": [(pathlib.Path(p.__file__).parent / "py.typed").is_file() for p in (mmlane, mmlane_patches)],
+    "code": [str(f.relative_to(root)) for root in roots for f in sorted(root.rglob("*.py"))],
+    "typed": [(root / "py.typed").is_file() for root in roots],
     "requires": m.requires("sglang-mmlane"),
 }))
 """
@@ -75,6 +77,8 @@ def test_an_installation_carries_everything_and_leaves_nothing(
     names = {r.split(">")[0].split(";")[0].strip().lower() for r in found["requires"]}
     assert names == {"packaging", "pluggy", "pyyaml", "rich", "typer"}  # neither sglang nor torch
     assert found["typed"] == [True, True]
+    roots = [checkout / "plugin" / "mmlane", checkout / "patches" / "mmlane_patches"]
+    assert found["code"] == [str(f.relative_to(root)) for root in roots for f in sorted(root.rglob("*.py"))]
     for command in ([python.parent / "mmlane"], [python, "-m", "mmlane"]):
         version = subprocess.run(
             [*command, "--version"], capture_output=True, text=True, check=False, cwd=tmp_path

@@ -9,9 +9,18 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("torch")
+
 from mmlane_patches.fan_out import SPEC
 
 (TARGET,) = SPEC.targets
+
+
+def patched(send: Callable[..., Any]) -> Any:
+    """The engine's `_send_one_request` with this patch alone."""
+    step = TARGET.load_step()
+    assert step is not None
+    return TARGET.build(send, (step,))
 
 
 class Manager:
@@ -64,7 +73,7 @@ def test_without_the_patch_the_second_sends_a_pointer_to_a_pointer(as_dict: bool
 @pytest.mark.parametrize("as_dict", [True, False], ids=["0.5.9", "later"])
 def test_each_sample_has_its_own(as_dict: bool) -> None:
     manager = Manager()
-    send = TARGET.build(Manager.new)
+    send = patched(Manager.new)
     tokenized = fan_out(lambda sample: send(manager, sample), 3, as_dict)
     assert [[item.feature for item in items(sample)] for sample in manager.sent] == [
         ["pointer to a", "pointer to b"]
@@ -85,7 +94,7 @@ def test_each_sample_has_its_own(as_dict: bool) -> None:
 def test_the_signature_of_0_5_9(call: Callable[..., Any]) -> None:
     manager, tokenized, first = Manager(), request(True), request(True)
     shared = items(tokenized)
-    assert call(TARGET.build(Manager.old), manager, first, tokenized) == "state"
+    assert call(patched(Manager.old), manager, first, tokenized) == "state"
     assert items(tokenized) is not shared and items(first)[0].feature == "a"
 
 
@@ -94,5 +103,5 @@ def test_the_signature_of_0_5_9(call: Callable[..., Any]) -> None:
 )
 def test_a_request_without_features(value: Any) -> None:
     before = dict(vars(value))
-    TARGET.build(lambda self, tokenized_obj: None)(None, value)
+    patched(lambda self, tokenized_obj: None)(None, value)
     assert vars(value) == before

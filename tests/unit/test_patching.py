@@ -19,7 +19,8 @@ from packaging.version import Version
 
 from mmlane.compat import plan
 from mmlane.engine import Engine
-from mmlane.patching import Cell, EngineSource, Patcher, PatchSpec, Refusal, Target, apply, replaced_by
+from mmlane.engine.source import EngineSource
+from mmlane.patching import Cell, Failure, Patcher, PatchSpec, Refusal, Target, apply, check, replaced_by
 from mmlane.settings import Settings
 
 DEFINING = """
@@ -99,7 +100,7 @@ def planned(package: str, tmp_path: Path, *specs: PatchSpec, settings: Settings 
     ],
 )
 def test_check_accepts_what_is_there(package: str, tmp_path: Path, name: str, signature: str) -> None:
-    EngineSource(tmp_path).check(target(package, name, signature))
+    check(target(package, name, signature), EngineSource(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -120,9 +121,9 @@ def test_check_names_what_was_wanted_and_found(
     package: str, tmp_path: Path, name: str, signature: str, found: str
 ) -> None:
     with pytest.raises(Refusal, match=f"wanted {package}.defining.{name}.*{found}"):
-        EngineSource(tmp_path).check(target(package, name, signature))
+        check(target(package, name, signature), EngineSource(tmp_path))
     with pytest.raises(Refusal, match="no such module"):
-        EngineSource(tmp_path).check(Target(f"{package}.absent", "x", "()", shout))
+        check(Target(f"{package}.absent", "x", "()", shout), EngineSource(tmp_path))
 
 
 # --- apply and undo ---
@@ -454,3 +455,218 @@ def test_a_class_method(package: str) -> None:
     assert defining.Thing.made(1) == ("mmlane", (defining.Thing, 1))
     replacement.undo()
     assert defining.Thing.made(1) == (defining.Thing, 1)
+
+
+# --- steps: one replacement for several patches ---
+
+
+def in_turn(original: Callable[..., Any], steps: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+    """Of a function: what its steps say, in their order, and then what it says itself."""
+
+    def stepped(x: Any) -> Any:
+        return (*(step(x) for step in steps), original(x))
+
+    stepped.__wrapped__ = original  # type: ignore[attr-defined]
+    return stepped
+
+
+def first(x: Any) -> Any:
+    return ("first", x)
+
+
+def second(x: Any) -> Any:
+    return ("second", x)
+
+
+def step(package: str, step: Callable[..., Any] | str, **kwargs: Any) -> Target:
+    """A target of a patch that wants a step in the one replacement."""
+    return target(package, "function", replace=kwargs.pop("replace", in_turn), step=step, **kwargs)
+
+
+def refused(package: str) -> Target:
+    """A target that turns out to be impossible only when its module is there."""
+    return target(package, "Thing.method", "(self, x)", replace=refuse)
+
+
+def test_steps_of_several_patches_make_one_replacement(package: str, tmp_path: Path) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    using = importlib.import_module(f"{package}.using")
+    original = defining.function
+    made: list[Any] = []
+
+    def counted(original: Any, steps: Any) -> Any:
+        made.append(in_turn(original, steps))
+        return made[-1]
+
+    one, two = (spec(s.__name__, step(package, s, replace=counted)) for s in (first, second))
+    patcher = planned(package, tmp_path, one, two)
+    patcher.module_ready(defining)
+    patcher.module_ready(defining)
+    assert made == [defining.function] and using.function is defining.function
+    assert defining.function.__wrapped__ is original
+    assert defining.function(1) == (("first", 1), ("second", 1), ("engine", 1))
+    (of_one,), (of_two,) = (decision.replaced for decision in patcher.decisions.values())
+    assert of_one is of_two and of_one.targets == [*one.targets, *two.targets]
+    assert [d.state for d in patcher.decisions.values()] == ["applied", "applied"]
+    assert patcher.overridden() == []
+    patcher.undo()
+    assert defining.function is using.function is original
+    assert [(d.state, d.replaced) for d in patcher.decisions.values()] == [("planned", [])] * 2
+    patcher.module_ready(defining)
+    assert len(made) == 2
+    assert using.function(2) == (("first", 2), ("second", 2), ("engine", 2))
+    patcher.undo()
+    assert defining.function is using.function is original
+
+
+def test_the_order_of_steps_is_that_of_the_patches(package: str, tmp_path: Path) -> None:
+    """And not that of their names, of their groups, or of where in a patch its target stands."""
+    defining = importlib.import_module(f"{package}.defining")
+    last = spec("a", target(package, "Thing.static", "(x)"), step(package, first), group="g")
+    patcher = planned(package, tmp_path, spec("z", step(package, second), group="g"), last)
+    patcher.module_ready(defining)
+    assert defining.function(1) == (("second", 1), ("first", 1), ("engine", 1))
+
+
+def test_a_step_that_several_patches_name_is_called_once(package: str, tmp_path: Path) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    original = defining.function
+    (tmp_path / package / "steps.py").write_text("def first(x): return ('first', x)\n")
+    named = f"{package}.steps:first"
+    specs = [
+        spec("one", step(package, named)),
+        spec("two", step(package, second)),
+        spec("three", step(package, named)),
+        spec("four", step(package, second, replace=in_turn)),
+    ]
+    patcher = planned(package, tmp_path, *specs)
+    patcher.load()
+    patcher.module_ready(defining)
+    assert {d.state for d in patcher.decisions.values()} == {"applied"}
+    assert defining.function(1) == (("first", 1), ("second", 1), ("engine", 1))
+    patcher.undo()
+    assert defining.function is original
+
+
+@pytest.mark.parametrize("dropped", ["first", "second"])
+def test_when_a_patch_is_dropped_the_steps_of_the_others_are_left(
+    package: str, tmp_path: Path, dropped: str
+) -> None:
+    """Late, by a module that is imported after the replacement was made."""
+    defining = importlib.import_module(f"{package}.defining")
+    original = defining.function
+    specs = {s.__name__: spec(s.__name__, step(package, s), group=s.__name__) for s in (first, second)}
+    mate = spec("mate", target(package, "Thing.static", "(x)"), group=dropped)
+    patcher = planned(package, tmp_path, *specs.values(), mate)
+    patcher.module_ready(defining)
+    assert defining.function(1) == (("first", 1), ("second", 1), ("engine", 1))
+    late = Target(f"{package}.using", "function", "", refuse)
+    patcher.decisions["mate"].targets += (late,)
+    patcher.module_ready(importlib.import_module(f"{package}.using"))
+    kept = ({"first", "second"} - {dropped}).pop()
+    states = {id: decision.state for id, decision in patcher.decisions.items()}
+    assert states == {dropped: "skipped", "mate": "skipped", kept: "applied"}
+    assert defining.function(1) == ((kept, 1), ("engine", 1))
+    assert patcher.decisions[dropped].replaced == []
+    (replacement,) = patcher.decisions[kept].replaced
+    assert replacement.targets == list(specs[kept].targets)
+    patcher.undo()
+    assert defining.function is original
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before its step", "after its step"])
+def test_a_patch_that_is_refused_in_the_same_module_leaves_no_step(
+    package: str, tmp_path: Path, early: bool
+) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    original = defining.function
+    its_own = (refused(package), step(package, second))
+    patcher = planned(
+        package, tmp_path, spec("one", step(package, first)), spec("two", *(its_own if early else its_own[::-1]))
+    )
+    patcher.module_ready(defining)
+    assert {id: d.state for id, d in patcher.decisions.items()} == {"one": "applied", "two": "skipped"}
+    assert defining.function(1) == (("first", 1), ("engine", 1))
+    patcher.undo()
+    assert defining.function is original
+
+
+def test_a_patch_that_is_turned_off_gives_no_step(package: str, tmp_path: Path) -> None:
+    defining = importlib.import_module(f"{package}.defining")
+    specs = (spec("one", step(package, first)), spec("two", step(package, second)))
+    patcher = planned(package, tmp_path, *specs, settings=Settings(disable=frozenset({"one"})))
+    patcher.module_ready(defining)
+    assert defining.function(1) == (("second", 1), ("engine", 1))
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded before", "not loaded before"])
+@pytest.mark.parametrize("order", ["broken first", "broken last"])
+def test_a_step_that_cannot_be_imported_skips_its_own_patch(
+    package: str, tmp_path: Path, order: str, loaded: bool
+) -> None:
+    """Its own group, that is; the other patch has its step in the replacement all the same."""
+    defining = importlib.import_module(f"{package}.defining")
+    original = defining.function
+    specs = [
+        spec("broken", step(package, f"{package}.absent:step")),
+        spec("good", step(package, first)),
+        spec("alone", target(package, "Thing.static", "(x)")),
+    ]
+    patcher = planned(package, tmp_path, *(specs if order == "broken first" else [specs[1], specs[0], specs[2]]))
+    if loaded:
+        patcher.load()
+    patcher.module_ready(defining)
+    states = {id: (d.state, d.failed) for id, d in patcher.decisions.items()}
+    assert states == {"broken": ("skipped", True), "good": ("applied", False), "alone": ("applied", False)}
+    assert "ModuleNotFoundError" in patcher.decisions["broken"].reason
+    assert f"{package}.defining.function" in patcher.decisions["broken"].reason
+    assert defining.function(1) == (("first", 1), ("engine", 1))
+    patcher.undo()
+    assert defining.function is original
+
+
+def test_a_step_that_cannot_be_imported_is_a_failure(package: str) -> None:
+    """Not a refusal of the engine: it may be so in this process alone."""
+    with pytest.raises(Failure, match=rf"{package}\.defining\.function with: ModuleNotFoundError"):
+        step(package, f"{package}.absent:step").load()
+    with pytest.raises(Failure, match="AttributeError"):
+        step(package, f"{package}.defining:absent").load_step()
+    assert target(package, "function").load_step() is None
+
+
+def test_only_steps_of_one_replacement_of_one_target_go_together(package: str, tmp_path: Path) -> None:
+    """Another target has a replacement of its own; what is replaced otherwise is wrapped around it, or inside."""
+    defining = importlib.import_module(f"{package}.defining")
+    original, method = defining.function, vars(defining.Thing)["static"]
+
+    def otherwise(original: Any, steps: Any) -> Any:
+        return in_turn(original, steps)
+
+    specs = [
+        spec("first", step(package, first)),
+        spec("plain", target(package, "function")),
+        spec("otherwise", step(package, second, replace=otherwise)),
+        spec("elsewhere", target(package, "Thing.static", "(x)", replace=in_turn, step=second)),
+        spec("second", step(package, second)),
+    ]
+    patcher = planned(package, tmp_path, *specs)
+    patcher.module_ready(defining)
+    inner = (("first", 1), ("second", 1), ("engine", 1))
+    assert defining.function(1) == (("second", 1), ("mmlane", inner))
+    assert defining.Thing.static(1) == (("second", 1), ("engine", 1))
+    assert patcher.overridden() == []
+    patcher.undo()
+    assert defining.function is original and vars(defining.Thing)["static"] is method
+
+
+def test_who_takes_a_shared_replacement_out_is_told_for_each_of_its_patches(package: str, tmp_path: Path) -> None:
+    """What follows is another thing for each of them, and so is what silences it."""
+    defining = importlib.import_module(f"{package}.defining")
+    patcher = planned(package, tmp_path, *(spec(s.__name__, step(package, s)) for s in (first, second)))
+    patcher.module_ready(defining)
+    theirs = vars(defining)["function"] = a_plugins_hook
+    lines = patcher.overridden()
+    assert [line.partition("MMLANE_DISABLE=")[2] for line in lines] == ["first", "second"]
+    assert all("function, patched by " in line and __name__ in line for line in lines)
+    patcher.undo()
+    assert defining.function is theirs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmlane.settings import VARIABLES, Settings, SettingsError, misspelt, read, take_flags
+from mmlane.settings import PINNED, VARIABLES, Settings, SettingsError, misspelt, read, take_flags
 
 
 def test_defaults() -> None:
@@ -50,6 +50,14 @@ def test_pinned_memory_can_be_none_at_all() -> None:
     assert read({"MMLANE_PINNED_MB": "0"}).pinned == 0 and read({}).pinned is None
     with pytest.raises(SettingsError, match="MMLANE_PINNED_MB=no is not a number of MiB"):
         read({"MMLANE_PINNED_MB": "no"})
+
+
+def test_pinned_memory_is_shared_by_tokenizer_workers_unless_it_was_asked_for() -> None:
+    """What the user says holds for each of them."""
+    assert [read({}).pinned_of_one(workers) for workers in (0, 1, 4)] == [PINNED, PINNED, PINNED // 4]
+    asked = read({"MMLANE_PINNED_MB": "64"})
+    assert [asked.pinned_of_one(workers) for workers in (0, 1, 4)] == [64 << 20] * 3
+    assert read({"MMLANE_PINNED_MB": "0"}).pinned_of_one(1) == 0
 
 
 def test_variables_that_nobody_reads_are_named_with_the_nearest_that_is_read() -> None:

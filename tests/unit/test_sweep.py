@@ -21,8 +21,9 @@ import pytest
 
 from devkit.container import Container
 from devkit.sharedmemory import can_be_private, privately
+from mmlane import log
 from mmlane.settings import SettingsError, read
-from mmlane_patches import guard, sweeping
+from mmlane_patches import sweeping
 
 MIB = 1 << 20
 FAMILIES = ("psm", "sgl", "mmlane")
@@ -546,7 +547,7 @@ def test_0_leaves_everything(container: Container) -> None:
 
 
 def test_nothing_in_it_stops_the_engine(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(guard, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
 
     def fail(private: bool) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/dev/shm")

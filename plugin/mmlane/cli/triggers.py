@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmlane import bootstrap
+from mmlane import import_hook
 
 GROUP = "sglang.srt.plugins"
 NAME = "mmlane"
@@ -31,7 +31,7 @@ def installed() -> Triggers:
     point = next(iter(importlib.metadata.entry_points(group=GROUP, name=NAME)), None)
     return Triggers(
         start_file=next((file for file in _candidates() if file.is_file()), None),
-        ran=bootstrap.WATCH in sys.meta_path,
+        ran=import_hook.WATCH in sys.meta_path,
         entry_point=point.value if point is not None else None,
     )
 

@@ -18,16 +18,18 @@ from when_imported import when_imported
 
 # Of each place at which the engine calls mmlane, a function of ours that is called there.
 SEAMS = {
+    "mmlane.engine.requests": ("Place.replace",),
     "mmlane.lane.producer": ("Lane.put", "Lane.copy"),
     "mmlane.lane.reader": ("Reader.join", "Reader.take"),
+    "mmlane.transport.lane": ("Ticket.__init__",),
+    "mmlane.transport.metrics": ("_write",),
+    "mmlane.transport.samples": ("Samples.put", "Samples.close"),
+    "mmlane.transport.scheduler_side": ("start",),
+    "mmlane.transport.segment": ("_store",),
+    "mmlane.transport.tokenizer_side": ("start",),
     "mmlane_patches.fan_out": ("own_items",),
     "mmlane_patches.fan_out_images": ("_keep_together",),
-    "mmlane_patches.lanes": ("become_producer", "become_rank", "Samples.put", "Samples.close"),
-    "mmlane_patches.metrics": ("_write",),
-    "mmlane_patches.pointer": ("_store",),
     "mmlane_patches.sweeping": ("_sweep",),
-    "mmlane_patches.tickets": ("LanePointer._carry",),
-    "mmlane_patches.wrapping": ("replace_values",),
 }
 
 

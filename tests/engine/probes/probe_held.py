@@ -19,9 +19,9 @@ def hold(manager: Any) -> None:
     """Ranks do not need this process to release tickets: asking for the lane's numbers handles what they sent."""
     if not Path(os.environ["NOTES"], "hold").exists():
         return
-    from mmlane_patches import lanes
+    from mmlane.transport.tokenizer_side import SIDE
 
-    lane = lanes.producers[manager].lane
+    lane = getattr(manager, SIDE).producer.lane
     deadline = time.monotonic() + LIMIT_S
     while lane is not None and (tickets := lane.stats().tickets):
         if time.monotonic() > deadline:

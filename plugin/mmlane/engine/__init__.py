@@ -15,8 +15,8 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from mmlane.bootstrap import is_unstarted_child
-from mmlane.patching import EngineSource
+from mmlane.engine.source import EngineSource
+from mmlane.import_hook import is_unstarted_child
 
 DISTRIBUTION = "sglang"
 PACKAGE = "sglang"

@@ -1,4 +1,7 @@
-"""The pointer class in real processes: every tensor arrives, nothing stays in /dev/shm, nobody is killed."""
+"""Segments in real processes: every tensor arrives, nothing stays in /dev/shm, nobody is killed.
+
+Also as the engine sees one, inside of a pointer, where there is no lane.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,14 +25,16 @@ torch = pytest.importorskip("torch")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from mmlane_patches import pointer  # noqa: E402
-from mmlane_patches.pointer import (  # noqa: E402
+from mmlane.transport.base import Here, LostFeature, Ownership  # noqa: E402
+from mmlane.transport.chain import Chain  # noqa: E402
+from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
+from mmlane.transport.segment import (  # noqa: E402
     PREFIX,
-    LostSegment,
     NotTransportable,
-    SegmentPointer,
-    ShmPointerMMData,
+    Segment,
+    SegmentTransport,
     plain_bytes,
+    segment_name,
 )
 from tests.lane.harness.child import run  # noqa: E402
 
@@ -54,9 +60,34 @@ def nothing_left() -> Iterator[None]:
     assert segments() == set()
 
 
-def handed_on(value: SegmentPointer) -> SegmentPointer:
-    copy: SegmentPointer = pickle.loads(pickle.dumps(value))
-    return copy
+@pytest.fixture(autouse=True)
+def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's module, where pickle looks for the class, and a process that has no lane."""
+    for name in ("sglang", "sglang.srt", "sglang.srt.managers", ShmPointerMMData.__module__):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    vars(sys.modules[ShmPointerMMData.__module__])["ShmPointerMMData"] = ShmPointerMMData
+    monkeypatch.setattr(slot, "scheduler", None)
+    monkeypatch.setattr(slot, "chain", Chain(Here()))
+
+
+def sent(value: Segment) -> bytes:
+    """What travels."""
+    return pickle.dumps(value.state())
+
+
+def received(message: bytes) -> Segment:
+    """What arrives."""
+    payload = SegmentTransport(Here()).receive(pickle.loads(message))
+    assert isinstance(payload, Segment)
+    return payload
+
+
+def handed_on(value: Segment) -> Segment:
+    return received(sent(value))
+
+
+def through_pickle(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
 
 
 def random_bytes(nbytes: int, seed: int = 0) -> Any:
@@ -77,9 +108,9 @@ def test_every_dtype_and_shape(dtype: Any, shape: tuple[int, ...]) -> None:
         tensor = raw.view(dtype).reshape(shape)
     except RuntimeError as error:
         pytest.skip(f"torch cannot make one: {error}")
-    received = handed_on(SegmentPointer(tensor, precomputed_hash=7))
-    assert received.precomputed_hash == 7
-    result = received.materialize()
+    pointer = through_pickle(ShmPointerMMData(tensor, precomputed_hash=7))
+    assert (pointer.shape, pointer.dtype, pointer.precomputed_hash) == (tensor.shape, dtype, 7)
+    result = pointer.materialize()
     assert (result.dtype, result.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(plain_bytes(result), raw)
 
@@ -104,10 +135,10 @@ def strided(draw: st.DrawFn) -> Any:
 
 @given(strided(), st.integers(1, 4))
 def test_any_strides_and_any_number_of_round_trips(tensor: Any, trips: int) -> None:
-    travelling = SegmentPointer(tensor)
+    travelling = Segment.holding(tensor)
     for _ in range(trips):
         travelling = handed_on(travelling)
-    result = travelling.materialize()
+    result = travelling.take()
     assert result.shape == tensor.shape
     assert torch.equal(plain_bytes(result), plain_bytes(tensor))
     assert segments() == set()
@@ -115,7 +146,7 @@ def test_any_strides_and_any_number_of_round_trips(tensor: Any, trips: int) -> N
 
 def test_a_parameter_arrives_as_a_plain_tensor() -> None:
     tensor = torch.nn.Parameter(torch.arange(3.0))
-    result = handed_on(SegmentPointer(tensor)).materialize()
+    result = handed_on(Segment.holding(tensor)).take()
     assert type(result) is torch.Tensor and not result.requires_grad
     assert torch.equal(result, tensor.detach())
 
@@ -131,64 +162,63 @@ def test_a_parameter_arrives_as_a_plain_tensor() -> None:
 )
 def test_what_is_more_than_its_bytes_is_refused(make: Callable[[], Any]) -> None:
     with pytest.raises(NotTransportable, match="wanted a dense tensor"):
-        SegmentPointer(make())
+        Segment.holding(make())
 
 
 def test_only_metadata_travels() -> None:
-    value = SegmentPointer(torch.zeros(1 << 20))
+    value: Any = ShmPointerMMData(torch.zeros(1 << 20))
     assert set(value.__getstate__()) == {"shm_name", "shape", "dtype", "precomputed_hash"}
     assert len(pickle.dumps(value)) < 500
-    handed_on(value).materialize()
+    through_pickle(value).materialize()
 
 
 # --- processes ----------------------------------------------------------------------------------------------
 
 
-def _sum_and_scribble(received: SegmentPointer) -> float:
-    tensor = received.materialize()
+def _sum_and_scribble(message: bytes) -> float:
+    tensor = received(message).take()
     total = float(tensor.sum())
     tensor.zero_()
     return total
 
 
 def test_a_reader_in_another_process() -> None:
-    assert run(_sum_and_scribble, SegmentPointer(torch.full((1000,), 2.0))) == 2000.0
+    assert run(_sum_and_scribble, sent(Segment.holding(torch.full((1000,), 2.0)))) == 2000.0
     assert segments() == set()
 
 
-def _drop(message: list[SegmentPointer]) -> bool:
-    (name,) = (value.shm_name for value in message)
-    there_before = (SHM / name).exists()
-    message.clear()
-    return there_before and not (SHM / name).exists()
+def _drop(message: bytes) -> bool:
+    arrived = received(message)
+    file = SHM / arrived.name
+    there_before = file.exists()
+    del arrived
+    return there_before and not file.exists()
 
 
 def test_a_reader_that_drops_it_unread_removes_it() -> None:
-    assert run(_drop, [SegmentPointer(torch.zeros(9))])
+    assert run(_drop, sent(Segment.holding(torch.zeros(9))))
 
 
-def _pass_on(message: list[SegmentPointer]) -> bytes:
-    sent = pickle.dumps(message)
-    message.clear()
-    return sent
+def _pass_on(message: bytes) -> bytes:
+    return sent(received(message))
 
 
 def test_a_relay_that_drops_what_it_passed_on_leaves_it() -> None:
-    (received,) = pickle.loads(run(_pass_on, [SegmentPointer(torch.arange(3))]))
-    assert received.materialize().tolist() == [0, 1, 2]
+    arrived = received(run(_pass_on, sent(Segment.holding(torch.arange(3)))))
+    assert arrived.take().tolist() == [0, 1, 2]
 
 
 def test_what_a_reader_writes_stays_with_it() -> None:
-    value = SegmentPointer(torch.arange(5.0))
+    value = Segment.holding(torch.arange(5.0))
     readers = [handed_on(value), handed_on(value)]
     assert [reader.prepare() for reader in readers] == [None, None]
-    first, second = (reader.materialize() for reader in readers)
+    first, second = (reader.take() for reader in readers)
     first.fill_(-1)
     assert second.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_memory_lives_as_long_as_a_view_of_it() -> None:
-    view = handed_on(SegmentPointer(torch.arange(6.0))).materialize()[2:].reshape(2, 2)
+    view = handed_on(Segment.holding(torch.arange(6.0))).take()[2:].reshape(2, 2)
     gc.collect()
     assert view.tolist() == [[2, 3], [4, 5]]
 
@@ -196,46 +226,53 @@ def test_the_memory_lives_as_long_as_a_view_of_it() -> None:
 def test_no_descriptor_is_left_open() -> None:
     before = open_descriptors()
     for _ in range(20):
-        handed_on(SegmentPointer(torch.arange(6.0))).materialize()
+        handed_on(Segment.holding(torch.arange(6.0))).take()
     gc.collect()
     assert open_descriptors() == before
 
 
 def test_a_forked_child_leaves_the_parents_segment_alone() -> None:
-    value = SegmentPointer(torch.arange(4.0))
+    value = Segment.holding(torch.arange(4.0))
     pid = os.fork()
     if pid == 0:
         del value
         gc.collect()
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert handed_on(value).materialize().tolist() == [0, 1, 2, 3]
+    assert handed_on(value).take().tolist() == [0, 1, 2, 3]
 
 
 # --- errors -------------------------------------------------------------------------------------------------
 
 
 def test_a_lost_segment_is_an_error_only_when_it_is_taken() -> None:
-    value = SegmentPointer(torch.zeros(4))
-    (SHM / value.shm_name).unlink()
-    received = handed_on(value)
-    assert received.tensor is None
-    with pytest.raises(LostSegment, match=f"{value.shm_name}.*FileNotFoundError.*send it again"):
-        received.materialize()
-    received.close_and_unlink()
+    value = Segment.holding(torch.zeros(4))
+    (SHM / value.name).unlink()
+    arrived = handed_on(value)
+    assert arrived.peek() is None
+    with pytest.raises(LostFeature, match=f"{value.name}.*FileNotFoundError.*send it again"):
+        arrived.take()
+    arrived.release()
 
 
 def test_one_that_is_open_does_not_mind_the_name_going() -> None:
-    received = handed_on(SegmentPointer(torch.arange(4.0)))
-    (SHM / received.shm_name).unlink()
-    assert received.materialize().tolist() == [0, 1, 2, 3]
+    arrived = handed_on(Segment.holding(torch.arange(4.0)))
+    (SHM / arrived.name).unlink()
+    assert arrived.take().tolist() == [0, 1, 2, 3]
 
 
 def test_taking_twice_is_an_error() -> None:
-    received = handed_on(SegmentPointer(torch.zeros(4)))
-    received.materialize()
-    with pytest.raises(LostSegment, match="already taken"):
-        received.materialize()
+    arrived = handed_on(Segment.holding(torch.zeros(4)))
+    arrived.take()
+    with pytest.raises(LostFeature, match="already taken"):
+        arrived.take()
+
+
+def test_it_may_be_let_go_of_more_than_once() -> None:
+    arrived = handed_on(Segment.holding(torch.zeros(4)))
+    for _ in range(2):
+        arrived.release()
+        assert arrived.ownership is Ownership.DONE and segments() == set()
 
 
 @pytest.mark.parametrize(
@@ -244,20 +281,19 @@ def test_taking_twice_is_an_error() -> None:
     ids=str,
 )
 def test_a_malformed_state_never_raises_while_unpickling(change: dict[str, Any]) -> None:
-    value = SegmentPointer(torch.zeros(4))
-    state = {**value.__getstate__(), **change}
-    received = SegmentPointer.__new__(SegmentPointer)
-    received.__setstate__(state)
-    with pytest.raises(LostSegment):
-        received.materialize()
+    value: Any = ShmPointerMMData(torch.zeros(4))
+    arrived = ShmPointerMMData.__new__(ShmPointerMMData)
+    arrived.__setstate__({**value.__getstate__(), **change})
+    with pytest.raises(LostFeature):
+        arrived.materialize()
     value.close_and_unlink()
 
 
 def test_an_empty_state_never_raises_while_unpickling() -> None:
-    received = SegmentPointer.__new__(SegmentPointer)
-    received.__setstate__({})
-    with pytest.raises(LostSegment, match="KeyError"):
-        received.materialize()
+    arrived = ShmPointerMMData.__new__(ShmPointerMMData)
+    arrived.__setstate__({})
+    with pytest.raises(LostFeature, match="KeyError"):
+        arrived.materialize()
 
 
 def test_the_states_of_every_engine_version_are_understood() -> None:
@@ -266,15 +302,22 @@ def test_the_states_of_every_engine_version_are_understood() -> None:
     assert foreign.buf is not None
     foreign.buf[:8] = bytes(8)
     foreign.close()
-    received = SegmentPointer.__new__(SegmentPointer)
-    received.__setstate__({"shm_name": foreign.name, "shape": (1, 2), "dtype": torch.float32})
-    assert received.precomputed_hash is None
-    assert received.materialize().tolist() == [[0, 0]]
+    arrived = ShmPointerMMData.__new__(ShmPointerMMData)
+    arrived.__setstate__({"shm_name": foreign.name, "shape": (1, 2), "dtype": torch.float32})
+    assert arrived.precomputed_hash is None
+    assert arrived.materialize().tolist() == [[0, 0]]
 
 
 def test_one_that_is_never_handed_on_is_removed_with_its_object() -> None:
-    value = SegmentPointer(torch.zeros(4))
-    assert segments() == {value.shm_name}
+    value = Segment.holding(torch.zeros(4))
+    assert segments() == {value.name}
+    del value
+    assert segments() == set()
+
+
+def test_one_is_removed_with_the_pointer_that_holds_it() -> None:
+    value = ShmPointerMMData(torch.zeros(4))
+    assert segments() == {value.payload.name}
     del value
     assert segments() == set()
 
@@ -289,7 +332,7 @@ def test_a_failing_creation_leaves_nothing(monkeypatch: pytest.MonkeyPatch, brok
     else:
         monkeypatch.setattr(os, "posix_fallocate", fail)
     with pytest.raises(OSError, match="made to fail"):
-        SegmentPointer(torch.zeros(4))
+        Segment.holding(torch.zeros(4))
     assert segments() == set()
 
 
@@ -305,25 +348,22 @@ def test_the_engine_and_its_codec_recognize_the_class() -> None:
     assert isinstance(value, ShmPointerMMData) and value.precomputed_hash == 3
 
 
-def test_what_cannot_travel_by_pointer_stays_a_tensor(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(pointer, "_warned", set())
+def test_what_cannot_travel_by_pointer_stays_a_tensor(caplog: pytest.LogCaptureFixture) -> None:
     tensor = torch.zeros(3, 3).to_sparse()
     with caplog.at_level("WARNING", logger="mmlane"):
-        sent = [ShmPointerMMData(tensor) for _ in range(2)]
-    assert all(value is tensor for value in sent)
+        made = [ShmPointerMMData(tensor) for _ in range(2)]
+    assert all(value is tensor for value in made)
     (record,) = caplog.records
     assert "inline" in record.message and "sparse" in record.message
 
 
 def test_the_name_tells_whose_it_is() -> None:
-    name = pointer.segment_name()
+    name = segment_name()
     pid, started, namespace, random = name.removeprefix(PREFIX).split("_")
     assert pid == str(os.getpid())
     assert f" {started} " in Path("/proc/self/stat").read_text()
     assert namespace == str(Path("/proc/self/ns/pid").stat().st_ino)
-    assert len(random) == 16 and name != pointer.segment_name() and len(name) <= 250
+    assert len(random) == 16 and name != segment_name() and len(name) <= 250
 
 
 # --- a full /dev/shm ----------------------------------------------------------------------------------------
@@ -331,13 +371,14 @@ def test_the_name_tells_whose_it_is() -> None:
 FULL = """
     import logging, os, pickle, sys, torch
     logging.basicConfig()
-    from mmlane_patches.pointer import SegmentPointer, ShmPointerMMData
-    fits = SegmentPointer(torch.zeros(1 << 18))
+    from mmlane.transport.pointer import ShmPointerMMData
+    from mmlane.transport.segment import Segment
+    fits = Segment.holding(torch.zeros(1 << 18))
     try:
-        SegmentPointer(torch.zeros(1 << 20))
+        Segment.holding(torch.zeros(1 << 20))
     except OSError as error:
         print("refused", error.errno, error.strerror)
-    assert os.listdir("/dev/shm") == [fits.shm_name], os.listdir("/dev/shm")
+    assert os.listdir("/dev/shm") == [fits.name], os.listdir("/dev/shm")
     tensor = torch.zeros(1 << 20)
     assert ShmPointerMMData(tensor) is tensor and ShmPointerMMData(tensor) is tensor
     del fits
@@ -349,8 +390,8 @@ WITHOUT_RESERVING = """
     import os
     del os.posix_fallocate
     import torch
-    from mmlane_patches.pointer import SegmentPointer
-    SegmentPointer(torch.zeros(1 << 20))
+    from mmlane.transport.segment import Segment
+    Segment.holding(torch.zeros(1 << 20))
 """
 
 
@@ -392,20 +433,21 @@ def test_without_reserving_a_full_shm_kills_the_process() -> None:
 
 
 DROPPED = """
-    import gc, pickle, threading, torch
+    import gc, pickle, torch
     from multiprocessing import resource_tracker
-    from mmlane_patches.pointer import SHM, SegmentPointer
+    from mmlane.transport.pointer import ShmPointerMMData
+    from mmlane.transport.segment import SHM, Segment
 
-    sent = SegmentPointer(torch.ones(4))
-    state = pickle.dumps(sent)
-    cycle = [SegmentPointer(torch.ones(4)), pickle.loads(state)]
-    names = [pointer.shm_name for pointer in cycle]
+    sent = ShmPointerMMData(torch.ones(4))
+    cycle = [ShmPointerMMData(torch.ones(4)), ShmPointerMMData()]
+    cycle[1].__setstate__(pickle.loads(pickle.dumps(sent.__getstate__())))
+    names = [pointer.payload.name for pointer in cycle]
     cycle.append(cycle)
     with resource_tracker._resource_tracker._lock:
         del cycle
         gc.collect()
     assert not any((SHM / name).exists() for name in names)
-    SegmentPointer(torch.ones(4)).close_and_unlink()
+    Segment.holding(torch.ones(4)).release()
 """
 
 

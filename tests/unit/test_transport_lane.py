@@ -1,4 +1,4 @@
-"""Who takes part in the lanes, and what a producer and a rank say and do when one cannot be had."""
+"""Both ends of a lane as the engine's processes get and lose them, and what they do when one cannot be had."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import re
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,8 +19,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mmlane import log  # noqa: E402
+from mmlane.engine.topology import RankPlace  # noqa: E402
 from mmlane.lane import Invitation, Lane, LaneUnavailable, Reader, cuda, memory, status  # noqa: E402
-from mmlane_patches import arena, guard, lanes  # noqa: E402
+from mmlane.transport import scheduler_side, tokenizer_side  # noqa: E402
+from mmlane.transport.base import Declined, Here, Scheduler, Tokenizer  # noqa: E402
+from mmlane.transport.chain import Chain  # noqa: E402
+from mmlane.transport.inline import SMALL  # noqa: E402
+from mmlane.transport.lane import RETRY_S, LaneTransport, Producer, Rank, Ticket  # noqa: E402
+from mmlane.transport.pointer import slot  # noqa: E402
+from mmlane.transport.samples import Samples  # noqa: E402
+from mmlane.transport.segment import Segment  # noqa: E402
+from mmlane.transport.tokenizer_side import SIDE, TokenizerSide  # noqa: E402
+from mmlane_patches import arena  # noqa: E402
 from tests.lane.harness.child import run  # noqa: E402
 from tests.lane.harness.confinement import limit_address_space  # noqa: E402
 from tests.lane.harness.fake_cuda import FakeGpu  # noqa: E402
@@ -49,139 +60,63 @@ def launched(**options: Any) -> Any:
 class Manager:
     """A tokenizer manager."""
 
+    def __init__(self, **model: bool) -> None:
+        self.model_config = SimpleNamespace(**(model or {"is_multimodal": True}))
+
+
+def start(manager: Manager, server_args: Any, *, capacity: int | None = 8 * MIB, pinned: int = 0) -> TokenizerSide:
+    """What a manager's process does once it is made."""
+    tokenizer_side.start(manager, server_args, capacity=capacity, pinned=pinned, mode="arena")
+    return side(manager)
+
+
+def side(manager: Manager) -> TokenizerSide:
+    found = getattr(manager, SIDE)
+    assert isinstance(found, TokenizerSide)
+    return found
+
+
+def producer_of(manager: Manager) -> Producer:
+    producer = side(manager).producer
+    assert producer is not None
+    return producer
+
+
+def become_rank(
+    server_args: Any, dp_rank: int | None, pp_rank: int, tp_rank: int, *, pinned: int | None = None
+) -> Rank:
+    """What a scheduler's process does once it is made; the rank that it then is."""
+    scheduler_side.start(server_args, RankPlace(dp_rank, pp_rank, tp_rank), pinned=pinned)
+    return this_rank()
+
+
+def this_rank() -> Rank:
+    assert slot.scheduler is not None and slot.chain is slot.scheduler.chain
+    lane = slot.chain.find(LaneTransport)
+    assert isinstance(lane, LaneTransport) and lane.rank is not None
+    return lane.rank
+
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "rank", None)
-    monkeypatch.setattr(guard, "_said", set())
+    monkeypatch.setattr(slot, "scheduler", None)
+    monkeypatch.setattr(slot, "chain", Chain(Here()))
+    monkeypatch.setattr(log, "_said", set())
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "mmlane" and r.levelno == logging.WARNING]
 
 
-# --- who takes part -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "wanted"),
-    [
-        ({}, {"dp0": 1}),
-        ({"tp_size": 4}, {"dp0": 4}),
-        ({"tp_size": 2, "dp_size": 2}, {"dp0": 2, "dp1": 2}),
-        ({"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}, {"dp0": 2, "dp1": 2}),
-        (
-            {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True},
-            dict.fromkeys(("dp0", "dp1", "dp2", "dp3"), 1),
-        ),
-        ({"tp_size": 4, "dp_size": 1, "enable_dp_attention": True}, {"dp0": 4}),
-        ({"tp_size": 2, "pp_size": 2}, {"dp0": 2}),  # the second stage is sent nothing by the tokenizer
-    ],
-)
-def test_which_readers_are_expected(options: dict[str, Any], wanted: dict[str, int]) -> None:
-    server_args = launched(**options)
-    assert lanes.readers_of(server_args) == wanted
-    assert {lanes.group_of(server_args, rank) for rank in range(server_args.dp_size)} == wanted.keys()
-
-
-@pytest.mark.parametrize(
-    ("dp_size", "dp_rank", "group"),
-    [(1, None, "dp0"), (1, 3, "dp0"), (2, None, "dp0"), (2, 0, "dp0"), (2, 1, "dp1")],
-)
-def test_which_group_a_rank_is_of(dp_size: int, dp_rank: int | None, group: str) -> None:
-    """Behind a router every engine is of size 1, and has a number all the same."""
-    lanes.become_rank(launched(dp_size=dp_size), dp_rank, 0, 0)
-    assert lanes.rank is not None and lanes.rank.group == group
-
+# --- a process becomes one end ------------------------------------------------------------------------------
 
 RUNTIME = "sglang.srt.runtime_context"
-WRAPPING = "sglang.srt.managers.mm_utils"
-PARALLEL = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "num_dp_ranks": 2, "attn_dp_size": 2}
-
-
-@pytest.mark.parametrize("names", [["derive_attention_widths"], ["num_dp_ranks_of"]], ids=["0.5.19", "0.5.22"])
-def test_the_engines_own_decision_counts_where_it_tells_it(
-    names: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context = ModuleType(RUNTIME)
-    vars(context).update(dict.fromkeys(names), get_parallel=lambda: SimpleNamespace(**PARALLEL))
-    monkeypatch.setitem(sys.modules, RUNTIME, context)
-    typed = launched(tp_size=4)  # and the rest was decided since
-    assert lanes.readers_of(typed) == {"dp0": 2, "dp1": 2}
-    assert lanes.group_of(typed, 1) == "dp1"
-
-
-def test_before_that_the_arguments_are_what_the_engine_made_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = ModuleType(RUNTIME)
-    vars(context)["get_parallel"] = lambda: SimpleNamespace(**PARALLEL)
-    monkeypatch.setitem(sys.modules, RUNTIME, context)
-    assert lanes.readers_of(launched(tp_size=4)) == {"dp0": 4}
-
 
 RanksPlace = tuple[str, int | None]  # group and number
 
 
-def place(server_args: Any, dp_rank: int | None, pp_rank: int, tp_rank: int) -> RanksPlace:
-    """What a scheduler with these ranks becomes."""
-    lanes.become_rank(server_args, dp_rank, pp_rank, tp_rank)
-    assert lanes.rank is not None
-    return lanes.rank.group, lanes.rank.number
-
-
-DP_ATTENTION = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}
-
-
-@pytest.mark.parametrize(
-    ("options", "ranks", "wanted"),
-    [
-        ({}, (None, 0, 0), ("dp0", 0)),
-        ({"tp_size": 4}, (None, 0, 3), ("dp0", 3)),
-        ({"tp_size": 2, "dp_size": 2}, (1, 0, 0), ("dp1", 0)),
-        ({"tp_size": 2, "dp_size": 2}, (1, 0, 1), ("dp1", 1)),
-        (DP_ATTENTION, (0, 0, 1), ("dp0", 1)),
-        (DP_ATTENTION, (1, 0, 2), ("dp1", 0)),
-        (DP_ATTENTION, (1, 0, 3), ("dp1", 1)),
-        ({**DP_ATTENTION, "dp_size": 4}, (3, 0, 3), ("dp3", 0)),
-        ({"tp_size": 2, "pp_size": 2}, (None, 1, 1), ("dp0", None)),
-        ({"tp_size": 2, "pp_size": 2, "dp_size": 2}, (1, 1, 0), ("dp1", None)),
-    ],
-)
-def test_which_number_a_rank_has(
-    options: dict[str, Any], ranks: tuple[int | None, int, int], wanted: RanksPlace
-) -> None:
-    assert place(launched(**options), *ranks) == wanted
-
-
-# What each release calls the facts that it has made of the arguments; 0.5.18 and older changed the arguments.
-TOLD_BY: dict[str, tuple[str, ...]] = {
-    "0.5.18": (),
-    "0.5.19": ("derive_attention_widths",),
-    "0.5.22": ("derive_attention_widths", "num_dp_ranks_of"),
-}
-
-
-@pytest.mark.parametrize("release", TOLD_BY)
-@pytest.mark.parametrize("attention", [False, True])
-@pytest.mark.parametrize(("tp", "dp", "pp"), [(1, 1, 1), (4, 1, 1), (4, 2, 1), (2, 1, 3), (4, 4, 1), (4, 2, 2)])
-def test_every_expected_reader_is_one_rank(
-    release: str, attention: bool, tp: int, dp: int, pp: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else a lane would never open, or two ranks would dispute a number."""
-    facts = {"tp_size": tp, "dp_size": dp, "enable_dp_attention": attention, "pp_size": pp}
-    if names := TOLD_BY[release]:
-        context = ModuleType(RUNTIME)
-        parallel = SimpleNamespace(**facts, num_dp_ranks=dp, attn_dp_size=dp if attention else 1)
-        vars(context).update(dict.fromkeys(names), get_parallel=lambda: parallel)
-        monkeypatch.setitem(sys.modules, RUNTIME, context)
-    server_args = launched() if names else launched(**facts)
-    if attention:  # one world of `tp` ranks, of which neighbours make an attention group
-        ranks = [(tp_rank // (tp // dp), tp_rank) for tp_rank in range(tp)]
-    else:
-        ranks = [(dp_rank, tp_rank) for dp_rank in range(dp) for tp_rank in range(tp)]
-    places = [place(server_args, dp_rank, stage, tp_rank) for stage in range(pp) for dp_rank, tp_rank in ranks]
-    assert [number for _, number in places[len(ranks) :]] == [None] * (pp - 1) * len(ranks)
-    expected = lanes.readers_of(server_args).items()
-    assert sorted(places[: len(ranks)]) == [(group, n) for group, count in expected for n in range(count)]
+def place(rank: Rank) -> RanksPlace:
+    return rank._here.group, rank._here.number
 
 
 class SchedulerOf0520:
@@ -218,33 +153,40 @@ def test_a_scheduler_becomes_a_rank_however_it_is_told_which(
     by_name: bool, dp_rank: int, pp_rank: int, tp_rank: int, wanted: RanksPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server_args = launched(tp_size=2, dp_size=2)
-    init: Any = arena._reading(SchedulerOf0520.__init__)
+    init: Any = arena._scheduler(SchedulerOf0520.__init__)
     before = SchedulerOf0520.__new__(SchedulerOf0520)
     if by_name:
         ranks = {"tp_rank": tp_rank, "pp_rank": pp_rank, "dp_rank": dp_rank}
         init(before, server_args, None, gpu_id=7, moe_ep_rank=7, attn_cp_rank=7, moe_dp_rank=7, **ranks)
     else:
         init(before, server_args, None, 7, tp_rank, 7, pp_rank, 7, 7, dp_rank)
-    assert lanes.rank is not None and (lanes.rank.group, lanes.rank.number) == wanted
-    monkeypatch.setattr(lanes, "rank", None)
+    assert place(this_rank()) == wanted
+    monkeypatch.setattr(slot, "scheduler", None)
     context = ModuleType(RUNTIME)
     parallel = SimpleNamespace(dp_rank=dp_rank, pp_rank=pp_rank, tp_rank=tp_rank)
     vars(context)["get_parallel"] = lambda: parallel
     monkeypatch.setitem(sys.modules, RUNTIME, context)
-    init = arena._reading(SchedulerOf0521.__init__)
+    init = arena._scheduler(SchedulerOf0521.__init__)
     init(SchedulerOf0521.__new__(SchedulerOf0521), server_args, None)
-    rank = lanes.rank
-    assert rank is not None and (rank.group, rank.number) == wanted
+    assert place(this_rank()) == wanted
+
+
+@pytest.mark.parametrize(("said", "writable"), [("", False), ("64", False), ("0", True)])
+def test_a_scheduler_does_what_the_user_says_of_pinned_memory(
+    said: str, writable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMLANE_PINNED_MB", said)
+    init: Any = arena._scheduler(SchedulerOf0520.__init__)
+    init(SchedulerOf0520.__new__(SchedulerOf0520), launched(), None, 7, 0, 7, 0, 7, 7, None)
+    assert this_rank()._here.writable is writable
 
 
 def test_a_later_pipeline_stage_never_joins(opening: Opening) -> None:
     """It hears of the lane when the first stage passes a message on; joining would cost the lane a member."""
-    lanes.become_rank(launched(pp_size=2), None, 1, 0)
-    later = lanes.rank
-    assert later is not None
-    later.notice(opening.begin())
+    later = become_rank(launched(pp_size=2), None, 1, 0)
+    slot.chain.join(bytes(opening.begin()))
     assert threads("mmlane-joining") == [] and later._reader is None
-    later.discard(b"what it cannot have")
+    later.release(b"what it cannot have")
     opening.join()
     assert opening.lane.is_open and opening.lane.stats().rejected_peers == 0
 
@@ -268,7 +210,7 @@ def test_one_rank_says_that_the_rust_server_has_no_lane(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("SGLANG_RUST_SERVER", value)
-    lanes.become_rank(launched(dp_size=2), *ranks)
+    become_rank(launched(dp_size=2), *ranks)
     assert len(warnings(caplog)) == said
 
 
@@ -281,31 +223,16 @@ OBSTACLES = [
 
 @pytest.mark.parametrize(("options", "named"), OBSTACLES)
 def test_what_is_in_the_way(options: dict[str, Any], named: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert named in lanes.obstacle(launched(**options))
-    manager = Manager()
-    lanes.become_producer(manager, launched(**options), multimodal=False, capacity=None)
-    assert manager not in lanes.producers and warnings(caplog) == []  # who sends no images need not know
-    lanes.become_producer(manager, launched(**options), multimodal=True, capacity=None)
-    assert manager not in lanes.producers
+    assert start(Manager(is_multimodal=False), launched(**options)).producer is None
+    assert warnings(caplog) == []  # who sends no images need not know
+    without = start(Manager(), launched(**options))
+    assert without.producer is None
     (line,) = warnings(caplog)
     assert named in line and "MMLANE=backport silences this" in line
-
-
-def test_nothing_is_in_the_way() -> None:
-    assert lanes.obstacle(launched()) == ""
-    older = launched()
-    del older.elastic_ep_backend  # which releases below 0.5.10 do not have
-    assert lanes.obstacle(older) == ""
-
-
-@pytest.mark.parametrize(("inside", "named"), [(True, "--dist-init-addr"), (False, "")])
-def test_the_engine_is_asked_whether_features_travel_at_all(
-    inside: bool, named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wrapping = ModuleType(WRAPPING)
-    vars(wrapping)["_get_is_default_transport"] = lambda: inside
-    monkeypatch.setitem(sys.modules, WRAPPING, wrapping)
-    assert lanes.obstacle(launched()).partition(",")[0] == named
+    tensor = torch.ones(SMALL + 1, dtype=torch.uint8)
+    payload, invitation = without.chain.offer(tensor)
+    assert isinstance(payload, Segment) and invitation is None  # as without mmlane's lanes
+    payload.release()
 
 
 @pytest.mark.parametrize(("workers", "share"), [(0, 1), (1, 1), (4, 4)])
@@ -313,40 +240,38 @@ def test_tokenizer_workers_share_the_capacity(workers: int, share: int, monkeypa
     monkeypatch.setattr(memory, "default_capacity", lambda: 400 * MIB)
     server_args = launched(tp_size=2, tokenizer_worker_num=workers)
     manager, with_a_wish = Manager(), Manager()
-    lanes.become_producer(manager, server_args, multimodal=True, capacity=None)
-    lanes.become_producer(with_a_wish, server_args, multimodal=True, capacity=8 * MIB)
+    start(manager, server_args, capacity=None)
+    start(with_a_wish, server_args, capacity=8 * MIB)
     for owner, capacity in ((manager, 400 * MIB // share), (with_a_wish, 8 * MIB)):  # a wish is for each
-        producer = lanes.producers[owner]
-        ticket, invitation = producer.put(torch.ones(9))
+        producer = producer_of(owner)
+        answer = producer.put(torch.ones(9))
         lane = producer.lane
-        assert ticket is None and lane is not None and lane.invitation == invitation
+        assert lane is not None and answer == Declined("not_open", bytes(lane.invitation))
         assert lane.stats().capacity_bytes == capacity and lane.expected == {"dp0": 2}
         lane.close()
 
 
-CONTEXT = {"get_device": lambda: SimpleNamespace(device="cuda"), "get_parallel": lambda: None}
+class TokenizerManager(Manager):
+    """The arguments that it is made with."""
+
+    def __init__(self, server_args: Any, port_args: Any) -> None:
+        super().__init__()
 
 
-@pytest.mark.parametrize(
-    ("device", "known", "on_cuda"),
-    [("cuda", {}, True), ("cuda:0", {}, True), ("cpu", {}, False), (None, CONTEXT, True), ("cpu", CONTEXT, False)],
-    ids=["cuda", "one cuda", "cpu", "0.5.19, not said", "0.5.19, said"],
-)
-def test_whether_the_engine_is_on_cuda(
-    device: str | None, known: dict[str, Any], on_cuda: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context = ModuleType(RUNTIME)
-    vars(context).update(known)
-    monkeypatch.setitem(sys.modules, RUNTIME, context)
-    assert lanes.on_cuda(launched(device=device)) is on_cuda
-
-
+@pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize(
     ("device", "workers", "wish", "pinned"),
-    [("cuda", 1, None, 1024), ("cuda", 4, None, 256), ("cuda", 4, 64, 64), ("cuda", 1, 0, 0), ("cpu", 1, None, 0)],
+    [
+        ("cuda", 0, None, 1024),
+        ("cuda", 1, None, 1024),
+        ("cuda", 4, None, 256),
+        ("cuda", 4, 64, 64),
+        ("cuda", 1, 0, 0),
+        ("cpu", 1, None, 0),
+    ],
 )
 def test_what_a_lane_keeps_for_gpus(
-    device: str, workers: int, wish: int | None, pinned: int, monkeypatch: pytest.MonkeyPatch
+    device: str, workers: int, wish: int | None, pinned: int, by_name: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: dict[str, Any] = {}
 
@@ -354,17 +279,39 @@ def test_what_a_lane_keeps_for_gpus(
         opened.update(options)
         raise LaneUnavailable("only asked")
 
-    monkeypatch.setattr(lanes, "Lane", refuse)
-    manager = Manager()
-    lanes.become_producer(
-        manager,
-        launched(device=device, tokenizer_worker_num=workers),
-        multimodal=True,
-        capacity=None,
-        pinned=None if wish is None else wish * MIB,
-    )
-    lanes.producers[manager].put(torch.ones(9))
-    assert opened["pinned"] == pinned * MIB
+    monkeypatch.setattr("mmlane.transport.lane.Lane", refuse)
+    monkeypatch.setenv("MMLANE_PINNED_MB", "" if wish is None else str(wish))
+    monkeypatch.setenv("MMLANE_CAPACITY_MB", "24")
+    init: Any = arena._tokenizer(TokenizerManager.__init__)
+    manager = TokenizerManager.__new__(TokenizerManager)
+    server_args = launched(device=device, tokenizer_worker_num=workers)
+    if by_name:
+        init(manager, port_args=None, server_args=server_args)
+    else:
+        init(manager, server_args, None)
+    assert producer_of(manager).put(torch.ones(9)) == Declined("unavailable")
+    assert (opened["pinned"], opened["capacity"]) == (pinned * MIB, 24 * MIB)
+
+
+def test_a_process_that_cannot_be_given_its_side_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise ZeroDivisionError("mine")
+
+    before = log.failures["start"]
+    monkeypatch.setattr(tokenizer_side, "start", fails)
+    init: Any = arena._tokenizer(TokenizerManager.__init__)
+    init(TokenizerManager.__new__(TokenizerManager), launched(), None)
+    monkeypatch.setattr(scheduler_side, "start", fails)
+    init = arena._scheduler(SchedulerOf0521.__init__)
+    monkeypatch.setitem(sys.modules, RUNTIME, ModuleType(RUNTIME))
+    vars(sys.modules[RUNTIME])["get_parallel"] = lambda: SimpleNamespace(dp_rank=None, pp_rank=0, tp_rank=0)
+    init(SchedulerOf0521.__new__(SchedulerOf0521), launched(), None)
+    assert slot.scheduler is None
+    assert log.failures["start"] == before + 2
+    (line,) = warnings(caplog)  # one cause, whichever of the two says it
+    assert line.startswith("mmlane: start failed: ZeroDivisionError: mine; this tokenizer has no lane")
 
 
 @pytest.mark.parametrize(("pinned", "writable"), [(None, False), (64 * MIB, False), (0, True)])
@@ -373,18 +320,16 @@ def test_a_rank_on_cuda(pinned: int | None, writable: bool, monkeypatch: pytest.
     gpu = FakeGpu()
     monkeypatch.setattr(cuda, "Cuda", gpu)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    lanes.become_rank(launched(device="cuda"), None, 0, 0, pinned=pinned)
-    rank = lanes.rank
-    assert rank is not None
-    producer = lanes.Producer({"dp0": 1}, 8 * MIB, pinned=4 * MIB if pinned is None else pinned)
-    _, invitation = producer.put(torch.ones(9))
-    assert invitation is not None
-    rank.notice(invitation)
+    rank = become_rank(launched(device="cuda"), None, 0, 0, pinned=pinned)
+    producer = Producer(Tokenizer({"dp0": 1}, 8 * MIB, pinned=4 * MIB if pinned is None else pinned))
+    answer = producer.put(torch.ones(9))
+    assert isinstance(answer, Declined) and answer.invitation is not None
+    slot.chain.join(answer.invitation)
     lane = producer.lane
     assert lane is not None and lane.wait_open(DEADLINE) and rank._reader is not None
     assert rank._reader.wait_pinned(lane.name, DEADLINE if pinned != 0 else 0) is (not writable)
-    ticket, _ = producer.put(torch.ones(9))
-    assert ticket is not None and gpu.index == 3
+    ticket = sent(producer.put(torch.ones(9)))
+    assert gpu.index == 3
     taken = rank.take(ticket)
     assert torch.equal(taken, torch.ones(9))
     (start, nbytes), *_ = [*gpu.registered.items(), (0, 0)]
@@ -396,23 +341,40 @@ def test_a_rank_on_cuda(pinned: int | None, writable: bool, monkeypatch: pytest.
 
 
 def test_a_rank_on_a_cpu_has_no_device() -> None:
-    lanes.become_rank(launched(), None, 0, 0)
-    assert lanes.rank is not None and lanes.rank._device is None
+    assert become_rank(launched(), None, 0, 0)._here.device is None
 
 
-def test_a_lane_ends_with_its_manager() -> None:
+@pytest.fixture(params=[False, True], ids=["without metrics", "with metrics"])
+def enable_metrics(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Both ways to launch; with metrics, a thread counts lanes and has to let go of them, too."""
+    enabled: bool = request.param
+    if not enabled:
+        yield enabled
+        return
+    from mmlane.transport import metrics
+
+    monkeypatch.setattr(metrics, "PERIOD_S", 0.01)
+    monkeypatch.setattr(metrics, "_meters", set())
+    yield enabled
+    eventually(lambda: threads("mmlane-metrics") == [], "the thread's end")
+    assert metrics._meters == set()
+
+
+def test_a_lane_ends_with_its_manager(enable_metrics: bool) -> None:
     one, other = Manager(), Manager()  # two engines in one process
     for manager in (one, other):
-        lanes.become_producer(manager, launched(), multimodal=True, capacity=8 * MIB)
-        lanes.producers[manager].put(torch.ones(9))
-    first, second = (lanes.producers[manager].lane for manager in (one, other))
+        start(manager, launched(enable_metrics=enable_metrics))
+        producer_of(manager).put(torch.ones(9))
+    first, second = (producer_of(manager).lane for manager in (one, other))
     assert first is not None and second is not None
+    gone = [weakref.ref(held) for held in (one, side(one), producer_of(one))]
     with Reader("dp0") as reader:
         reader.join(first.invitation, DEADLINE)
         reader.join(second.invitation, DEADLINE)
-        announcing()  # until then its thread keeps it
+        announcing()
         del one, manager
         gc.collect()
+        assert [held() for held in gone] == [None] * len(gone)
         eventually(lambda: first.is_closed, "the lane's end")  # a thread closes it
         assert not second.is_closed
         del other
@@ -420,14 +382,47 @@ def test_a_lane_ends_with_its_manager() -> None:
         eventually(lambda: second.is_closed, "the other lane's end")
 
 
+def test_a_lane_that_is_opening_ends_with_its_manager(enable_metrics: bool) -> None:
+    """Whoever waits for it to open does not keep it."""
+    manager = Manager()
+    start(manager, launched(enable_metrics=enable_metrics))
+    producer_of(manager).put(torch.ones(9))
+    lane = producer_of(manager).lane
+    assert lane is not None and lane.state == "waiting"
+    gone = [weakref.ref(held) for held in (manager, side(manager), producer_of(manager))]
+    del manager
+    gc.collect()
+    assert [held() for held in gone] == [None] * len(gone)
+    eventually(lambda: lane.is_closed, "the lane's end")
+    announcing()
+
+
+def test_a_manager_that_sent_nothing_leaves_nothing(enable_metrics: bool) -> None:
+    manager = Manager()
+    start(manager, launched(enable_metrics=enable_metrics))
+    gone = [weakref.ref(held) for held in (manager, side(manager), producer_of(manager))]
+    del manager
+    gc.collect()
+    assert [held() for held in gone] == [None] * len(gone)
+
+
 # --- a producer ---------------------------------------------------------------------------------------------
+
+
+def sent(answer: Ticket | Declined) -> bytes:
+    """A ticket that is on its way: what carried it may go, and is not what releases it."""
+    assert isinstance(answer, Ticket)
+    ticket: bytes = answer.state()["ticket"]
+    return ticket
 
 
 class Opening:
     """A producer and what it needs readers for."""
 
     def __init__(self, readers: int = 1, capacity: int = 8 * MIB) -> None:
-        self.producer = lanes.Producer({"dp0": readers}, capacity)
+        side = TokenizerSide(Tokenizer({"dp0": readers}, capacity))
+        assert side.producer is not None
+        self.chain, self.producer = side.chain, side.producer
         self.readers: list[Reader] = []
 
     @property
@@ -437,9 +432,13 @@ class Opening:
 
     def begin(self) -> Invitation:
         """What the first feature's readers get."""
-        ticket, invitation = self.producer.put(torch.ones(9))
-        assert ticket is None and invitation == self.lane.invitation
+        answer = self.producer.put(torch.ones(9))
+        assert answer == Declined("not_open", bytes(self.lane.invitation))
         return self.lane.invitation
+
+    def send(self, tensor: Any = None, samples: Samples | None = None) -> bytes:
+        """A ticket as it travels."""
+        return sent(self.producer.put(torch.ones(9) if tensor is None else tensor, samples))
 
     def join(self) -> None:
         """One reader more, with the next number; the producer knows of it when this returns."""
@@ -466,17 +465,39 @@ def test_nothing_raises_into_the_engine(
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("mine")
 
+    tensor = torch.ones(SMALL)
     monkeypatch.setattr(Lane, "put", fails)
-    before = guard.failures["put"]
-    assert opening.producer.put(torch.ones(9)) == (None, None)
-    assert guard.failures["put"] == before + 1
+    before = log.failures["put"]
+    payload, invitation = opening.chain.offer(tensor)
+    assert isinstance(payload, Segment) and invitation is None
+    assert log.failures["put"] == before + 1
+    assert "put failed: ZeroDivisionError: mine; the feature goes by a shared-memory segment" in caplog.text
+    payload.release()
     monkeypatch.undo()
-    assert isinstance(opening.producer.put(torch.ones(9))[0], bytes)
+    payload, invitation = opening.chain.offer(tensor)
+    assert isinstance(payload, Ticket) and invitation is None
+    payload.release()
+    assert log.failures["put"] == before + 1
     monkeypatch.setattr(Reader, "join", fails)
-    lanes.become_rank(launched(), None, 0, 0)
-    assert lanes.rank is not None
-    lanes.rank.notice(opening.lane.invitation)
+    rank = become_rank(launched(), None, 0, 0)
+    rank.notice(opening.lane.invitation)
     eventually(lambda: any("join failed: ZeroDivisionError" in line for line in warnings(caplog)), "a line")
+    joining()
+
+
+def test_a_ticket_that_cannot_be_given_a_payload_is_void(
+    opening: Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening.begin()
+    opening.join()
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("mmlane.transport.lane.Ticket", fails)
+    with pytest.raises(MemoryError):
+        opening.producer.put(torch.ones(9))
+    assert opening.lane.stats().puts == 1 and opening.lane.stats().tickets == 0
 
 
 # --- the samples of one request -----------------------------------------------------------------------------
@@ -491,25 +512,19 @@ def test_samples_share_one_copy_that_outlives_the_first_answer(opening: Opening)
     opening.join()
     (reader,) = opening.readers
     tensor = torch.arange(30_000)
-    together = lanes.Samples(4)
-    token = lanes.samples.set(together)
-    try:
-        for _ in range(4):
-            ticket, _ = opening.producer.put(tensor)
-            assert ticket is not None
-            assert torch.equal(reader.take(ticket, "clone"), torch.arange(30_000))  # which releases it
-        assert (opening.lane.stats().copied_bytes, opening.lane.stats().shared) == (tensor.nbytes, 3)
-        assert used(opening) == 0  # also while the request goes on
-        ticket, _ = opening.producer.put(tensor)  # the same tensor for another prompt of the request
-        tensor.numpy().fill(7)
-        other, _ = opening.producer.put(torch.zeros(30_000))
-        assert ticket is not None and other is not None
-        for each in (ticket, other):
-            reader.discard(each)
-        eventually(lambda: opening.lane.stats().tickets == 0, "the release of both")
-        assert used(opening) > 0
-    finally:
-        lanes.samples.reset(token)
+    together = Samples(4)
+    for _ in range(4):
+        ticket = opening.send(tensor, together)
+        assert torch.equal(reader.take(ticket, "clone"), torch.arange(30_000))  # which releases it
+    assert (opening.lane.stats().copied_bytes, opening.lane.stats().shared) == (tensor.nbytes, 3)
+    assert used(opening) == 0  # also while the request goes on
+    ticket = opening.send(tensor, together)  # the same tensor for another prompt of the request
+    tensor.numpy().fill(7)
+    other = opening.send(torch.zeros(30_000), together)
+    for each in (ticket, other):
+        reader.discard(each)
+    eventually(lambda: opening.lane.stats().tickets == 0, "the release of both")
+    assert used(opening) > 0
     together.close()
     assert used(opening) == 0
 
@@ -521,8 +536,7 @@ def test_a_tensor_that_is_refilled_for_the_next_request_is_copied_again(opening:
     tensor = torch.zeros(30_000)
     for number in range(3):
         tensor.numpy().fill(number)
-        ticket, _ = opening.producer.put(tensor)
-        assert ticket is not None
+        ticket = opening.send(tensor)
         assert torch.equal(reader.take(ticket, "clone"), torch.full((30_000,), float(number)))
 
 
@@ -547,15 +561,13 @@ def opening() -> Iterator[Opening]:
 def test_the_line_when_it_opens(opening: Opening, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmlane")
     opening.begin()
-    assert opening.producer.put(torch.ones(9)) == (None, opening.lane.invitation)  # still
+    assert opening.begin() == opening.lane.invitation  # still
     opening.join()
     announcing()
     (line,) = [r.getMessage() for r in caplog.records if "the lane is open" in r.getMessage()]
     assert line.startswith("mmlane: the lane is open: 1 ranks, 0.0 GiB of room, ")
     assert warnings(caplog) == []
-    ticket, invitation = opening.producer.put(torch.ones(9))
-    assert ticket is not None and invitation is None
-    assert torch.equal(opening.readers[0].take(ticket), torch.ones(9))
+    assert torch.equal(opening.readers[0].take(opening.send()), torch.ones(9))
 
 
 class Said(logging.Handler):
@@ -576,10 +588,10 @@ class Said(logging.Handler):
 @pytest.fixture
 def unopened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Said]:
     said = Said("the lane has not opened within")
-    lanes.logger.addHandler(said)
-    monkeypatch.setattr(lanes, "OPENING_S", 0.0)
+    log.logger.addHandler(said)
+    monkeypatch.setattr("mmlane.transport.lane.OPENING_S", 0.0)
     yield said
-    lanes.logger.removeHandler(said)
+    log.logger.removeHandler(said)
 
 
 def test_the_line_when_it_does_not_open(
@@ -600,7 +612,7 @@ def test_nobody_waits_for_a_lane_that_is_closed(opening: Opening, unopened: Said
     assert unopened.event.wait(DEADLINE)
     opening.lane.close()
     announcing()
-    assert opening.producer.put(torch.ones(9)) == (None, None)
+    assert opening.producer.put(torch.ones(9)) == Declined("closed")
 
 
 @pytest.mark.parametrize(
@@ -612,15 +624,13 @@ def test_a_tensor_that_has_no_place(
     opening.begin()
     opening.join()
     kept = torch.ones(5 * MIB, dtype=torch.uint8)
-    held, _ = opening.producer.put(kept)
-    assert held is not None
+    held = opening.send(kept)
     for _ in range(2):
-        assert opening.producer.put(torch.zeros(too_large, dtype=torch.uint8)) == (None, None)
+        assert opening.producer.put(torch.zeros(too_large, dtype=torch.uint8)) == Declined(cause)
     (line,) = warnings(caplog)
     assert f"the lane has no place for a feature ({cause})" in line and "shared-memory segment" in line
     assert opening.lane.stats().fallbacks[cause] == 2  # type: ignore[index]
-    small, _ = opening.producer.put(torch.ones(9))
-    assert small is not None
+    small = opening.send()
     for ticket in (held, small):
         opening.readers[0].discard(ticket)
 
@@ -628,11 +638,11 @@ def test_a_tensor_that_has_no_place(
 def test_one_line_for_each_cause(opening: Opening, caplog: pytest.LogCaptureFixture) -> None:
     opening.begin()
     opening.join()
-    opening.producer.put(torch.zeros(9 * MIB, dtype=torch.uint8))
-    opening.producer.put(torch.eye(3).to_sparse())
+    assert opening.producer.put(torch.zeros(9 * MIB, dtype=torch.uint8)) == Declined("oversize")
+    assert opening.producer.put(torch.eye(3).to_sparse()) == Declined("unsupported")
     opening.lane.close()
     for _ in range(2):
-        assert opening.producer.put(torch.ones(9)) == (None, None)
+        assert opening.producer.put(torch.ones(9)) == Declined("closed")
     assert [line.partition("(")[2].partition(")")[0] for line in warnings(caplog)] == [
         "oversize",
         "unsupported",
@@ -648,39 +658,59 @@ def test_a_lane_that_is_switched_off_and_on_again(opening: Opening, caplog: pyte
     """Meanwhile features go another way, to ranks that stay members; what was out before can be taken."""
     opening.begin()
     opening.join()
-    before, _ = opening.producer.put(torch.ones(9))
-    assert before is not None
+    before = opening.send()
     status.switch(opening.lane.name, off=True)
     for _ in range(2):
-        assert opening.producer.put(torch.ones(9)) == (None, None)
+        assert opening.producer.put(torch.ones(9)) == Declined("off")
     assert state(opening) == "off" and opening.lane.stats().fallbacks["off"] == 2
     (line,) = warnings(caplog)
     assert "(off)" in line and "`mmlane on`" in line and "shared-memory segment" in line
     assert torch.equal(opening.readers[0].take(before), torch.ones(9))
     status.switch(opening.lane.name, off=False)
-    ticket, _ = opening.producer.put(torch.ones(9))
-    assert ticket is not None and state(opening) == "open"
+    ticket = opening.send()
+    assert state(opening) == "open"
     assert torch.equal(opening.readers[0].take(ticket), torch.ones(9))
     status.switch(opening.lane.name, off=True)
-    assert opening.producer.put(torch.ones(9)) == (None, None)
+    assert opening.producer.put(torch.ones(9)) == Declined("off")
     assert len(warnings(caplog)) == 1
 
 
 def test_a_lane_that_is_switched_off_before_it_opens_invites_nobody_until_it_is_on(opening: Opening) -> None:
     opening.begin()
     status.switch(opening.lane.name, off=True)
-    assert opening.producer.put(torch.ones(9)) == (None, None) and state(opening) == "off"
+    assert opening.producer.put(torch.ones(9)) == Declined("off") and state(opening) == "off"
     status.switch(opening.lane.name, off=False)
-    assert opening.producer.put(torch.ones(9)) == (None, opening.lane.invitation)
+    opening.begin()
     assert state(opening) == "opening"
 
 
 def test_a_ticket_that_was_not_sent_is_void(opening: Opening) -> None:
     opening.begin()
     opening.join()
-    ticket, _ = opening.producer.put(torch.ones(9))
-    assert ticket is not None and opening.lane.stats().tickets == 1
-    opening.producer.withdraw(ticket)
+    dropped, released, put = (opening.producer.put(torch.ones(9)) for _ in range(3))
+    assert isinstance(dropped, Ticket) and isinstance(released, Ticket) and isinstance(put, Ticket)
+    assert opening.lane.stats().tickets == 3
+    released.release()
+    assert opening.lane.stats().tickets == 2
+    opening.producer.release(put.ticket, sent=False)
+    assert opening.lane.stats().tickets == 1
+    del dropped
+    assert opening.lane.stats().tickets == 0
+
+
+def test_a_ticket_that_was_sent_is_its_readers_unless_it_was_sent_in_vain(opening: Opening) -> None:
+    opening.begin()
+    opening.join()
+    ticket = opening.send()  # and what carried it has gone
+    assert opening.lane.stats().tickets == 1
+    assert torch.equal(opening.readers[0].take(ticket), torch.ones(9))
+    eventually(lambda: opening.lane.stats().tickets == 0, "its release")
+    in_vain = opening.producer.put(torch.ones(9))
+    sent(in_vain)
+    assert isinstance(in_vain, Ticket)
+    in_vain.release()
+    opening.lane.look()  # which is done once a period
+    eventually(lambda: opening.lane.stats().lost_tickets == 1, "no reader has seen the ticket")
     assert opening.lane.stats().tickets == 0
 
 
@@ -689,13 +719,13 @@ def test_a_lane_that_cannot_be_had_is_said_at_start_and_only_then(
     capacity: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = Manager()
-    lanes.become_producer(manager, launched(), multimodal=True, capacity=capacity)
+    start(manager, launched(), capacity=capacity)
     (line,) = warnings(caplog)
     assert line.startswith("mmlane: no lane here: ") and "shared-memory segments instead" in line
     assert f"MMLANE_CAPACITY_MB (here {capacity // MIB})" in line
-    producer = lanes.producers[manager]
+    producer = producer_of(manager)
     assert producer.state == "failed"
-    assert producer.put(torch.ones(9)) == (None, None)
+    assert producer.put(torch.ones(9)) == Declined("unavailable")
     assert len(warnings(caplog)) == 1
 
 
@@ -703,17 +733,23 @@ def test_a_lane_that_was_not_made_for_any_other_reason_has_failed_too(monkeypatc
     def lane(*arguments: Any, **options: Any) -> Lane:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(lanes, "Lane", lane)
-    producer = lanes.Producer({"dp0": 1}, capacity=8 * MIB)
-    with suppress(RuntimeError):
+    monkeypatch.setattr("mmlane.transport.lane.Lane", lane)
+    producer = Producer(Tokenizer({"dp0": 1}, 8 * MIB))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
         producer.put(torch.ones(9))
-    assert producer.state == "failed"
+    assert producer.state == "failed" and producer.lane is None
+    assert producer.put(torch.ones(9)) == Declined("unavailable")
 
 
 def test_a_text_only_model_has_no_lane_and_no_line(caplog: pytest.LogCaptureFixture) -> None:
-    manager = Manager()
-    lanes.become_producer(manager, launched(), multimodal=False, capacity=1 << 62)
-    assert warnings(caplog) == [] and lanes.producers[manager].state == "unused"
+    manager = Manager(is_multimodal=False)
+    start(manager, launched(), capacity=1 << 62)
+    assert warnings(caplog) == [] and producer_of(manager).state == "unused"
+
+
+def test_a_model_that_does_not_say_what_it_is_may_be_multimodal(caplog: pytest.LogCaptureFixture) -> None:
+    start(Manager(is_generation=True), launched(), capacity=1 << 62)
+    assert len(warnings(caplog)) == 1
 
 
 def test_trying_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -727,63 +763,111 @@ def test_trying_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
         assert held()  # it is seen
     before = held()
     manager = Manager()
-    lanes.become_producer(manager, launched(), multimodal=True, capacity=8 * MIB)
-    assert warnings(caplog) == [] and lanes.producers[manager].state == "unused"
+    start(manager, launched())
+    assert warnings(caplog) == [] and producer_of(manager).state == "unused"
     assert held() <= before
 
 
 @pytest.mark.parametrize(("options", "state"), [({}, "unused"), ({"nnodes": 2}, "off")])
 def test_metrics_begin_at_start(options: dict[str, Any], state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmlane_patches import metrics
+    from mmlane.transport.metrics import Meter
 
-    found: list[str] = []
-    monkeypatch.setattr(metrics, "begin", lambda owner, state: found.append(state()))
-    lanes.become_producer(Manager(), launched(**options), multimodal=True, capacity=8 * MIB)
+    found: list[tuple[str, str]] = []
+    monkeypatch.setattr(Meter, "begin", lambda self, state, mode: found.append((state(), mode)))
+    start(Manager(), launched(**options))
     assert found == []
-    lanes.become_producer(Manager(), launched(enable_metrics=True, **options), multimodal=True, capacity=8 * MIB)
-    assert found == [state]
+    start(Manager(), launched(enable_metrics=True, **options))
+    assert found == [(state, "arena")]
+    monkeypatch.setenv("MMLANE", "backport")
+    init: Any = arena._tokenizer(TokenizerManager.__init__)
+    init(TokenizerManager.__new__(TokenizerManager), launched(enable_metrics=True, **options), None)
+    assert found[1:] == [(state, "backport")]
 
 
+def in_metrics(name: str, **labels: str) -> float:
+    from mmlane.transport import metrics
+
+    return metrics.REGISTRY.get_sample_value(f"mmlane_{name}", labels) or 0.0
+
+
+@pytest.mark.parametrize("enable_metrics", [True], indirect=True)
 def test_metrics_that_cannot_begin_stop_nothing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    enable_metrics: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mmlane_patches import metrics
+    """Not the lane either, which is in /metrics as soon as that can be."""
+    from mmlane.transport import metrics
 
-    def begin(*arguments: Any) -> None:
-        raise ValueError("Duplicated timeseries")
+    class Full:
+        """Stands in for a metric whose file cannot grow."""
 
-    monkeypatch.setattr(metrics, "begin", begin)
-    manager = Manager()
-    lanes.become_producer(manager, launched(enable_metrics=True), multimodal=True, capacity=8 * MIB)
-    assert manager in lanes.producers
+        def labels(self, *values: str) -> None:
+            raise ValueError("Duplicated timeseries")
+
+    with monkeypatch.context() as full:
+        full.setattr(metrics, "INFO", Full())
+        manager = Manager()
+        start(manager, launched(enable_metrics=True))
     (line,) = warnings(caplog)
     assert line.startswith("mmlane: metrics failed: ValueError: Dup") and "not in /metrics" in line
+    producer_of(manager).put(torch.ones(9))
+    eventually(lambda: in_metrics("lane_bytes", kind="capacity") == 8 * MIB, "the lane's numbers")
+    caplog.clear()  # the error in it holds who could not begin
+    del manager
+
+
+@pytest.mark.parametrize("enable_metrics", [True], indirect=True)
+def test_metrics_that_cannot_be_had_at_start_stop_nothing(
+    enable_metrics: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk, once; the lane is in /metrics as soon as that can be."""
+    from mmlane.transport import metrics
+
+    def meter(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(metrics, "Meter", meter)
+        manager = Manager()
+        start(manager, launched(enable_metrics=True))
+    (line,) = warnings(caplog)
+    assert line.startswith("mmlane: metrics failed: OSError: [Errno 28] No sp") and "not in /metrics" in line
+    before = in_metrics("fallbacks_total", cause="not_open")
+    producer_of(manager).put(torch.ones(9))
+    lane = producer_of(manager).lane
+    assert lane is not None
+    lane.close()
+    announcing()
+    metrics.write()
+    assert in_metrics("fallbacks_total", cause="not_open") == before + 1
+    caplog.clear()
+    del manager
 
 
 def test_a_lane_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
-    producer = lanes.Producer({"dp0": 1}, capacity=1 << 62)
+    producer = Producer(Tokenizer({"dp0": 1}, 1 << 62))
     for _ in range(2):
-        assert producer.put(torch.ones(9)) == (None, None)
-    producer.withdraw(b"no ticket of anybody")
+        assert producer.put(torch.ones(9)) == Declined("unavailable")
+    for was_sent in (False, True):
+        producer.release(b"no ticket of anybody", sent=was_sent)
     assert producer.lane is None
     (line,) = warnings(caplog)
     assert line.startswith("mmlane: no lane here: ") and "shared-memory segments instead" in line
 
 
-def confined() -> tuple[list[tuple[bytes | None, Invitation | None]], list[str]]:
+def confined() -> tuple[list[Ticket | Declined], list[str]]:
     """In a process that may have no more address room."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    lanes.logger.addHandler(handler)
+    log.logger.addHandler(handler)
     limit_address_space(256 * MIB)
-    producer = lanes.Producer({"dp0": 1}, capacity=1 << 30)
+    producer = Producer(Tokenizer({"dp0": 1}, 1 << 30))
     return [producer.put(torch.ones(9)) for _ in range(2)], lines
 
 
 def test_a_process_without_address_room_goes_on() -> None:
     found, lines = run(confined)
-    assert found == [(None, None)] * 2
+    assert found == [Declined("unavailable")] * 2
     (line,) = lines
     assert "no lane here" in line and "ulimit -v" in line
 
@@ -793,15 +877,19 @@ def in_a_child() -> tuple[bool, bool]:
     opening = Opening()
     opening.begin()
     opening.join()
-    ticket, _ = opening.producer.put(torch.ones(9))
-    assert ticket is not None
+    unsent = opening.producer.put(torch.ones(9))
+    assert isinstance(unsent, Ticket)
+    ticket = unsent.ticket
     pid = os.fork()
     if pid == 0:
         there = opening.producer
-        there.withdraw(ticket)  # is its parent's
-        os._exit(0 if there.put(torch.ones(9)) == (None, None) and there.lane is None else 1)
+        for was_sent in (False, True):
+            there.release(ticket, sent=was_sent)  # is its parent's
+        unsent.release()
+        os._exit(0 if there.put(torch.ones(9)) == Declined("unavailable") and there.lane is None else 1)
     nothing = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     here = torch.equal(opening.readers[0].take(ticket), torch.ones(9))
+    sent(unsent)
     opening.close()
     return nothing, here
 
@@ -821,15 +909,15 @@ def joining() -> None:
 
 
 @pytest.fixture
-def rank() -> Iterator[lanes.Rank]:
-    rank = lanes.Rank("dp0", 0)
+def rank() -> Iterator[Rank]:
+    rank = Rank(Scheduler("dp0", 0))
     yield rank
     joining()
     if rank._reader is not None:
         rank._reader.close()
 
 
-def test_invitations_lead_a_rank_into_every_lane(rank: lanes.Rank) -> None:
+def test_invitations_lead_a_rank_into_every_lane(rank: Rank) -> None:
     """Of several tokenizer workers, each has one."""
     one, other = Opening(), Opening()
     try:
@@ -837,8 +925,7 @@ def test_invitations_lead_a_rank_into_every_lane(rank: lanes.Rank) -> None:
             rank.notice(opening.begin() if opening.producer.lane is None else opening.lane.invitation)
         for opening in (one, other):
             assert opening.lane.wait_open(DEADLINE)
-            ticket, _ = opening.producer.put(torch.ones(9))
-            assert ticket is not None
+            ticket = opening.send()
             assert torch.equal(rank.take(ticket), torch.ones(9))
             assert opening.lane.stats().joined == {"dp0": [0]}
     finally:
@@ -847,7 +934,7 @@ def test_invitations_lead_a_rank_into_every_lane(rank: lanes.Rank) -> None:
 
 
 class Clock:
-    """Stands in for `time` in `lanes`."""
+    """Stands in for `time` at both ends."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -857,7 +944,7 @@ class Clock:
 
 
 def test_a_lane_that_is_gone_is_tried_again_later(
-    rank: lanes.Rank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock, times, join = Clock(), 0, Reader.join
 
@@ -866,7 +953,7 @@ def test_a_lane_that_is_gone_is_tried_again_later(
         times += 1
         join(self, *arguments)
 
-    monkeypatch.setattr(lanes, "time", clock)
+    monkeypatch.setattr("mmlane.transport.lane.time", clock)
     monkeypatch.setattr(Reader, "join", counted)
     for _ in range(3):  # while it tries, and when it has
         rank.notice(NOWHERE)
@@ -878,7 +965,7 @@ def test_a_lane_that_is_gone_is_tried_again_later(
         and NOWHERE.name in line
         and "tries again" in line
     )
-    clock.now += lanes.RETRY_S - 0.1
+    clock.now += RETRY_S - 0.1
     rank.notice(NOWHERE)
     joining()
     assert [times, len(warnings(caplog))] == [1, 1]
@@ -888,22 +975,23 @@ def test_a_lane_that_is_gone_is_tried_again_later(
     assert [times, len(warnings(caplog))] == [2, 1]  # the same again, which need not be said again
 
 
-def test_a_rank_joins_at_a_later_try(rank: lanes.Rank, opening: Opening, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_joins_at_a_later_try(opening: Opening, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(lanes, "time", clock)
+    monkeypatch.setattr("mmlane.transport.lane.time", clock)
     invitation = opening.begin()
-    rank.group = "dp1"  # which this lane does not expect
+    rank = Rank(Scheduler("dp1", 0))  # which this lane does not expect
     rank.notice(invitation)
     joining()
     assert rank._reader is not None
     rank._reader.group = "dp0"
-    clock.now += lanes.RETRY_S
+    clock.now += RETRY_S
     rank.notice(invitation)
     joining()
     assert opening.lane.wait_open(DEADLINE)
+    rank._reader.close()
 
 
-def test_a_rank_whose_connection_was_lost_before_the_lane_opened_joins_again(rank: lanes.Rank) -> None:
+def test_a_rank_whose_connection_was_lost_before_the_lane_opened_joins_again(rank: Rank) -> None:
     opening = Opening(readers=2)
     try:
         rank.notice(opening.begin())
@@ -920,8 +1008,7 @@ def test_a_rank_whose_connection_was_lost_before_the_lane_opened_joins_again(ran
         opening.readers.append(Reader("dp0", 1))
         opening.readers[0].join(opening.lane.invitation, DEADLINE)
         assert opening.lane.wait_open(DEADLINE)
-        ticket, _ = opening.producer.put(torch.ones(9))
-        assert ticket is not None
+        ticket = opening.send()
         for take in (rank.take, opening.readers[0].take):
             assert torch.equal(take(ticket), torch.ones(9))
         eventually(lambda: opening.lane.stats().tickets == 0, "both release it")
@@ -930,12 +1017,12 @@ def test_a_rank_whose_connection_was_lost_before_the_lane_opened_joins_again(ran
 
 
 def test_a_rank_without_room_for_a_thread_goes_on(
-    rank: lanes.Rank, opening: Opening, monkeypatch: pytest.MonkeyPatch
+    rank: Rank, opening: Opening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An invitation is heard while a message is unpickled, where an error would part this rank from its peers."""
     invitation = opening.begin()
     clock = Clock()
-    monkeypatch.setattr(lanes, "time", clock)
+    monkeypatch.setattr("mmlane.transport.lane.time", clock)
 
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -943,7 +1030,7 @@ def test_a_rank_without_room_for_a_thread_goes_on(
     with monkeypatch.context() as without_threads:
         without_threads.setattr(threading.Thread, "start", start)
         rank.notice(invitation)
-    clock.now += lanes.RETRY_S
+    clock.now += RETRY_S
     rank.notice(invitation)
     assert opening.lane.wait_open(DEADLINE)
 
@@ -959,34 +1046,27 @@ def test_a_producer_without_room_for_a_thread_goes_on(opening: Opening, monkeypa
     monkeypatch.setattr(threading.Thread, "start", not_ours)
     opening.begin()
     opening.join()
-    ticket, _ = opening.producer.put(torch.ones(9))
-    assert ticket is not None
+    ticket = opening.send()
     opening.readers[0].discard(ticket)
 
 
-def test_releasing_what_cannot_be_is_nothing(rank: lanes.Rank, opening: Opening) -> None:
-    rank.discard(b"before it has joined any")
+def test_releasing_what_cannot_be_is_nothing(rank: Rank, opening: Opening) -> None:
+    rank.release(b"before it has joined any")
     rank.notice(opening.begin())
     assert opening.lane.wait_open(DEADLINE)
-    ticket, _ = opening.producer.put(torch.ones(9))
-    assert ticket is not None
+    ticket = opening.send()
     for twice in (ticket, ticket, b"garbage"):
-        rank.discard(twice)
+        rank.release(twice)
     eventually(lambda: opening.lane.stats().tickets == 0, "the release")
-    other, _ = opening.producer.put(torch.ones(9))
-    assert other is not None
+    other = opening.send()
     assert torch.equal(rank.take(other), torch.ones(9))  # whose release comes after those
     eventually(lambda: opening.lane.stats().tickets == 0, "the other release")
     assert opening.lane.stats().malformed_messages == 0
 
 
-def test_reading_who_takes_part_needs_no_engine() -> None:
-    assert "sglang" not in sys.modules
-
-
 def test_a_producer_that_is_collected_while_its_lane_is_busy_closes_it_afterwards() -> None:
     """The garbage collector runs anywhere, also where the lane's lock is held: it must not wait for that."""
-    producer = lanes.Producer({"dp0": 1}, 8 * MIB)
+    producer = Producer(Tokenizer({"dp0": 1}, 8 * MIB))
     producer.put(torch.ones(9))
     lane = producer.lane
     assert lane is not None

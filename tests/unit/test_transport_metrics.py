@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-
-from mmlane import __version__  # noqa: E402
+from mmlane import __version__, log  # noqa: E402
 from mmlane.lane import Lane, Reader, Refused, status  # noqa: E402
-from mmlane_patches import guard, lanes, metrics  # noqa: E402
+from mmlane.transport import metrics  # noqa: E402
+from mmlane.transport.base import Declined, Tokenizer  # noqa: E402
+from mmlane.transport.lane import STATES, Producer  # noqa: E402
+from mmlane.transport.metrics import Meter  # noqa: E402
 from tests.lane.harness.waiting import DEADLINE, eventually  # noqa: E402
 
 MIB = 1 << 20
@@ -37,7 +42,13 @@ def numbers() -> dict[str, float]:
 
 def states() -> dict[str, float]:
     """The states that tokenizers are in, and how many in each."""
-    return {state: count for state in metrics.STATES if (count := value("lanes", state=state))}
+    return {state: count for state in STATES if (count := value("lanes", state=state))}
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tokenizer of another test is still there."""
+    monkeypatch.setattr(metrics, "_meters", set())
 
 
 @pytest.fixture
@@ -62,12 +73,17 @@ class Owner:
     """A tokenizer manager."""
 
 
+def producing(capacity: int = 8 * MIB) -> Producer:
+    return Producer(Tokenizer({"dp0": 1}, capacity))
+
+
 def test_lanes_are_added_up(by_hand: None) -> None:
     before = numbers()
+    owners = [Owner(), Owner()]  # each with a lane
     with Lane({"dp0": 2}, capacity=8 << 20) as one, Lane({"dp0": 1, "dp1": 1}, capacity=4 << 20) as other:
-        for lane in (one, other):
+        for owner, lane in zip(owners, (one, other), strict=True):
             assert isinstance(lane.put(torch.ones(9)), Refused)
-            metrics.watch(lane)
+            Meter(owner).watch(lane)
         for _ in range(2):  # nothing is counted twice
             metrics.write()
             assert numbers() == {
@@ -87,26 +103,25 @@ def test_lanes_are_added_up(by_hand: None) -> None:
     assert numbers()["capacity"] == 0
 
 
-def test_who_runs_and_how_the_lane_is_can_be_seen_from_the_start_on(
-    by_hand: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MMLANE", "arena")
-    owner, producer = Owner(), lanes.Producer({"dp0": 1}, capacity=8 * MIB)
-    metrics.begin(owner, lambda: producer.state)
+def test_who_runs_and_how_the_lane_is_can_be_seen_from_the_start_on(by_hand: None) -> None:
+    owner, producer = Owner(), producing()
+    meter = Meter(owner)
+    meter.begin(lambda: producer.state, "arena")
     assert value("info", version=__version__, mode="arena") == 1
     assert states() == {"unused": 1}
-    assert producer.put(torch.ones(9))[0] is None
+    answer = producer.put(torch.ones(9))
+    assert isinstance(answer, Declined) and answer.cause == "not_open"
     metrics.write()
     assert states() == {"opening": 1}
     reader = Reader("dp0", 0)
     assert producer.lane is not None
     reader.join(producer.lane.invitation)
     assert producer.lane.wait_open(DEADLINE)
-    metrics.watch(producer.lane)
+    meter.watch(producer.lane)
     assert states() == {"open": 1} and numbers()["joined"] == 1
     before = value("fallbacks_total", cause="off")
     status.switch(producer.lane.name, off=True)
-    assert producer.put(torch.ones(9)) == (None, None)
+    assert producer.put(torch.ones(9)) == Declined("off")
     metrics.write()
     assert states() == {"off": 1} and numbers()["joined"] == 1
     assert value("fallbacks_total", cause="off") == before + 1
@@ -123,11 +138,11 @@ def test_who_runs_and_how_the_lane_is_can_be_seen_from_the_start_on(
 
 
 def test_lost_tickets_are_counted(by_hand: None) -> None:
-    before = value("lost_tickets_total")
+    before, owner = value("lost_tickets_total"), Owner()
     with Lane({"dp0": 1}, capacity=8 * MIB) as lane, Reader("dp0", 0) as reader:
         reader.join(lane.invitation)
         assert lane.wait_open(DEADLINE)
-        metrics.watch(lane)
+        Meter(owner).watch(lane)
         ticket = lane.put(torch.ones(9))
         assert isinstance(ticket, bytes)
         lane.recall(ticket)
@@ -140,24 +155,108 @@ def test_lost_tickets_are_counted(by_hand: None) -> None:
 
 
 def test_a_lane_that_cannot_be_had_has_failed(by_hand: None) -> None:
-    owner, producer = Owner(), lanes.Producer({"dp0": 1}, capacity=1 << 62)
+    owner, producer = Owner(), producing(capacity=1 << 62)
     producer.try_out()
-    metrics.begin(owner, lambda: producer.state)
+    Meter(owner).begin(lambda: producer.state, "arena")
     assert states() == {"failed": 1}
 
 
 def test_a_launch_without_a_lane_says_so(by_hand: None) -> None:
     owner = Owner()
-    metrics.begin(owner, lambda: "off")
+    Meter(owner).begin(lambda: "off", "arena")
     assert states() == {"off": 1}
+
+
+def test_the_tokenizers_of_a_process_are_counted_each_until_it_is_let_go(by_hand: None) -> None:
+    one, other = Owner(), Owner()
+    Meter(one).begin(lambda: "unused", "arena")
+    Meter(other).begin(lambda: "unused", "arena")
+    assert states() == {"unused": 2}
+    del one
+    metrics.write()
+    assert states() == {"unused": 1}
+    del other
+    metrics.write()
+    assert states() == {} and metrics._meters == set()
+
+
+def test_a_tokenizer_that_was_let_go_is_held_by_nothing_here(by_hand: None) -> None:
+    """Its producer is not either, whose end is the lane's; also while the lane is still in the numbers."""
+    owner, producer = Owner(), producing()
+    producer.put(torch.ones(9))
+    lane = producer.lane
+    assert lane is not None
+    meter = Meter(owner)
+    meter.begin(partial(getattr, producer, "state"), "arena")
+    meter.watch(lane)
+    gone = weakref.ref(owner), weakref.ref(producer)
+    del owner, producer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    eventually(lambda: lane.is_closed, "the lane's end")
+    metrics.write()
+    assert metrics._meters == set()
+
+
+def test_a_lane_is_in_the_numbers_to_its_end_which_comes_after_its_tokenizers(by_hand: None) -> None:
+    before, owner = numbers()["not_open"], Owner()
+    meter = Meter(owner)
+    meter.begin(lambda: "opening", "arena")
+    with Lane({"dp0": 1}, capacity=8 * MIB) as lane:
+        meter.watch(lane)
+        del owner
+        for _ in range(2):
+            metrics.write()
+            assert states() == {} and numbers()["capacity"] == 8 * MIB
+        assert isinstance(lane.put(torch.ones(9)), Refused)
+    metrics.write()
+    assert numbers()["not_open"] == before + 1
+    metrics.write()
+    assert numbers()["capacity"] == 0 and metrics._meters == set()
+
+
+def test_a_lane_whose_tokenizer_went_before_it_was_watched_is_counted(by_hand: None) -> None:
+    """A thread watches it, and may come late."""
+    before, owner = numbers()["not_open"], Owner()
+    meter = Meter(owner)
+    meter.begin(lambda: "opening", "arena")
+    with Lane({"dp0": 1}, capacity=8 * MIB) as lane:
+        assert isinstance(lane.put(torch.ones(9)), Refused)
+    del owner
+    metrics.write()
+    meter.watch(lane)
+    metrics.write()
+    assert numbers()["not_open"] == before + 1
+    assert states() == {} and metrics._meters == set()
+
+
+def test_the_numbers_of_a_tokenizer_that_is_let_go_while_they_are_written_do_not_stay(
+    often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners, extents = [Owner()], metrics.EXTENTS
+
+    class LetGo:
+        """Stands in for a metric: while it is written, the tokenizer is let go."""
+
+        def set(self, value: float) -> None:
+            if threading.current_thread().name == "mmlane-metrics":
+                owners.clear()
+            extents.set(value)
+
+    monkeypatch.setattr(metrics, "EXTENTS", LetGo())
+    Meter(owners[0]).begin(lambda: "unused", "arena")
+    assert states() == {"unused": 1}
+    eventually(lambda: not writing(), "the thread's end")
+    assert owners == [] and states() == {}
 
 
 def test_one_thread_writes_whatever_there_is(often: None) -> None:
     owner = Owner()
-    metrics.begin(owner, lambda: "unused")
+    meter = Meter(owner)
+    meter.begin(lambda: "unused", "arena")
     with Lane({"dp0": 1}, capacity=8 * MIB) as one, Lane({"dp0": 1}, capacity=8 * MIB) as other:
-        metrics.watch(one)
-        metrics.watch(other)
+        meter.watch(one)
+        meter.watch(other)
         assert len(writing()) == 1
         eventually(lambda: numbers()["capacity"] == 16 * MIB, "both lanes' numbers")
     del owner
@@ -166,8 +265,10 @@ def test_one_thread_writes_whatever_there_is(often: None) -> None:
 def test_a_write_that_fails_is_counted_and_tried_again(
     often: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(guard, "_said", set())
-    before, extents = guard.failures["metrics"], metrics.EXTENTS
+    monkeypatch.setattr(log, "_said", set())
+    before, extents = log.failures["metrics"], metrics.EXTENTS
+    owner = Owner()
+    meter = Meter(owner)
 
     class Full:
         """Stands in for a metric whose file cannot grow."""
@@ -177,17 +278,18 @@ def test_a_write_that_fails_is_counted_and_tried_again(
 
     gone, lane = Lane({"dp0": 1}, capacity=8 * MIB), Lane({"dp0": 1}, capacity=8 * MIB)
     monkeypatch.setattr(metrics, "EXTENTS", Full())
-    metrics.watch(gone)
-    metrics.watch(lane)
-    eventually(lambda: guard.failures["metrics"] >= before + 3, "three failures")
+    meter.watch(gone)
+    meter.watch(lane)
+    eventually(lambda: log.failures["metrics"] >= before + 3, "three failures")
     gone.close()
-    eventually(lambda: list(metrics._watched) == [lane], "the closed lane to be let go")
+    eventually(lambda: list(meter.lanes) == [lane], "the closed lane to be let go")
     monkeypatch.setattr(metrics, "EXTENTS", extents)
     assert isinstance(lane.put(torch.ones(9)), Refused)
     refused = numbers()["not_open"]
     eventually(lambda: numbers()["not_open"] > refused - 1, "numbers again")
-    eventually(lambda: value("failures_total", where="metrics") == guard.failures["metrics"], "its count")
+    eventually(lambda: value("failures_total", where="metrics") == log.failures["metrics"], "its count")
     lane.close()
+    del owner
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name == "mmlane"]
     assert line.startswith("mmlane: metrics failed: OSError: [Errno 28] No space left on device; ")
 
@@ -195,12 +297,12 @@ def test_a_write_that_fails_is_counted_and_tried_again(
 def test_nothing_is_counted_twice_when_a_write_fails_in_the_middle(
     by_hand: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = numbers()["not_open"]
+    before, owner = numbers()["not_open"], Owner()
     with Lane({"dp0": 1}, capacity=8 * MIB) as lane:
         assert isinstance(lane.put(torch.ones(9)), Refused)
         with monkeypatch.context() as full:
             full.setattr(metrics, "EXTENTS", None)
-            metrics.watch(lane)
+            Meter(owner).watch(lane)
         metrics.write()
         assert numbers()["not_open"] == before + 1
     metrics.write()
@@ -217,11 +319,11 @@ def full(name, *args, **kwargs):
     return made(name, *args, **kwargs)
 prometheus_client.Gauge = full
 try:
-    import mmlane_patches.metrics
+    import mmlane.transport.metrics
 except OSError as error:
     print(error)
 prometheus_client.Gauge = made
-import mmlane_patches.metrics
+import mmlane.transport.metrics
 print("imported")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 FIELDS = ("feature", "precomputed_embeddings")
 
@@ -31,26 +31,32 @@ def items(request: Any) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def values(request: Any) -> Iterator[Any]:
-    """Every value in the items of a single request, lists and tuples opened up."""
+def places(request: Any) -> Iterator[Place]:
+    """Where a single request has values: once each, whatever number of values there is in a list."""
     for item in items(request):
         for field in FIELDS:
-            value = getattr(item, field, None)
-            if isinstance(value, list | tuple):
-                yield from value
-            elif value is not None:
-                yield value
+            if getattr(item, field, None) is not None:
+                yield Place(item, field)
 
 
-def replace_values(request: Any, replacement: Callable[[Any], Any]) -> None:
-    """Put `replacement(value)` in the place of every value, in the same kind of list or tuple."""
-    for item in items(request):
-        for field in FIELDS:
-            value = getattr(item, field, None)
-            if isinstance(value, list | tuple):
-                setattr(item, field, type(value)(map(replacement, value)))
-            elif value is not None:
-                setattr(item, field, replacement(value))
+class Place(NamedTuple):
+    """One field of one item, with a value or a list or tuple of values in it."""
+
+    item: Any
+    field: str
+
+    def values(self) -> list[Any]:
+        """What stands there now; lists and tuples opened up."""
+        value = getattr(self.item, self.field)
+        return list(value) if isinstance(value, list | tuple) else [value]
+
+    def replace(self, replacement: Callable[[Any], Any]) -> None:
+        """Put `replacement(value)` in the place of every value, in the same kind of list or tuple."""
+        value = getattr(self.item, self.field)
+        if isinstance(value, list | tuple):
+            setattr(self.item, self.field, type(value)(map(replacement, value)))
+        else:
+            setattr(self.item, self.field, replacement(value))
 
 
 def tokenized(send: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:

@@ -9,27 +9,21 @@ and has itself imported prometheus_client, which looks for that variable once. A
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import Counter as Count
 from collections import defaultdict
 from collections.abc import Callable, MutableMapping
-from typing import Any, Final, Literal, get_args
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from mmlane import __version__, settings
+from mmlane import __version__, log
 from mmlane.lane import Lane
 from mmlane.lane.status import LaneStats
-from mmlane_patches import guard
+from mmlane.transport.lane import STATES, State
 
 PERIOD_S = 1.0
-
-# How a tokenizer's lane is. off: this launch has none, or it was switched off; unused: no large feature has been
-# sent yet; opening: not all ranks have joined; failed: it could not be made, or has ended.
-State = Literal["off", "unused", "opening", "open", "failed"]
-STATES: tuple[State, ...] = get_args(State)
 
 # Of our own, so that an import that fails halfway leaves nothing in the way of the next. The engine reads files.
 REGISTRY = CollectorRegistry()
@@ -76,47 +70,68 @@ TOTALS = {
     ),
 }
 
-guard.count_with(lambda where, count: FAILURES.labels(where).inc(count))
+log.count_with(lambda where, count: FAILURES.labels(where).inc(count))
 
-_tokenizers: weakref.WeakKeyDictionary[Any, Callable[[], State]] = weakref.WeakKeyDictionary()
-_watched: dict[Lane, defaultdict[str, float]] = {}  # with what has been counted of each
+_meters: set[Meter] = set()
 _writing = threading.Lock()
 _writer: threading.Thread | None = None
 
 
-def begin(tokenizer: Any, state: Callable[[], State]) -> None:
-    """Add a tokenizer to the numbers of this process, until it is let go. `state` does not hold it."""
-    INFO.labels(__version__, settings.read(os.environ).mode).set(1)
-    _tokenizers[tokenizer] = state
-    write()
-    _go_on_writing()
+class Meter:
+    """What one tokenizer adds to the numbers of its process, until it has been let go and its lane is closed."""
+
+    def __init__(self, tokenizer: object) -> None:
+        self.state: Callable[[], State] = _off
+        self.lanes: dict[Lane, defaultdict[str, float]] = {}  # with what has been counted of each
+        self.is_over = False
+        weakref.finalize(tokenizer, self._end).atexit = False
+
+    def begin(self, state: Callable[[], State], mode: str) -> None:
+        """Add the tokenizer to the numbers. `state` does not hold it. mode: that of mmlane in this process."""
+        self.state = state
+        INFO.labels(__version__, mode).set(1)
+        self._go_on()
+
+    def watch(self, lane: Lane) -> None:
+        """Add a lane to the numbers, until it is closed."""
+        with _writing:
+            self.lanes[lane] = defaultdict(float)
+        self._go_on()
+
+    def _end(self) -> None:  # a finalizer: takes no lock
+        self.is_over = True
+        self.state = _off  # and with the other goes what it holds, such as the producer
+
+    def _go_on(self) -> None:
+        with _writing:
+            _meters.add(self)
+        write()
+        _go_on_writing()
 
 
-def watch(lane: Lane) -> None:
-    """Add a lane to the numbers of this process, until it is closed."""
-    with _writing:
-        _watched[lane] = defaultdict(float)
-    write()
-    _go_on_writing()
+def _off() -> State:
+    return "off"
 
 
 def write() -> None:
     """Write down how things are now. A failure is counted, and the rest written next time; nothing is raised."""
     with _writing:
-        closed = [lane for lane in _watched if lane.is_closed]
+        closed = [(meter, lane) for meter in _meters for lane in meter.lanes if lane.is_closed]
+        over = [meter for meter in _meters if meter.is_over]
         try:
             _write()
         except Exception as error:  # noqa: BLE001 - a full disk, or anything in somebody else's library
-            guard.failed("metrics", error, "numbers in /metrics may be old; it goes on trying")
-        for lane in closed:  # whose last numbers have been written, if that could be done
-            del _watched[lane]
+            log.failed("metrics", error, "numbers in /metrics may be old; it goes on trying")
+        for meter, lane in closed:  # whose last numbers have been written, if that could be done
+            del meter.lanes[lane]
+        _meters.difference_update([meter for meter in over if not meter.lanes])
 
 
 def _write() -> None:
-    states = Count(state() for state in list(_tokenizers.values()))
+    states = Count(meter.state() for meter in _meters if not meter.is_over)
     for state in STATES:
         LANES.labels(state).set(states[state])
-    found = [_counted(lane, said) for lane, said in _watched.items()]
+    found = [_counted(lane, said) for meter in _meters for lane, said in meter.lanes.items()]
     BYTES.labels("capacity").set(sum(stats.capacity_bytes for stats in found))
     BYTES.labels("committed").set(sum(stats.committed_bytes for stats in found))
     BYTES.labels("pinned").set(sum(stats.pinned_bytes for stats in found))
@@ -160,6 +175,6 @@ def _keep_writing() -> None:
         pause.wait(PERIOD_S)
         write()
         with _writing:
-            if not _watched and not _tokenizers:
+            if not _meters:
                 _writer = None
                 return

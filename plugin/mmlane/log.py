@@ -1,8 +1,12 @@
-"""What becomes of a failure of ours that must not reach the engine: it is counted, and said once per cause."""
+"""What mmlane says, and what becomes of a failure of ours that must not reach the engine.
+
+Such a failure is counted, and logged once per cause.
+"""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +33,8 @@ def failed(seam: str, error: BaseException, consequence: str) -> None:
         cause = (seam, kind, getattr(error, "errno", None))
         if cause not in _said:
             _said.add(cause)
-            logger.warning("mmlane: %s failed: %s: %s; %s", seam, kind, error, consequence)
+            # Its text: a handler that keeps records would keep the error's traceback, and with that a lane.
+            logger.warning("mmlane: %s failed: %s: %s; %s", seam, kind, str(error), consequence)
 
 
 def count_with(total: Callable[[str, int], None]) -> None:
@@ -47,3 +52,8 @@ def guarded(seam: str, consequence: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - whatever it is, it is not the engine's
         failed(seam, error, consequence)
+
+
+def say(line: str) -> None:
+    """One line on standard error, for what comes before the engine has set up logging."""
+    print(f"mmlane: {line}", file=sys.stderr, flush=True)

@@ -7,9 +7,8 @@ while the others run on. It costs nothing for requests without pointers.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from http import HTTPStatus
 from typing import Any
@@ -17,14 +16,44 @@ from typing import Any
 import torch
 import torch.distributed
 
-from mmlane_patches.features import single_requests, values
-from mmlane_patches.pointer import SegmentPointer, lost_message
+from mmlane.engine.requests import Place, places, single_requests
+from mmlane.log import logger
+from mmlane.transport.base import lost_message
+from mmlane.transport.pointer import ShmPointerMMData
 
-logger = logging.getLogger("mmlane")
+
+@dataclass
+class Arrival:
+    """A request with pointers, and where they stand in it. lost: why it has to be refused; "" if it has not."""
+
+    request: Any
+    places: list[Place]
+    lost: str = field(default="", init=False)
+
+    def pointers(self) -> list[ShmPointerMMData]:
+        """Those that have not been taken."""
+        found = [value for place in self.places for value in place.values()]
+        return [value for value in found if isinstance(value, ShmPointerMMData)]
+
+    def release(self) -> None:
+        """Let go of the pointers that have not been taken."""
+        for pointer in self.pointers():
+            pointer.close_and_unlink()
+
+
+def arrivals(requests: Sequence[Any]) -> list[Arrival]:
+    """The requests that hold pointers: the one look at all that a batch of requests consists of."""
+    found = []
+    for request in single_requests(requests):
+        if there := list(places(request)):
+            arrival = Arrival(request, there)
+            if arrival.pointers():
+                found.append(arrival)
+    return found
 
 
 @dataclass(frozen=True)
-class LostFeatures:
+class RefusedInputs:
     """What a request carries as `mm_inputs` once its features are lost; to the engine it looks like no inputs.
 
     It is pickled on to later pipeline stages, which then refuse the request as well.
@@ -37,52 +66,37 @@ class LostFeatures:
         return False
 
 
-def agree(groups: Sequence[Any], requests: list[Any]) -> None:
-    """Wait until every rank has opened the pointers in `requests`, and drop the features that any rank lacks.
+def agree(groups: Sequence[Any], arrived: Sequence[Arrival]) -> None:
+    """Wait until every rank has opened what `arrived` holds, and say which requests are `lost` to any rank.
 
-    `groups` are the process groups (CPU) that carried the requests, and `requests` what they carried, the same
-    on every rank: whether there is anything to agree on is decided by the requests alone. Afterwards every
-    pointer left can be taken without fail; a request of which one is unreadable on any rank has `LostFeatures`
-    as its `mm_inputs`, on every rank, and its segments are removed. Inside a batch it is moved out behind it,
-    because the engine answers a refused request only where it handles it by itself.
+    `groups` are the process groups (CPU) that carried the requests, and `arrived` is the same on every rank.
+    Afterwards what is not lost can be taken without fail; the pointers of what is lost are released.
     """
-    holders = [request for request in single_requests(requests) if pointers(request)]
-    if not holders:
-        return
-    errors = [_error(request) for request in holders]
+    errors = [_error(arrival) for arrival in arrived]
     # On the CPU whatever torch's default device: so are the groups.
     failed = torch.tensor([error is not None for error in errors], dtype=torch.int32, device="cpu")
     for group in groups:
         torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX, group=group)
-    if not failed.any():
-        return
-    lost = [request for request, bad in zip(holders, failed.tolist(), strict=True) if bad]
-    for request, error in zip(holders, errors, strict=True):
-        if any(request is other for other in lost):
-            _give_up(request, error)
-    move_out_of_batches(requests, lost)
+    for arrival, error, is_lost in zip(arrived, errors, failed.tolist(), strict=True):
+        if is_lost:
+            _give_up(arrival, error)
 
 
-def pointers(request: Any) -> list[SegmentPointer]:
-    """The pointers in the items of a single request."""
-    return [value for value in values(request) if isinstance(value, SegmentPointer)]
+def _error(arrival: Arrival) -> str | None:
+    errors = (pointer.payload.prepare() for pointer in arrival.pointers())
+    return next((error for error in errors if error is not None), None)
 
 
-def _error(request: Any) -> str | None:
-    return next((error for pointer in pointers(request) if (error := pointer.prepare()) is not None), None)
-
-
-def _give_up(request: Any, error: str | None) -> None:
-    found = pointers(request)
+def _give_up(arrival: Arrival, error: str | None) -> None:
     cause = "on at least one rank"
+    payloads = [pointer.payload for pointer in arrival.pointers()]
     logger.error(
         "mmlane: request %s: %s",
-        getattr(request, "rid", None),
-        lost_message([pointer.shm_name for pointer in found], error or f"{cause}; this one has them"),
+        getattr(arrival.request, "rid", None),
+        lost_message(payloads, error or f"{cause}; this one has them"),
     )
-    for pointer in found:
-        pointer.close_and_unlink()
-    request.mm_inputs = LostFeatures(lost_message([pointer.shm_name for pointer in found], cause))
+    arrival.lost = lost_message(payloads, cause)
+    arrival.release()
 
 
 def move_out_of_batches(requests: list[Any], lost: list[Any]) -> None:
@@ -106,7 +120,7 @@ def move_out_of_batches(requests: list[Any], lost: list[Any]) -> None:
 
 
 def refuse_lost(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`handle(scheduler, recv_req)` that answers a request with `LostFeatures` with an HTTP 500.
+    """`handle(scheduler, recv_req)` that answers a request with `RefusedInputs` with an HTTP 500.
 
     The scheduler sends what a handler returns to the tokenizer that the request came from.
     """
@@ -114,7 +128,7 @@ def refuse_lost(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any
     @wraps(original)
     def handle(self: Any, recv_req: Any) -> Any:
         lost = getattr(recv_req, "mm_inputs", None)
-        if not isinstance(lost, LostFeatures):
+        if not isinstance(lost, RefusedInputs):
             return original(self, recv_req)
         from sglang.srt.managers.io_struct import AbortReq
 

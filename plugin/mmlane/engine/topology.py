@@ -1,0 +1,104 @@
+"""Which processes of a launch read what a tokenizer sends, and where a rank stands among them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NamedTuple
+
+
+class RankPlace(NamedTuple):
+    """Where a scheduler stands: its data-parallel replica, its pipeline stage, its rank among the TP ranks."""
+
+    dp_rank: int | None
+    pp_rank: int
+    tp_rank: int
+
+
+def group_of(server_args: Any, dp_rank: int | None) -> str:
+    """The reader group of a scheduler: the ranks of one data-parallel replica, also inside DP-attention."""
+    count, _ = _groups(server_args)
+    return f"dp{dp_rank or 0 if count > 1 else 0}"  # a router numbers engines that know nothing of each other, too
+
+
+def number_of(server_args: Any, place: RankPlace) -> int | None:
+    """A rank's number in its group; None for a later pipeline stage, which the tokenizer sends nothing."""
+    if place.pp_rank:
+        return None
+    return place.tp_rank % _groups(server_args)[1]  # ranks of an attention group are neighbours
+
+
+def readers_of(server_args: Any) -> dict[str, int]:
+    """Reader group -> its number of ranks: those of the first pipeline stage, which receive from the tokenizer."""
+    count, size = _groups(server_args)
+    return {group_of(server_args, dp_rank): size for dp_rank in range(count)}
+
+
+def _groups(server_args: Any) -> tuple[int, int]:
+    """How many reader groups there are, and the ranks in each.
+
+    From 0.5.19 on `server_args` is what the user typed, and the context what the engine made of it.
+    """
+    context: Any = sys.modules.get("sglang.srt.runtime_context")
+    if hasattr(context, "num_dp_ranks_of"):  # from 0.5.22 on: replicas and attention groups are counted apart
+        parallel = context.get_parallel()
+        return parallel.num_dp_ranks, parallel.tp_size // parallel.attn_dp_size
+    given = context.get_parallel() if hasattr(context, "derive_attention_widths") else server_args
+    return given.dp_size, given.tp_size // given.dp_size if given.enable_dp_attention else given.tp_size
+
+
+def place_of(given: dict[str, Any]) -> RankPlace:
+    """Where a scheduler stands, from the arguments that it was made with; from 0.5.21 on the context has it."""
+    if "dp_rank" in given:
+        return RankPlace(given["dp_rank"], given["pp_rank"], given["tp_rank"])
+    parallel = sys.modules["sglang.srt.runtime_context"].get_parallel()
+    return RankPlace(parallel.dp_rank, parallel.pp_rank, parallel.tp_rank)
+
+
+def on_cuda(server_args: Any) -> bool:
+    """Whether the engine's models run on CUDA. From 0.5.19 on only the context knows, unless the user said so."""
+    import torch
+
+    device = server_args.device
+    if device is None:
+        context: Any = sys.modules.get("sglang.srt.runtime_context")
+        device = context.get_device().device
+    return str(device).startswith("cuda") and torch.version.hip is None  # which torch calls cuda, too
+
+
+def without_lane(server_args: Any) -> str:
+    """Why an engine launched like this goes without a lane; "" when nothing is in the way."""
+    if server_args.nnodes > 1:
+        return f"{server_args.nnodes} nodes, and a lane is one machine's memory"
+    if getattr(server_args, "elastic_ep_backend", None):
+        return "--elastic-ep-backend, where ranks may come later"
+    if server_args.skip_tokenizer_init:
+        return "--skip-tokenizer-init, where the engine sends features inside their requests"
+    wrapping: Any = sys.modules.get("sglang.srt.managers.mm_utils")
+    if hasattr(wrapping, "_get_is_default_transport") and wrapping._get_is_default_transport():
+        return "--dist-init-addr, which this release takes for several nodes (leave it out on one)"
+    return ""
+
+
+def rust_server() -> bool:
+    """Whether the engine's Rust server stands in the tokenizer's place."""
+    return os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false")
+
+
+def carrying_groups(receiver: Any) -> list[Any]:
+    """The CPU process groups over which a `Scheduler` or `SchedulerRequestReceiver` was sent its work requests.
+
+    With DP-attention those are its attention TP and CP groups, otherwise the TP group; a group of one is none.
+    """
+    sizes = getattr(receiver, "ps", receiver)
+    # 0.5.17 and 0.5.18 may decide for DP-attention after parsing, and ask this; it is asked where they ask it.
+    get_parallel = vars(sys.modules[type(receiver).__module__]).get("get_parallel")
+    decided = receiver.server_args if get_parallel is None else get_parallel()
+    if decided.enable_dp_attention:
+        candidates = [
+            (sizes.attn_tp_size, receiver.attn_tp_cpu_group),
+            (sizes.attn_cp_size, receiver.attn_cp_cpu_group),
+        ]
+    else:
+        candidates = [(sizes.tp_size, receiver.tp_cpu_group)]
+    return [group for size, group in candidates if size > 1]

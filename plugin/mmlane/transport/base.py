@@ -1,0 +1,167 @@
+"""The words that all transports share: a transport offers payloads, a payload stands for one feature.
+
+A new transport is one file with a `Transport` and its `Payload`, and one entry in `chain.CHAIN`.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from mmlane.lane import Lane
+from mmlane.transport.samples import Samples
+
+
+class LostFeature(RuntimeError):
+    """A feature cannot be taken, for a reason that every rank has: its request fails, on all of them."""
+
+
+class Ownership(enum.Enum):
+    """Which process has to release a payload's memory, as the process sees it that holds the payload."""
+
+    OURS = enum.auto()  # made here, or arrived here to be taken or passed on: dropping it releases it
+    SENT = enum.auto()  # pickled: up to the receivers, unless the request could not be sent after all
+    DONE = enum.auto()  # taken or released; also a ticket in a process that cannot take it
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A transport's answer to a tensor that it does not carry; the next one in the chain is asked.
+
+    cause: a word for it, such as "full". invitation: what ranks have to be sent so that this transport can carry
+    later tensors; the pointer of this one brings it.
+    """
+
+    cause: str
+    invitation: bytes | None = field(default=None, repr=False)  # it holds the lane's secret
+
+
+class Payload(ABC):
+    """What a pointer carries for one feature.
+
+    kind: the word in the pointer's state that tells its receivers which transport it is of; "" for a segment.
+    needs_agreement: whether one rank alone may be unable to take it. Then all ranks that received it agree before
+    one takes it: up to 0.5.18 we ask each for `prepare`, and `take` succeeds after that; from 0.5.19 on the engine
+    waits for all ranks, calls `take`, and refuses the request on all of them if it raised on any. Without it, each
+    rank takes by itself, and `take` has to come to the same end on all.
+    """
+
+    kind: ClassVar[str]
+    needs_agreement: ClassVar[bool] = False
+    what: ClassVar[str] = "the feature"  # for people: what cannot be read when it is lost
+    advice: ClassVar[str] = ""  # and what they can do
+    name: str = ""  # by which people find it
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What travels: flat, of builtins, tensors, dtypes and shapes; called whenever the pointer is pickled.
+
+        The pointer adds "shape", "dtype", "precomputed_hash", "payload" (the kind) and "invitation".
+        """
+
+    @abstractmethod
+    def take(self) -> torch.Tensor:
+        """The feature on the CPU, in its shape and dtype. Raises `LostFeature`.
+
+        Without `needs_agreement`, any other error ends the rank: its peers may have taken the feature.
+        """
+
+    def release(self) -> None:  # noqa: B027 - what has no memory has nothing to release
+        """Let go of the feature without taking it, also where it was pickled. Never raises, nor the second
+        time."""
+
+    def prepare(self) -> str | None:
+        """Make sure that `take` will succeed: None, or why it will not. Never raises."""
+        return None
+
+    def peek(self) -> torch.Tensor | None:
+        """The feature without taking it, or None where it cannot be read."""
+        return None
+
+
+def lost_message(payloads: Sequence[Payload], cause: str) -> str:
+    """What to say of a request of which not all payloads can be read: which, what follows, what to do."""
+    names = ", ".join(payload.name for payload in payloads if payload.name)
+    what, advice = payloads[0].what, payloads[0].advice
+    return (
+        f"multimodal features are lost: {what}{' ' * bool(names)}{names} cannot be read ({cause}). Only this"
+        f" request fails; send it again{advice}"
+    )
+
+
+@dataclass(frozen=True)
+class Here:
+    """The process for which transports are made: by itself, one that has no lane.
+
+    engines: the engine's own pointer class, where segments are left to it.
+    """
+
+    engines: type[Any] | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Tokenizer(Here):
+    """A tokenizer of a launch that has a lane.
+
+    readers: reader group -> number of ranks. capacity: bytes of the lane, None for its default. pinned: bytes of
+    it that ranks on CUDA register. watch: told of the lane once it is made, for the engine's /metrics.
+    """
+
+    readers: Mapping[str, int]
+    capacity: int | None = None
+    pinned: int = 0
+    watch: Callable[[Lane], None] | None = None
+
+
+@dataclass(frozen=True)
+class Scheduler(Here):
+    """A rank of a launch that has a lane.
+
+    group, number: its place among the ranks that receive the same requests; number None for a later pipeline
+    stage, which receives no pointers. device: the CUDA device that it copies features to, if any. writable:
+    whether features can be written to all the same, at the price of a private mapping, which cannot be pinned; on
+    a CPU they always can.
+    """
+
+    group: str
+    number: int | None
+    device: torch.device | None = None
+    writable: bool = False
+
+
+class Transport(ABC):
+    """One way for features, as this process has it. Made in every process of the engine; it must not raise then.
+
+    seam: the word by which a failure is counted. consequence: what follows from one.
+    """
+
+    payload: ClassVar[type[Payload]]
+    seam: ClassVar[str]
+    consequence: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, here: Here) -> None: ...
+
+    @abstractmethod
+    def offer(self, tensor: torch.Tensor, samples: Samples | None = None) -> Payload | Declined:
+        """Carry a CPU tensor of any shape, dtype, layout and strides; what is needed of it is copied here and now.
+
+        Called in the tokenizer's event loop: it must not wait for anybody. What it raises counts as declined, and
+        must leave nothing behind. samples: the requests that share the tensor, with n > 1; may be ignored.
+        """
+
+    @abstractmethod
+    def receive(self, state: Mapping[str, Any]) -> Payload:
+        """The payload that a pointer brought, from its state; also in a process that only passes it on.
+
+        A rank may be in a collective with its peers: raise only for a state that is wrong, which it is on all of
+        them. What this rank alone lacks is kept for `Payload.prepare`.
+        """
+
+    def join(self, invitation: bytes) -> None:  # noqa: B027 - most transports invite nobody
+        """An invitation has arrived in this process. One transport of a chain invites."""

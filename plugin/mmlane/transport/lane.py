@@ -1,0 +1,310 @@
+"""The lane: a ticket in the feature's place.
+
+`Producer` is a tokenizer's end and `Rank` a scheduler's. Neither does anything before the first large feature: an
+engine that serves text only has no lane.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from math import inf
+from typing import Any, Literal, get_args
+
+import torch
+
+from mmlane.lane import (
+    Invitation,
+    Lane,
+    LaneError,
+    LaneUnavailable,
+    Mode,
+    Reader,
+    StaleHere,
+    TicketError,
+    UnknownLane,
+    memory,
+)
+from mmlane.lane.ticket import read
+from mmlane.log import failed, guarded, logger
+from mmlane.transport.base import Declined, Here, LostFeature, Ownership, Payload, Scheduler, Tokenizer, Transport
+from mmlane.transport.samples import Samples
+
+OPENING_S = 60.0  # after which a lane that has not opened is worth a line
+RETRY_S = 10.0  # before a rank tries again to join a lane that it could not join
+
+# How a tokenizer's lane is. off: this launch has none, or it was switched off; unused: no large feature has been
+# sent yet; opening: not all ranks have joined; failed: it could not be made, or has ended.
+State = Literal["off", "unused", "opening", "open", "failed"]
+STATES: tuple[State, ...] = get_args(State)
+_STATES: dict[str, State] = {"waiting": "opening", "open": "open", "off": "off", "closed": "failed"}
+
+
+class Ticket(Payload):
+    """A ticket for a tensor in a lane: made by a `Producer`, taken by a `Rank`, and passed on by anybody."""
+
+    kind = "ticket"
+
+    def __init__(self, ticket: bytes, end: Producer | Rank | None) -> None:
+        self.ticket = ticket
+        self._end = end
+        self._taken: torch.Tensor | None = None
+        self.ownership = Ownership.DONE if end is None else Ownership.OURS
+
+    def state(self) -> dict[str, Any]:
+        if self.ownership is Ownership.OURS and isinstance(self._end, Producer):
+            self.ownership = Ownership.SENT  # a rank owes it, whatever it passes on to its peers
+        return {"ticket": self.ticket}
+
+    def take(self) -> torch.Tensor:
+        """As `Rank.take`, whose `TicketError` becomes a `LostFeature` unless it is `StaleHere`."""
+        if self._taken is None:
+            try:
+                if not isinstance(self._end, Rank):
+                    raise UnknownLane("this process is no rank of the lane's engine")
+                self._taken = self._end.take(self.ticket)
+            except StaleHere:
+                raise
+            except TicketError as error:
+                raise LostFeature(
+                    f"multimodal features are lost: {error}. Only this request fails; send it again"
+                ) from error
+            self.ownership = Ownership.DONE
+        return self._taken
+
+    def peek(self) -> torch.Tensor | None:
+        return self._taken
+
+    def release(self) -> None:
+        ownership, self.ownership = self.ownership, Ownership.DONE
+        if ownership is not Ownership.DONE and self._end is not None:
+            self._end.release(self.ticket, sent=ownership is Ownership.SENT)
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():  # else the lane goes with the process
+            self._release_if_ours()
+
+    def _release_if_ours(self) -> None:
+        if getattr(self, "ownership", None) is Ownership.OURS:
+            self.release()
+
+
+class LaneTransport(Transport):
+    """Carries what is plain and dense, once all ranks have joined and while there is room."""
+
+    payload = Ticket
+    seam = "put"
+    consequence = "the feature goes by a shared-memory segment"
+
+    def __init__(self, here: Here) -> None:
+        self.producer = Producer(here) if isinstance(here, Tokenizer) else None
+        self.rank = Rank(here) if isinstance(here, Scheduler) else None
+
+    def offer(self, tensor: torch.Tensor, samples: Samples | None = None) -> Ticket | Declined:
+        return Declined("no lane") if self.producer is None else self.producer.put(tensor, samples)
+
+    def receive(self, state: Mapping[str, Any]) -> Ticket:
+        return Ticket(state["ticket"], self.rank)
+
+    def join(self, invitation: bytes) -> None:
+        if self.rank is not None:
+            self.rank.notice(Invitation.parse(invitation))
+
+
+class Producer:
+    """The lane of a tokenizer; made with the first large feature, closed when the tokenizer is let go."""
+
+    def __init__(self, here: Tokenizer) -> None:
+        self._here = here
+        self._pid = os.getpid()
+        self._lane: Lane | None = None
+        self._tried = False
+        self._failed = False
+        self._warned: set[str] = set()
+
+    def put(self, tensor: torch.Tensor, samples: Samples | None = None) -> Ticket | Declined:
+        """A ticket for a tensor; Declined with the invitation that readers still have to get, if they have to."""
+        lane = self._lane if self._tried else self._open()
+        if lane is None or os.getpid() != self._pid:
+            return Declined("unavailable")
+        ticket = lane.put(tensor) if samples is None else samples.put(lane, tensor)
+        if isinstance(ticket, bytes):
+            try:
+                return Ticket(ticket, self)
+            except BaseException:
+                self.release(ticket, sent=False)
+                raise
+        if ticket.cause == "not_open":
+            return Declined(ticket.cause, bytes(lane.invitation))
+        self._warn(
+            ticket.cause,
+            f"the lane has no place for a feature ({ticket.cause}): {ticket.detail}. It goes by a shared-memory"
+            " segment, as do others like it; said once per cause, `mmlane status` counts them",
+        )
+        return Declined(ticket.cause)
+
+    def release(self, ticket: bytes, *, sent: bool) -> None:
+        """A ticket has no receivers: it was never sent, or it was, as far as is known, in vain. For finalizers,
+        too."""
+        if (lane := self.lane) is not None:
+            (lane.recall if sent else lane.withdraw)(ticket)
+
+    @property
+    def lane(self) -> Lane | None:
+        """The lane, when there is one in this process."""
+        return self._lane if os.getpid() == self._pid else None
+
+    def _open(self) -> Lane | None:
+        self._tried = True
+        try:
+            here = self._here
+            self._lane = Lane(here.readers, capacity=here.capacity, pinned=here.pinned)
+        except LaneUnavailable as error:
+            self._do_without(error)
+            return None
+        finally:
+            self._failed = self._lane is None
+        # In a thread: the garbage collector may run this where the lane's lock is held.
+        weakref.finalize(self, _in_a_thread, self._lane.close).atexit = False
+        _in_a_thread(_see_it_open, self._lane, self._here.watch)
+        return self._lane
+
+    def try_out(self) -> None:
+        """Say now whether there can be a lane here, instead of at the first large feature. Leaves nothing."""
+        try:
+            memory.attempt(self._here.capacity or memory.default_capacity())
+        except LaneUnavailable as error:
+            self._do_without(error)
+
+    @property
+    def state(self) -> State:
+        """How the lane is."""
+        if self._failed:
+            return "failed"
+        if self._lane is None:
+            return "unused"
+        return _STATES[self._lane.state]
+
+    def _do_without(self, error: LaneUnavailable) -> None:
+        self._tried = self._failed = True
+        capacity = self._here.capacity
+        size = "unset" if capacity is None else capacity >> 20
+        self._warn(
+            "unavailable",
+            f"no lane here: {error}. Features go by shared-memory segments instead; MMLANE_CAPACITY_MB"
+            f" (here {size}) sets the size, MMLANE=backport silences this",
+        )
+
+    def _warn(self, cause: str, line: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            logger.warning("mmlane: %s", line)
+
+
+def _in_a_thread(work: Callable[..., None], *args: Any) -> None:
+    with suppress(RuntimeError):  # no thread to be had: a line is missing, or a lane stays until the process ends
+        threading.Thread(target=work, args=args, name="mmlane-lane", daemon=True).start()
+
+
+def _see_it_open(lane: Lane, watch: Callable[[Lane], None] | None) -> None:
+    """Say when a lane opens, and once if that takes long. Holds no producer, so that one can go meanwhile."""
+    if watch is not None:
+        with guarded("metrics", "the lane is not in /metrics"):
+            watch(lane)
+    with guarded("watching the lane", "nothing is said when it opens"):
+        _wait(lane)
+
+
+def _wait(lane: Lane) -> None:
+    ranks = " + ".join(str(count) for count in lane.expected.values())
+    began = time.monotonic()
+    late = False
+    while not lane.wait_open(OPENING_S):
+        if lane.is_closed:
+            return
+        if not late and lane.state != "off":
+            late = True
+            logger.warning(
+                "mmlane: the lane has not opened within %.0f s, because not all of its %s ranks have joined it;"
+                " features go by shared-memory segments until it does; `mmlane status` tells who is missing, the"
+                " log of that rank why, and MMLANE=backport silences this",
+                *(OPENING_S, ranks),
+            )
+    logger.info(
+        "mmlane: the lane is open: %s ranks, %.1f GiB of room, %.1f s after the first feature",
+        *(ranks, lane.stats().capacity_bytes / 2**30, time.monotonic() - began),
+    )
+
+
+class Rank:
+    """A scheduler process as a reader: joins the lanes that invite it, and takes tickets."""
+
+    def __init__(self, here: Scheduler) -> None:
+        self._here = here
+        self._mode: Mode | None = "cow" if here.writable else None
+        self._pid = os.getpid()
+        self._reader: Reader | None = None
+        self._making = threading.Lock()
+        self._next_try: dict[str, float] = {}  # a lane's name -> when joining may be tried again
+        self._joined: set[str] = set()
+
+    def notice(self, invitation: Invitation) -> None:
+        """Join a lane, in the background; at once done for one that is joined. Never raises."""
+        name = invitation.name
+        if self._here.number is None or self._next_try.get(name, 0.0) > time.monotonic():
+            return
+        if self._reader is not None and name in self._reader.lanes():
+            return
+        self._next_try[name] = inf
+        try:
+            threading.Thread(target=self._join, args=(invitation,), name="mmlane-joining", daemon=True).start()
+        except Exception as error:  # noqa: BLE001 - this may be in the middle of a collective
+            self._not_joined(name, error)
+
+    def _join(self, invitation: Invitation) -> None:
+        here = self._here
+        assert here.number is not None
+        try:
+            with self._making:
+                if self._reader is None:
+                    self._reader = Reader(here.group, here.number, device=here.device)
+            self._reader.join(invitation)
+            self._joined.add(invitation.name)
+            self._next_try[invitation.name] = 0.0  # should the connection be lost before the lane opens
+        except Exception as error:  # noqa: BLE001 - whatever it is, this rank is served by segments
+            self._not_joined(invitation.name, error)
+
+    def _not_joined(self, name: str, error: Exception) -> None:
+        failed(
+            "join",
+            error,
+            f"this rank ({self._here.number} of {self._here.group}) is sent features by shared-memory segments,"
+            " and tries again; MMLANE=backport silences this",
+        )
+        self._next_try[name] = time.monotonic() + RETRY_S
+
+    def take(self, ticket: bytes) -> torch.Tensor:
+        """The feature of a ticket, on the CPU; writable unless it is to go to a GPU. Raises `TicketError`.
+
+        `StaleHere` is what only this rank may have: it has heard of the lane, as all have, and not joined it.
+        """
+        try:
+            if self._reader is None:
+                raise UnknownLane("this rank has joined no lane")
+            return self._reader.take(ticket, self._mode)
+        except UnknownLane as error:
+            name = read(ticket).lane
+            if name in self._next_try and name not in self._joined:
+                raise StaleHere(f"a ticket came before this rank had joined lane {name}") from error
+            raise
+
+    def release(self, ticket: bytes, *, sent: bool = False) -> None:
+        """Release a ticket untaken. For finalizers, too."""
+        if self._reader is not None and os.getpid() == self._pid:
+            with suppress(LaneError):  # stale or of a lane that is gone: nothing to give back
+                self._reader.discard(ticket)

@@ -1,0 +1,144 @@
+"""The object that stands in a feature's place, under the name by which the engine and its codec know it.
+
+One class on every release. What it carries, its payload, says how the feature travels; the class itself only
+follows the engine's rules: it can be made without arguments, by the codec and by pickle; made of a tensor it may
+be that tensor itself, since the engine waits for its ranks wherever it sees a pointer; its state is flat, of
+builtins, and without a kind where it is a segment, as the engine's own pointers are and those of its Rust server;
+and it never raises while it is unpickled, in the middle of a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmlane.log import guarded
+from mmlane.transport.base import Here, Payload
+from mmlane.transport.chain import KIND, Chain, Unreadable
+from mmlane.transport.inline import Inline
+
+if TYPE_CHECKING:
+    from mmlane.transport.scheduler_side import SchedulerSide
+    from mmlane.transport.tokenizer_side import Sending
+
+
+@dataclass
+class Slot:
+    """What this process is. The only thing besides its state that decides what a pointer is.
+
+    chain: by which pointers are read that arrive here, and which is offered a tensor while no request is sent:
+    that of the scheduler side where there is one, else that of a process which has no lane and passes pointers on.
+    scheduler: the scheduler side, if this process is a rank. scope: the request that is being sent, or of which
+    the engine makes samples, if any.
+    """
+
+    chain: Chain = field(default_factory=lambda: Chain(Here()))
+    scheduler: SchedulerSide | None = None
+    scope: ContextVar[Sending | None] = field(default_factory=lambda: ContextVar("scope", default=None))
+
+
+slot = Slot()
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """An invitation as it travels, perhaps one of another version of mmlane. `repr` hides the secret in it."""
+
+    data: bytes = field(repr=False)
+
+
+class ShmPointerMMData:
+    """A payload, and what the engine asks a pointer for: `shape`, `dtype` and `precomputed_hash` of the
+    feature."""
+
+    __module__ = "sglang.srt.managers.mm_utils"
+
+    payload: Payload = Unreadable(ValueError("a pointer that was never filled"), {})
+    invitation: Sealed | None = None  # to a lane that readers still have to join
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.uint8
+    precomputed_hash: int | None = None
+
+    def __new__(cls, tensor: torch.Tensor | None = None, precomputed_hash: int | None = None) -> Any:
+        """Send a tensor on its way: a pointer, or the tensor where it is to be sent inside its request.
+
+        Without a tensor: a pointer to be filled by `__setstate__`.
+        """
+        if tensor is None:
+            return super().__new__(cls)
+        payload, invitation = (slot.scope.get() or slot.chain).offer(tensor)
+        if isinstance(payload, Inline) and invitation is None:
+            return payload.tensor
+        pointer = super().__new__(cls)
+        pointer.payload = payload
+        pointer.shape, pointer.dtype, pointer.precomputed_hash = tensor.shape, tensor.dtype, precomputed_hash
+        if invitation is not None:
+            pointer.invitation = Sealed(invitation)
+        return pointer
+
+    def __copy__(self) -> ShmPointerMMData:
+        """The same pointer: a feature is taken once, and a second object would release it when dropped."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShmPointerMMData:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {"shape": self.shape, "dtype": self.dtype, **self.payload.state()}
+        state["precomputed_hash"] = self.precomputed_hash
+        if self.payload.kind:
+            state.setdefault(KIND, self.payload.kind)
+        if self.invitation is not None:
+            state["invitation"] = self.invitation.data
+        return state
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Never raises: what cannot be read is told when the feature is taken."""
+        kept: dict[str, Any] = {}
+        invitation = None
+        try:
+            kept = dict(state)
+            invitation = kept.pop("invitation", None)
+            self.shape, self.dtype = kept.get("shape", ()), kept.get("dtype", torch.uint8)
+            self.precomputed_hash = kept.get("precomputed_hash")
+            self.payload = slot.chain.receive(kept)
+        except Exception as error:  # noqa: BLE001 - kept for `take`, which raises it
+            self.payload = Unreadable(error, kept)
+        if isinstance(invitation, bytes):
+            self.invitation = Sealed(invitation)  # for those that this process passes it on to
+        if invitation is not None:
+            with guarded("join", "this rank is sent features by shared-memory segments"):
+                slot.chain.join(invitation)
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The feature without taking it, or None where it cannot be read."""
+        return self.payload.peek()
+
+    def materialize(self) -> torch.Tensor:
+        """Take the feature: a tensor on the CPU. Raises `LostFeature`, or what the payload's class says."""
+        return self.payload.take()
+
+    def close_and_unlink(self) -> None:
+        """Let go of the feature without taking it. Never raises."""
+        self.payload.release()
+
+
+def with_own_segments(engines_own: type) -> type:
+    """Take the place of the engine's class, and carry segments ourselves: its own have faults."""
+    return _installed(Here())
+
+
+def with_engine_segments(engines_own: type) -> type:
+    """Take the place of the engine's class, and have it carry the segments: it has all fixes."""
+    return _installed(Here(engines=engines_own))
+
+
+def _installed(here: Here) -> type:
+    if slot.scheduler is None:  # else this is done again, and the rank has its lane
+        slot.chain = Chain(here)
+    return ShmPointerMMData

@@ -1,0 +1,266 @@
+"""How a rank receives requests, from top to bottom.
+
+The engine's scheduler is made, and gives this process its side (`start`). It receives requests, with pointers in
+them that have been broadcast to all ranks. What each rank can take alone is taken (tickets of a lane); for the
+rest, segments, the ranks agree first on what is lost (`agreement`); then it is taken as well
+(`SchedulerSide.take`). A request that has lost a feature is refused, on all ranks.
+
+The engine's receiving functions stay as they are. Where one of them receives, waits and takes (up to 0.5.12), the
+two that it calls for that do nothing meanwhile (`_is_receiving`), and we agree and take afterwards. Where waiting
+and taking have a function of their own, we agree and take before it, and it finds nothing left to do.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+
+from mmlane.engine.requests import items
+from mmlane.engine.topology import RankPlace, carrying_groups, group_of, number_of, on_cuda, rust_server
+from mmlane.lane.cuda import watch_streams
+from mmlane.log import guarded, logger
+from mmlane.transport.agreement import Arrival, RefusedInputs, agree, arrivals, move_out_of_batches
+from mmlane.transport.base import LostFeature, Scheduler
+from mmlane.transport.chain import Chain
+from mmlane.transport.pointer import ShmPointerMMData, slot
+
+# --- the side of a scheduler process ------------------------------------------------------------------------
+
+
+class SchedulerSide:
+    """A process with a rank of the engine.
+
+    receiving: whether the engine's function runs that would wait and take by itself, on releases where it would.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self.receiving = False
+
+    def take(self, requests: list[Any], groups: Callable[[], list[Any]] | None) -> list[tuple[Any, str]]:
+        """Put tensors in the place of pointers; which requests have lost a feature instead, and why.
+
+        groups: those that carried the requests; None where the engine agrees on segments itself, and takes them.
+        Every rank comes to the same end. Raises what may be so on this rank alone, `StaleHere` among it.
+        """
+        arrived = arrivals(requests)
+        for arrival in arrived:
+            _take_alone(arrival)
+        if groups is not None:
+            if waiting := [arrival for arrival in arrived if not arrival.lost and arrival.pointers()]:
+                agree(groups(), waiting)
+            for arrival in waiting:
+                if not arrival.lost:
+                    for place in arrival.places:
+                        place.replace(_taken)
+        return [(arrival.request, arrival.lost) for arrival in arrived if arrival.lost]
+
+
+def _take_alone(arrival: Arrival) -> None:
+    """Take what needs no agreement: every rank comes to the same end without asking the others."""
+    try:
+        for place in arrival.places:
+            place.replace(_taken_alone)
+    except LostFeature as error:
+        arrival.lost = str(error)
+        logger.error("mmlane: request %s: %s", getattr(arrival.request, "rid", None), arrival.lost)
+        arrival.release()
+
+
+def _taken_alone(value: Any) -> Any:
+    alone = isinstance(value, ShmPointerMMData) and not value.payload.needs_agreement
+    return value.materialize() if alone else value
+
+
+def _taken(value: Any) -> Any:
+    return value.materialize() if isinstance(value, ShmPointerMMData) else value
+
+
+def start(server_args: Any, place: RankPlace, *, pinned: int | None) -> None:
+    """Make this process a rank that can join lanes. Called in the thread of a scheduler that has set its device.
+
+    pinned: bytes of a lane that the user wants registered with CUDA; 0: none, features can then be written to.
+    """
+    device = None
+    if on_cuda(server_args):
+        device = torch.device("cuda", torch.cuda.current_device())
+        watch_streams()  # before the scheduler sets its own
+    here = Scheduler(
+        group_of(server_args, place.dp_rank),
+        number_of(server_args, place),
+        device,
+        writable=pinned == 0,
+        engines=slot.chain.here.engines,
+    )
+    _become(SchedulerSide(Chain(here)))
+    with guarded("metrics", "failures of this rank are not counted in /metrics"):
+        if server_args.enable_metrics:
+            from mmlane.transport import metrics  # noqa: F401 - it counts them
+    if rust_server() and not any(place):
+        logger.warning(
+            "mmlane: no lane with SGLANG_RUST_SERVER, which makes its segments itself; features travel as they do"
+            " without it; MMLANE=backport silences this"
+        )
+
+
+def _become(side: SchedulerSide) -> SchedulerSide:
+    slot.scheduler, slot.chain = side, side.chain
+    return side
+
+
+def side() -> SchedulerSide:
+    """This process's side; made now where no lane is wanted, so that `start` was not called."""
+    return slot.scheduler or _become(SchedulerSide(slot.chain))
+
+
+@contextmanager
+def or_end() -> Iterator[None]:
+    """What a rank does here it does as its peers do, or it ends: they would wait for it, or go on without it.
+
+    The engine ends what raises in a scheduler, and itself with it.
+    """
+    try:
+        yield
+    except Exception as error:
+        logger.critical(
+            "mmlane: this rank ends, and the engine with it, because it could not take what its peers take:"
+            " %s: %s; start the engine again, with MMLANE=off if this comes back, and please report it",
+            *(type(error).__name__, error),
+        )
+        raise
+
+
+# --- requests are received ----------------------------------------------------------------------------------
+
+
+def take_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`Scheduler.recv_requests` of 0.5.9 - 0.5.12, which neither waits nor takes meanwhile (the next two)."""
+
+    @wraps(recv_requests)
+    def receive(self: Any) -> Any:
+        this = side()
+        this.receiving = True
+        try:
+            received = recv_requests(self)
+        finally:
+            this.receiving = False
+        _take_and_refuse(self, received)
+        mm_utils = sys.modules["sglang.srt.managers.mm_utils"]
+        if mm_utils.ShmPointerMMData is not ShmPointerMMData:  # another plugin's, that has replaced ours since
+            for request in received or ():
+                mm_utils.unwrap_shm_features(request)
+        return received
+
+    return receive
+
+
+def unwrap_nothing_while_receiving(unwrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`unwrap_shm_features(obj)` of 0.5.9 - 0.5.12."""
+
+    @wraps(unwrap)
+    def unwrap_shm_features(obj: Any) -> Any:
+        return obj if _is_receiving() else unwrap(obj)
+
+    return unwrap_shm_features
+
+
+def has_nothing_while_receiving(has: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """`has_shm_features(recv_reqs)` of 0.5.10 - 0.5.12."""
+
+    @wraps(has)
+    def has_shm_features(recv_reqs: Any) -> bool:
+        return not _is_receiving() and has(recv_reqs)
+
+    return has_shm_features
+
+
+def _is_receiving() -> bool:
+    return slot.scheduler is not None and slot.scheduler.receiving
+
+
+def take_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """`SchedulerRequestReceiver._finalize_shm_features` of 0.5.13 - 0.5.18, which finds nothing left to do."""
+
+    @wraps(finalize)
+    def finalize_shm_features(self: Any, recv_reqs: list[Any] | None) -> None:
+        _take_and_refuse(self, recv_reqs)
+        finalize(self, recv_reqs)
+
+    return finalize_shm_features
+
+
+def take_alone_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """`SchedulerRequestReceiver._finalize_shm_features` from 0.5.19 on, which agrees on what segments are left."""
+    from sglang.srt.managers.io_struct import MMInputsProcessError
+
+    @wraps(finalize)
+    def finalize_shm_features(self: Any, recv_reqs: list[Any] | None) -> None:
+        if recv_reqs:
+            with or_end():
+                for request, message in side().take(recv_reqs, None):
+                    request.mm_inputs = MMInputsProcessError(message)
+        finalize(self, recv_reqs)
+
+    return finalize_shm_features
+
+
+def _take_and_refuse(receiver: Any, received: list[Any] | None) -> None:
+    """Take what was received, and have what has lost a feature handled by itself (`agreement.refuse_lost`)."""
+    if not received:
+        return
+    with or_end():
+        lost = side().take(received, lambda: carrying_groups(receiver))
+        for request, message in lost:
+            request.mm_inputs = RefusedInputs(message)
+        move_out_of_batches(received, [request for request, _ in lost])
+
+
+# --- requests are passed on to the next pipeline stage ------------------------------------------------------
+
+
+def without_features(send: Callable[..., Any]) -> Callable[..., Any]:
+    """`_pp_send_pyobj_to_next_stage(self, data, async_send=False)`: of `data`, the requests are sent lighter.
+
+    The engine pickles requests to the next stage once it has taken their features, whole tensors that is, and each
+    stage broadcasts them to all of its ranks. A later stage needs an item's `pad_value`, place and grid; its
+    feature is read by the vision tower alone, which is on the first stage.
+    """
+
+    @wraps(send)
+    def send_pyobj(self: Any, data: Any, async_send: bool = False) -> Any:
+        with guarded("pipeline", "the next stage is sent all tensors, which is slower"):
+            if isinstance(data, list):
+                data = [_lighter(request) for request in data]
+        return send(self, data, async_send)
+
+    return send_pyobj
+
+
+def _lighter(request: Any) -> Any:
+    """A copy of a request without the tensors that are not needed any more; or the request itself."""
+    there = items(request)
+    if not any(map(_is_spare, there)):
+        return request
+    kept = [copy.copy(item) for item in there]
+    for item in filter(_is_spare, kept):
+        item.feature = None
+    request = copy.copy(request)
+    request.mm_inputs = copy.copy(request.mm_inputs)
+    if isinstance(request.mm_inputs, dict):
+        request.mm_inputs["mm_items"] = kept
+    else:
+        request.mm_inputs.mm_items = kept
+    return request
+
+
+def _is_spare(item: Any) -> bool:
+    """Whether later stages do without the feature: they would only compute `pad_value` from it, which is there."""
+    feature = getattr(item, "feature", None)
+    tensors = feature if isinstance(feature, list | tuple) else [feature]
+    return getattr(item, "pad_value", None) is not None and all(isinstance(t, torch.Tensor) for t in tensors)
