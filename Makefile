@@ -13,7 +13,7 @@ AT_ONCE := -n 4 --maxschedchunk 1
 # The others: in as many processes as there are cores, each takes what the others have not begun.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint lint-check lint-format lint-types unit lane thorough contract engine matrix transcripts matrix-new \
+.PHONY: demo test lint lint-check lint-format lint-types lint-imports unit lane thorough contract engine matrix transcripts matrix-new \
 	fresh fingerprints table bench coverage pythons mutants clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
@@ -23,8 +23,8 @@ demo: $(INSTALLED)
 # Everything that has to hold: checks, unit, lane and contract tests, and six engine releases for real.
 test: lint unit lane contract engine
 
-# The hooks of .pre-commit-config.yaml call these three.
-lint: lint-check lint-format lint-types
+# The hooks of .pre-commit-config.yaml call these four.
+lint: lint-check lint-format lint-types lint-imports
 
 lint-check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -34,6 +34,9 @@ lint-format: $(READY)
 
 lint-types: $(READY)
 	$(VENV)/bin/mypy
+
+lint-imports: $(READY)
+	$(VENV)/bin/lint-imports --no-cache
 
 unit: $(READY)
 	$(RUN) -m pytest tests/unit $(PARALLEL)
