@@ -835,10 +835,12 @@ def test_metrics_that_cannot_be_had_at_start_stop_nothing(
     producer_of(manager).put(torch.ones(9))
     lane = producer_of(manager).lane
     assert lane is not None
+    eventually(lambda: in_metrics("lanes", state="opening") == 1, "the tokenizer and its lane are in the numbers")
     lane.close()
     announcing()
     metrics.write()
     assert in_metrics("fallbacks_total", cause="not_open") == before + 1
+    assert in_metrics("lanes", state="failed") == 1 and in_metrics("lanes", state="off") == 0
     caplog.clear()
     del manager
 
