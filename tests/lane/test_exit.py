@@ -88,6 +88,7 @@ TICKET = (
 from types import SimpleNamespace
 from mmlane.transport import pointer, scheduler_side, tokenizer_side
 from mmlane.transport.base import Scheduler, Tokenizer
+from mmlane.transport.chain import Chain
 scheduler_side._become(scheduler_side.SchedulerSide(Chain(Scheduler("tp", 0))))
 lane = tokenizer_side.TokenizerSide(Tokenizer({"tp": 1}, 64 << 20))
 producer = lane.producer
