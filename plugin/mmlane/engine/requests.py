@@ -27,16 +27,18 @@ def single_requests(requests: Iterable[Any]) -> Iterator[Any]:
 def items(request: Any) -> list[Any]:
     """The multimodal items of a single request; none where it has none, or where they are still pickled."""
     mm_inputs = getattr(request, "mm_inputs", None)
+    if mm_inputs is None:
+        return []
     found = mm_inputs.get("mm_items") if isinstance(mm_inputs, dict) else getattr(mm_inputs, "mm_items", None)
     return found if isinstance(found, list) else []
 
 
-def places(request: Any) -> Iterator[Place]:
+def places(request: Any) -> list[Place]:
     """Where a single request has values: once each, whatever number of values there is in a list."""
-    for item in items(request):
-        for field in FIELDS:
-            if getattr(item, field, None) is not None:
-                yield Place(item, field)
+    there = items(request)
+    if not there:  # most often: text
+        return []
+    return [Place(item, field) for item in there for field in FIELDS if getattr(item, field, None) is not None]
 
 
 class Place(NamedTuple):

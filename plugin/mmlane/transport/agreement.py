@@ -45,7 +45,7 @@ def arrivals(requests: Sequence[Any]) -> list[Arrival]:
     """The requests that hold pointers: the one look at all that a batch of requests consists of."""
     found = []
     for request in single_requests(requests):
-        if there := list(places(request)):
+        if there := places(request):
             arrival = Arrival(request, there)
             if arrival.pointers():
                 found.append(arrival)
