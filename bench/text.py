@@ -41,6 +41,7 @@ def measure(release: str) -> dict[str, list[list[float]]]:
 
     import mmlane_patches
     from mmlane.compat import contributed
+    from mmlane.patching import shared_steps
 
     # As on one node: what the engine's own function asks, which 0.5.10 - 0.5.12 call for each request.
     mm_utils._is_default_tensor_transport = False
@@ -57,8 +58,7 @@ def measure(release: str) -> dict[str, list[list[float]]]:
             if target.name not in names or any(target.shares(other) for other in done):
                 continue
             done.append(target)
-            steps = [other.load_step() for other in targets if target.shares(other)]
-            nothing = target.build(nothing, tuple(dict.fromkeys(filter(None, steps))))
+            nothing = target.build(nothing, shared_steps(target, targets))
         return nothing
 
     parameters = inspect.signature(TokenizedGenerateReqInput).parameters.values()

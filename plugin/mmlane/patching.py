@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pkgutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import CellType, ModuleType
@@ -139,6 +139,19 @@ class Refusal(Exception):
 
 class Failure(Refusal):
     """A patch's own code failed, or is not there: unlike what the engine looks like, that may be so here alone."""
+
+
+def shared_steps(target: Target, targets: Iterable[Target]) -> tuple[Callable[..., Any], ...]:
+    """The steps of those targets that share a replacement, each once; less those that cannot be imported.
+
+    The patch of such a step is dropped when its own turn comes, and the others are applied again.
+    """
+    steps: dict[Callable[..., Any], None] = {}
+    for other in targets:
+        if target.shares(other):
+            with suppress(Failure):
+                steps[other.load_step()] = None  # type: ignore[index]
+    return tuple(steps)
 
 
 class Source(Protocol):
@@ -393,17 +406,9 @@ class Patcher:
         return next((r for _, r in self._in_order if target.shares(r.target)), None)
 
     def _steps(self, target: Target) -> tuple[Callable[..., Any], ...]:
-        """Of all patches that share a target's replacement, each once; less those that cannot be imported.
-
-        The patch of such a step is dropped when its own turn comes, and the others are applied again.
-        """
-        steps: dict[Callable[..., Any], None] = {}
-        for decision in self.decisions.values():
-            for other in decision.targets if decision.state in ("planned", "applied") else ():
-                if target.shares(other):
-                    with suppress(Failure):
-                        steps[other.load_step()] = None  # type: ignore[index]
-        return tuple(steps)
+        """Of all patches that share a target's replacement."""
+        standing = [decision for decision in self.decisions.values() if decision.state in ("planned", "applied")]
+        return shared_steps(target, (other for decision in standing for other in decision.targets))
 
     def overridden(self) -> list[str]:
         """Read every target back: one line for each of ours that somebody has taken out again."""

@@ -13,22 +13,7 @@ torch = pytest.importorskip("torch")
 
 from mmlane.engine import topology  # noqa: E402
 from mmlane.engine.topology import RankPlace  # noqa: E402
-
-WHOLE = {
-    "device": "cpu",
-    "dp_size": 1,
-    "tp_size": 1,
-    "nnodes": 1,
-    "enable_dp_attention": False,
-    "elastic_ep_backend": None,
-    "skip_tokenizer_init": False,
-}
-
-
-def launched(**options: Any) -> Any:
-    """The engine's arguments, as far as anybody here asks for them."""
-    return SimpleNamespace(**{**WHOLE, **options})
-
+from tests.unit.launches import launched  # noqa: E402
 
 RUNTIME = "sglang.srt.runtime_context"
 WRAPPING = "sglang.srt.managers.mm_utils"

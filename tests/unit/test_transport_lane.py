@@ -36,25 +36,10 @@ from tests.lane.harness.child import run  # noqa: E402
 from tests.lane.harness.confinement import limit_address_space  # noqa: E402
 from tests.lane.harness.fake_cuda import FakeGpu  # noqa: E402
 from tests.lane.harness.waiting import DEADLINE, eventually  # noqa: E402
+from tests.unit.launches import launched  # noqa: E402
 
 MIB = 1 << 20
 NOWHERE = Invitation.make("mmlane-1-00000000")
-WHOLE = {
-    "device": "cpu",
-    "dp_size": 1,
-    "tp_size": 1,
-    "nnodes": 1,
-    "enable_dp_attention": False,
-    "elastic_ep_backend": None,
-    "skip_tokenizer_init": False,
-    "tokenizer_worker_num": 1,
-    "enable_metrics": False,
-}
-
-
-def launched(**options: Any) -> Any:
-    """The engine's arguments, as far as anybody here asks for them."""
-    return SimpleNamespace(**{**WHOLE, **options})
 
 
 class Manager:

@@ -15,7 +15,6 @@ import textwrap
 from collections.abc import Callable, Iterator
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,8 +25,7 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from mmlane.transport.base import Here, LostFeature, Ownership  # noqa: E402
-from mmlane.transport.chain import Chain  # noqa: E402
-from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
+from mmlane.transport.pointer import ShmPointerMMData  # noqa: E402
 from mmlane.transport.segment import (  # noqa: E402
     PREFIX,
     NotTransportable,
@@ -37,6 +35,7 @@ from mmlane.transport.segment import (  # noqa: E402
     segment_name,
 )
 from tests.lane.harness.child import run  # noqa: E402
+from tests.unit.launches import without_a_side  # noqa: E402
 
 SHM = Path("/dev/shm")
 QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
@@ -63,11 +62,7 @@ def nothing_left() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's module, where pickle looks for the class, and a process that has no lane."""
-    for name in ("sglang", "sglang.srt", "sglang.srt.managers", ShmPointerMMData.__module__):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    vars(sys.modules[ShmPointerMMData.__module__])["ShmPointerMMData"] = ShmPointerMMData
-    monkeypatch.setattr(slot, "scheduler", None)
-    monkeypatch.setattr(slot, "chain", Chain(Here()))
+    without_a_side(monkeypatch)
 
 
 def sent(value: Segment) -> bytes:

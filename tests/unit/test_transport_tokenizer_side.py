@@ -9,11 +9,10 @@ import asyncio
 import contextvars
 import os
 import pickle
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,7 +20,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mmlane.transport import samples  # noqa: E402
-from mmlane.transport.base import Here, Tokenizer  # noqa: E402
+from mmlane.transport.base import Tokenizer  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
 from mmlane.transport.segment import PREFIX, SHM  # noqa: E402
@@ -34,16 +33,13 @@ from mmlane.transport.tokenizer_side import (  # noqa: E402
     with_samples,
     wrap_everything,
 )
+from tests.unit.launches import without_a_side  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's module, where pickle looks for the class, in a process whose segments are ours."""
-    for name in ("sglang", "sglang.srt", "sglang.srt.managers", ShmPointerMMData.__module__):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    vars(sys.modules[ShmPointerMMData.__module__])["ShmPointerMMData"] = ShmPointerMMData
-    monkeypatch.setattr(slot, "scheduler", None)
-    monkeypatch.setattr(slot, "chain", Chain(Here()))
+    without_a_side(monkeypatch)
 
 
 class Unpicklable:

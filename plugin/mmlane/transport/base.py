@@ -72,8 +72,7 @@ class Payload(ABC):
         """
 
     def release(self) -> None:  # noqa: B027 - what has no memory has nothing to release
-        """Let go of the feature without taking it, also where it was pickled. Never raises, nor the second
-        time."""
+        """Let go of the feature without taking it, pickled or not. Never raises, nor the second time."""
 
     def prepare(self) -> str | None:
         """Make sure that `take` will succeed: None, or why it will not. Never raises."""

@@ -59,7 +59,7 @@ class SmallInlineTransport(InlineTransport):
     def offer(self, tensor: torch.Tensor, samples: Samples | None = None) -> Inline | Declined:
         if tensor.numel() * tensor.itemsize > self._limit:
             return Declined("large")
-        return Inline(compact(tensor))
+        return super().offer(tensor, samples)
 
 
 def compact(tensor: torch.Tensor) -> torch.Tensor:

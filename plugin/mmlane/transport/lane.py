@@ -149,8 +149,7 @@ class Producer:
         return Declined(ticket.cause)
 
     def release(self, ticket: bytes, *, sent: bool) -> None:
-        """A ticket has no receivers: it was never sent, or it was, as far as is known, in vain. For finalizers,
-        too."""
+        """Release a ticket that no rank will take, sent in vain or never sent. For finalizers, too."""
         if (lane := self.lane) is not None:
             (lane.recall if sent else lane.withdraw)(ticket)
 

@@ -52,8 +52,7 @@ class Sealed:
 
 
 class ShmPointerMMData:
-    """A payload, and what the engine asks a pointer for: `shape`, `dtype` and `precomputed_hash` of the
-    feature."""
+    """A payload, and what the engine asks of a pointer: the feature's `shape`, `dtype` and `precomputed_hash`."""
 
     __module__ = "sglang.srt.managers.mm_utils"
 

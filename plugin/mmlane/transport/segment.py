@@ -62,9 +62,8 @@ class Segment(Payload):
         self._handle: SharedMemory | None = None
         self._private: torch.Tensor | None = None
         self.ownership = Ownership.DONE
-        self._pid = (
-            os.getpid()
-        )  # a process forked since holds a copy of this object, and must leave the segment alone
+        # A process forked since holds a copy of this object, and must leave the segment alone.
+        self._pid = os.getpid()
 
     @classmethod
     def holding(cls, tensor: torch.Tensor) -> Segment:

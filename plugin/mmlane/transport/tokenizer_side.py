@@ -25,7 +25,7 @@ from mmlane.log import guarded, logger
 from mmlane.transport.base import Here, Payload, Tokenizer
 from mmlane.transport.chain import Chain
 from mmlane.transport.inline import Inline
-from mmlane.transport.lane import LaneTransport, Producer, State
+from mmlane.transport.lane import LaneTransport, Producer
 from mmlane.transport.pointer import slot
 from mmlane.transport.samples import Samples
 
@@ -97,7 +97,7 @@ def _meter(manager: Any) -> Meter | None:
 def _begin(meter: Meter, manager: Any, mode: str) -> None:
     producer: Producer | None = getattr(manager, SIDE).producer
     with guarded("metrics", "mmlane is not in /metrics"):
-        meter.begin(_off if producer is None else lambda: producer.state, mode)
+        meter.begin(meter.state if producer is None else lambda: producer.state, mode)
 
 
 def _watch(manager: weakref.ref[Any], meter: Meter | None, mode: str) -> Callable[[Lane], None]:
@@ -111,10 +111,6 @@ def _watch(manager: weakref.ref[Any], meter: Meter | None, mode: str) -> Callabl
             there.watch(lane)
 
     return watch
-
-
-def _off() -> State:
-    return "off"
 
 
 # --- a request is sent --------------------------------------------------------------------------------------

@@ -1,0 +1,39 @@
+"""What tests of the transport have in the engine's place: its arguments, and its module with our pointer class."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mmlane.transport.base import Here
+from mmlane.transport.chain import Chain
+from mmlane.transport.pointer import ShmPointerMMData, slot
+
+WHOLE = {
+    "device": "cpu",
+    "dp_size": 1,
+    "tp_size": 1,
+    "nnodes": 1,
+    "enable_dp_attention": False,
+    "elastic_ep_backend": None,
+    "skip_tokenizer_init": False,
+    "tokenizer_worker_num": 1,
+    "enable_metrics": False,
+}
+
+
+def launched(**options: Any) -> Any:
+    """The engine's arguments, as far as anybody here asks for them."""
+    return SimpleNamespace(**{**WHOLE, **options})
+
+
+def without_a_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's module, where pickle looks for the class, and a process that has no lane."""
+    for name in ("sglang", "sglang.srt", "sglang.srt.managers", ShmPointerMMData.__module__):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    vars(sys.modules[ShmPointerMMData.__module__])["ShmPointerMMData"] = ShmPointerMMData
+    monkeypatch.setattr(slot, "scheduler", None)
+    monkeypatch.setattr(slot, "chain", Chain(Here()))
