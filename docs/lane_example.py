@@ -30,7 +30,8 @@ def main() -> None:
             here, there = spawn.Pipe()
             spawn.Process(target=read, args=(number, lane.invitation, there), daemon=True).start()
             pipes.append(here)
-        lane.wait_open(timeout=60)
+        if not lane.wait_open(timeout=60):
+            raise SystemExit("not all readers have joined within a minute")
 
         pixels = torch.rand(3, 1024, 1024)
         ticket = lane.put(pixels)

@@ -42,7 +42,7 @@ def test_metrics_before_the_first_image(arena: WatchedServer) -> None:
     found = looking.metrics(arena)
     assert found[f'mmlane_info{{mode="arena",version="{__version__}"}}'] == 1
     assert looking.states(arena) == {"unused": 1}
-    assert found['mmlane_lane_bytes{kind="capacity"}'] == found["mmlane_puts_total"] == 0
+    assert found["mmlane_capacity_bytes"] == found["mmlane_puts_total"] == 0
 
 
 @both

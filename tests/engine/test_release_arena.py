@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -103,6 +102,15 @@ def test_metrics(arena: WatchedServer) -> None:
             "mmlane_lost_tickets_total": 0,
             'mmlane_fallbacks_total{cause="not_open"}': stats.fallbacks["not_open"],
             f'mmlane_info{{mode="arena",version="{__version__}"}}': 1,
+            **{
+                f"mmlane_{name}": getattr(stats, name)
+                for name in ("capacity_bytes", "committed_bytes", "used_bytes", "extents", "tickets")
+            },
+            "mmlane_pinned_bytes": 0,
+            "mmlane_joined_readers": 2,
+            "mmlane_expected_readers": 2,
+            "mmlane_malformed_messages_total": 0,
+            "mmlane_rejected_peers_total": stats.rejected_peers,
             **{f'mmlane_lanes{{state="{state}"}}': float(state == "open") for state in STATES},
         }
 
@@ -117,4 +125,4 @@ def test_status(arena: WatchedServer) -> None:
     command = [str(Path(sys.executable).with_name("mmlane")), "status", "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     (found,) = [told for told in json.loads(shown.stdout) if told["pid"] == looking.lane(arena).pid]
-    assert found["stats"] == json.loads(json.dumps(asdict(looking.lane(arena))))
+    assert found["stats"] == json.loads(json.dumps(looking.lane(arena).as_dict()))

@@ -119,12 +119,15 @@ def test_a_reader_that_is_closed_leaves_its_number_to_the_next_at_once(monkeypat
 
 def test_only_numbers_that_are_expected_join(lane: Lane) -> None:
     """A rank of a larger engine, of another group, and numbers that are none."""
-    for group, number in (("tp", 1), ("tp", -1), ("tp", 1 << 70), ("pp", 0), ("", 0)):
+    for group, number in (("tp", 1), ("tp", 1 << 70), ("pp", 0), ("", 0)):
         with (
             Reader(group, number) as reader,
             pytest.raises(JoinRefused, match=r"is not expected.*reader 0 of 'tp'"),
         ):
             reader.join(lane.invitation)
+    with visit(lane.invitation.name) as connection:  # no reader of ours has such a number
+        connection.send(hello(lane.invitation, "tp", -1))
+        assert "reader -1 of 'tp' is not expected" in protocol.read_reject(receive(connection)[0])
     assert lane.stats().joined == {"tp": []}
     serves(lane)
 

@@ -64,8 +64,8 @@ def test_not_open_says_who_is_missing() -> None:
 
 
 def test_unsupported_says_what_it_was(pair: Together) -> None:
-    refused = pair.refused("a string")
-    assert refused.cause == "unsupported" and refused.detail.startswith("str")
+    refused = pair.refused(torch.zeros(3).to_sparse())
+    assert refused.cause == "unsupported" and refused.detail.startswith("torch.float32, torch.sparse_coo")
 
 
 def test_closed_says_so_and_closing_twice_is_nothing() -> None:

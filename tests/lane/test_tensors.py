@@ -140,6 +140,8 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     "within vmap": (lambda: _within(torch.vmap, torch.zeros(2, 3)), "memory"),
     "within grad": (lambda: _within(torch.func.grad, torch.zeros(3)), "memory"),
     "within functionalize": (lambda: _within(torch.func.functionalize, torch.zeros(3)), "memory"),
+}
+NO_TENSOR: dict[str, tuple[Callable[[], Any], str]] = {
     "none": (lambda: None, "NoneType"),
     "a number": (lambda: 5, "int"),
     "bytes": (lambda: b"abc", "bytes"),
@@ -155,4 +157,14 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
 def test_what_is_not_plain_is_refused(wide: Together, made: Callable[[], Any], says: str, kept: bool) -> None:
     refused = wide.refused(made(), kept=kept)
     assert refused.cause == "unsupported" and says in refused.detail
+    assert same(wide.reader.take(wide.put(random((5,)))), random((5,)))
+
+
+@pytest.mark.parametrize(("made", "says"), NO_TENSOR.values(), ids=NO_TENSOR)
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_no_tensor_is_a_mistake(wide: Together, made: Callable[[], Any], says: str, kept: bool) -> None:
+    before = wide.books()
+    with pytest.raises(TypeError, match=f"tensor is of type {says}: wanted a torch.Tensor"):
+        (wide.lane.copy if kept else wide.lane.put)(made())
+    assert wide.books() == before
     assert same(wide.reader.take(wide.put(random((5,)))), random((5,)))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import secrets
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from datetime import datetime
 from importlib import import_module
+from itertools import count
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,13 +23,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mmlane.cli import app
+from mmlane.cli.console import console
 from mmlane.cli.status import Found, render
-from mmlane.lane.status import LaneStats, OtherUser, StatusError, ask, running
+from mmlane.lane.status import FORMER, LaneStats, OtherUser, StatusError, ask, running
 
 if TYPE_CHECKING:  # which needs torch
     from mmlane.lane import Lane
 
 NAME = "mmlane-123-abcdef"
+DEADLINE = 90.0  # seconds; only a fault takes that long
 MODULE = import_module("mmlane.cli.status")  # by its name, the package has the command
 
 
@@ -39,10 +47,10 @@ def stats(**changes: object) -> LaneStats:
         "used_bytes": 0,
         "extents": 0,
         "tickets": 0,
-        "expected": {"tp": 2},
-        "joined": {"tp": [0, 1]},
+        "expected_readers": {"tp": 2},
+        "joined_readers": {"tp": [0, 1]},
         "puts": 0,
-        "shared": 0,
+        "shared_puts": 0,
         "copied_bytes": 0,
         "copy_seconds": 0.0,
         "fallbacks": {},
@@ -109,7 +117,7 @@ def test_a_lane_is_listed_once_whoever_is_connected_and_by_its_pid(scope: ExitSt
 
 def test_an_open_lane() -> None:
     memory = stats(used_bytes=2 << 20, extents=2)
-    lane = replace(memory, tickets=1, puts=5, shared=2, copied_bytes=3 << 30, copy_seconds=1.5)
+    lane = replace(memory, tickets=1, puts=5, shared_puts=2, copied_bytes=3 << 30, copy_seconds=1.5)
     text = said(Found(NAME, lane, "sglang serve"))
     assert text.splitlines()[0] == NAME
     for words in (
@@ -118,31 +126,36 @@ def test_an_open_lane() -> None:
         "'tp' 2/2",
         "2 MiB used by 2 extents, 64 MiB committed, 8 GiB capacity",
         "1 out, 0 lost and reclaimed",
-        "5, 2 of them without a copy; 3 GiB copied in 1.5 s (2 GiB/s)",
+        "5, 2 of them shared (no copy); 3 GiB copied, copy time 1.5 s (2 GiB/s)",
         "none",
     ):
         assert words in text
-    assert "rejected" not in text and "without  " not in text
+    assert not {"rejected", "malformed", "degraded"} & set(text.split())
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"state": "waiting", "joined": {}}, "waiting for readers: 0 of 'tp', 1 of 'tp'"),
-        ({"pinned_bytes": 32 << 20}, "64 MiB committed (32 MiB of it to be pinned), 8 GiB capacity"),
+        ({"state": "waiting", "joined_readers": {}}, "waiting for readers: 0 of 'tp', 1 of 'tp'"),
+        ({"pinned_bytes": 32 << 20}, "64 MiB committed (32 MiB of it pinned), 8 GiB capacity"),
         (
-            {"state": "waiting", "expected": {"tp": 3, "vit": 1}, "joined": {"tp": [0, 2], "vit": [0]}},
+            {
+                "state": "waiting",
+                "expected_readers": {"tp": 3, "vit": 1},
+                "joined_readers": {"tp": [0, 2], "vit": [0]},
+            },
             "waiting for readers: 1 of 'tp'",
         ),
         ({"state": "off"}, "off: puts are refused until `mmlane on`"),
         ({"state": "closed"}, "closed"),
-        ({"joined": {"tp": [1]}}, "'tp' 1/2"),
+        ({"joined_readers": {"tp": [1]}}, "'tp' 1/2"),
         ({"fallbacks": {"not_open": 3, "full": 1}}, "1 full, 3 not_open"),
         ({"lost_tickets": 1}, "1 lost and reclaimed"),
-        ({"malformed_messages": 1, "rejected_peers": 2}, "1 malformed message, 2 processes"),
-        ({"rejected_peers": 1}, "0 malformed messages, 1 process"),
-        ({"degraded": ("hole punching: no",)}, "hole punching: no"),
-        ({"expected": {"[red]tp": 1}, "joined": {}, "state": "waiting"}, "'[red]tp' 0/1"),
+        ({"malformed_messages": 1}, "messages   1 malformed and ignored"),
+        ({"rejected_peers": 1}, "peers      1 process rejected"),
+        ({"rejected_peers": 2}, "peers      2 processes rejected"),
+        ({"degraded": ("hole punching: no",)}, "degraded   without hole punching: no"),
+        ({"expected_readers": {"[red]tp": 1}, "joined_readers": {}, "state": "waiting"}, "'[red]tp' 0/1"),
     ],
 )
 def test_what_is_out_of_the_ordinary_has_its_words(changes: dict[str, object], words: str) -> None:
@@ -163,22 +176,58 @@ def test_a_lane_that_cannot_be_asked_is_one_line_among_the_others() -> None:
     assert mute.as_dict() == {"name": NAME, "pid": 123, "command": None, "problem": problem, "stats": None}
 
 
+# --- one name for a figure ---
+
+
+def test_a_person_reads_the_words_of_the_name_that_programs_read() -> None:
+    """Each figure, in the line that shows it; so a new one cannot be called something else here."""
+    numbers = dict(zip((field.name for field in fields(LaneStats)), count(11), strict=False))
+    special = {
+        "state": "open",
+        "expected_readers": {"tp": 91},
+        "joined_readers": {"tp": list(range(90))},
+        "fallbacks": {"full": 92},
+        "degraded": ("hole punching: no",),
+    }
+    shown = {**special, "fallbacks": "92 full", "expected_readers": "90/91", "joined_readers": "90/91"}
+    shown["degraded"] = "hole punching: no"
+    text = said(Found(NAME, stats(**{**numbers, **special, "name": NAME})))
+    for name in numbers.keys() - {"name", "pid"}:
+        words = name.removesuffix("_bytes").removesuffix("_seconds").split("_")
+        wanted = str(shown.get(name, f"{numbers[name]}{' B' if name.endswith('_bytes') else ''}"))
+        lines = [line for line in text.splitlines() if re.search(rf"\b{re.escape(wanted)}\b", line)]
+        assert any(all(word.removesuffix("s") in line for word in words) for line in lines), (name, text)
+
+
+def test_json_has_the_former_names_as_well() -> None:
+    found = Found(NAME, stats(shared_puts=3)).as_dict()["stats"]
+    former = {was.key: name for name, was in FORMER.items() if was.key}
+    assert found.keys() == {field.name for field in fields(LaneStats)} | former.keys()
+    for was, name in former.items():
+        assert found[was] == found[name] == getattr(stats(shared_puts=3), was)
+    assert FORMER.keys() <= {field.name for field in fields(LaneStats)}
+
+
 # --- usage ---
 
 
-def test_json_and_watch_exclude_each_other() -> None:
-    done = CliRunner().invoke(app, ["status", "--json", "--watch"])
-    assert done.exit_code == 2 and "--json and --watch" in done.output
+def cannot_list() -> tuple[str, ...]:
+    raise StatusError("the lanes of this machine cannot be listed: no /proc")
 
 
-@pytest.mark.parametrize("words", [[], ["--json"], ["--watch"]])
+@pytest.mark.parametrize("words", [[], ["--watch"]])
 def test_lanes_that_cannot_be_listed_are_a_clear_error(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> tuple[str, ...]:
-        raise StatusError("the lanes of this machine cannot be listed: no /proc")
-
-    monkeypatch.setattr(MODULE, "running", fail)
+    monkeypatch.setattr(MODULE, "running", cannot_list)
     done = CliRunner().invoke(app, ["status", *words])
-    assert done.exit_code == 1 and "mmlane: the lanes of this machine cannot be listed: no /proc" in done.output
+    assert done.exit_code == 1 and done.stderr == "mmlane: the lanes of this machine cannot be listed: no /proc\n"
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--json", "--watch"]])
+def test_to_a_program_the_error_is_json_as_well(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "running", cannot_list)
+    done = CliRunner().invoke(app, ["status", *words])
+    assert (done.exit_code, done.stderr) == (1, "")
+    assert json.loads(done.stdout) == {"error": "the lanes of this machine cannot be listed: no /proc"}
 
 
 def test_no_lane_is_one_line_that_says_what_would_make_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +238,93 @@ def test_no_lane_is_one_line_that_says_what_would_make_one(monkeypatch: pytest.M
     assert "No lane" in line and "MMLANE=arena" in line and "image" in line
     done = CliRunner().invoke(app, ["status", "--json"])
     assert (done.exit_code, done.output) == (0, "[]\n")
+
+
+# --- through a pipe ---
+
+
+@contextmanager
+def piped(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """The command as a process whose standard output is a pipe, and which ends with the block."""
+    environ = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    program = [sys.executable, "-m", "mmlane", *words]
+    with subprocess.Popen(
+        program, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def lane() -> Iterator[Lane]:
+    """A lane whose row of missing readers is longer than any terminal is wide."""
+    pytest.importorskip("torch")
+    from mmlane.lane import Lane
+
+    with Lane({"a group of readers with a long name": 20}, capacity=4 << 20) as lane:
+        yield lane
+
+
+def test_watching_through_a_pipe_writes_each_look_after_a_line_with_the_time(lane: Lane) -> None:
+    with piped("status", "--watch") as process:
+        assert process.stdout is not None
+        times, seen = [], 0
+        for line in process.stdout:
+            if line.startswith("--- "):
+                times.append(datetime.fromisoformat(line.removeprefix("--- ").strip()))
+            seen += lane.name in line
+            if len(times) == 3:
+                break
+    assert seen >= 2 and times == sorted(set(times)) and all(time.tzinfo for time in times)
+
+
+def test_watching_as_json_is_a_line_for_each_look(lane: Lane) -> None:
+    with piped("status", "--watch", "--json") as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            found = json.loads(process.stdout.readline())
+            (told,) = [one["stats"] for one in found if one["name"] == lane.name]
+            assert (told["state"], told["capacity_bytes"]) == ("waiting", 4 << 20)
+
+
+@pytest.mark.parametrize("words", [["--watch"], ["--watch", "--json"]])
+def test_a_reader_that_goes_ends_the_command_quietly(words: list[str], lane: Lane) -> None:
+    with piped("status", *words) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(DEADLINE) == 0
+        assert process.stderr.read() == ""
+
+
+def test_a_single_look_that_nobody_reads_is_no_error() -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    program = [sys.executable, "-m", "mmlane", "status"]
+    done = subprocess.run(program, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=DEADLINE)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_line_is_wrapped_in_a_pipe(lane: Lane) -> None:
+    with piped("status") as process:
+        text, _ = process.communicate(timeout=DEADLINE)
+    missing = ", ".join(f"{number} of 'a group of readers with a long name'" for number in range(20))
+    assert f"waiting for readers: {missing}" in text
+    assert not [line for line in text.splitlines() if line.endswith(" ")]
+
+
+@pytest.mark.parametrize(("columns", "width"), [(None, 100_000), ("60", 60)])
+def test_a_pipe_has_the_width_that_somebody_gave_it(
+    columns: str | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert console().width == width
 
 
 # --- off and on ---

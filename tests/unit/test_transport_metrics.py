@@ -9,14 +9,17 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from mmlane import __version__, log  # noqa: E402
-from mmlane.lane import Lane, Reader, Refused, status  # noqa: E402
+from mmlane.lane import JoinRefused, Lane, LaneStats, Reader, Refused, status  # noqa: E402
+from mmlane.lane.status import FORMER  # noqa: E402
 from mmlane.transport import metrics  # noqa: E402
 from mmlane.transport.base import Declined, Tokenizer  # noqa: E402
 from mmlane.transport.lane import STATES, Producer  # noqa: E402
@@ -32,9 +35,9 @@ def value(name: str, **labels: str) -> float:
 
 def numbers() -> dict[str, float]:
     return {
-        "capacity": value("lane_bytes", kind="capacity"),
-        "expected": value("lane_readers", kind="expected"),
-        "joined": value("lane_readers", kind="joined"),
+        "capacity": value("capacity_bytes"),
+        "expected": value("expected_readers"),
+        "joined": value("joined_readers"),
         "not_open": value("fallbacks_total", cause="not_open"),
         "puts": value("puts_total"),
     }
@@ -137,6 +140,65 @@ def test_who_runs_and_how_the_lane_is_can_be_seen_from_the_start_on(by_hand: Non
     assert states() == {}
 
 
+# --- names ---
+
+DOCS = (Path(__file__).parents[2] / "docs/arena.md").read_text(encoding="utf-8")
+NO_NUMBERS = {"name", "pid", "state", "degraded"}  # who it is, and what is said in words
+
+
+def test_each_number_of_a_lane_has_a_metric_of_the_same_name() -> None:
+    figures = {field.name for field in fields(LaneStats)} - NO_NUMBERS
+    assert {*metrics.GAUGES, *metrics.TOTALS, "fallbacks"} == figures
+    made = {metric.name for metric in metrics.REGISTRY.collect()}
+    assert {f"mmlane_{name}" for name in figures} < made
+    former = {was.metric for was in FORMER.values() if was.metric}
+    assert made == {f"mmlane_{name}" for name in figures} | former | {
+        "mmlane_info",
+        "mmlane_lanes",
+        "mmlane_failures",
+    }
+
+
+def test_the_documentation_lists_all_metrics_and_what_they_were_called() -> None:
+    section = DOCS.partition("\n## Watching it\n")[2].partition("\n## ")[0]
+    for name in metrics.GAUGES:
+        assert f"`mmlane_{name}`" in section
+    for name in metrics.TOTALS:
+        assert f"`mmlane_{name}_total`" in section
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    for name, was in FORMER.items():
+        metric = f'`{was.metric}{{kind="{was.kind}"}}`' if was.kind else f"`{was.metric}`"
+        (row,) = [line for line in rows if line.startswith(f"| `{name}` |")]
+        assert row.split(" | ")[1] == (f"`{was.key}`" if was.key else "")
+        assert row.split(" | ")[2] == (f"{metric} |" if was.metric else "|")
+
+
+def test_a_number_is_there_by_its_former_name_as_well(by_hand: None) -> None:
+    owner = Owner()
+    with Lane({"dp0": 2, "dp1": 1}, capacity=8 * MIB) as lane, Reader("dp0", 1) as reader:
+        reader.join(lane.invitation)
+        eventually(lambda: lane.stats().joined_readers["dp0"] == [1], "the reader has joined")
+        Meter(owner).watch(lane)
+        assert (value("capacity_bytes"), value("expected_readers"), value("joined_readers")) == (8 * MIB, 3, 1)
+        for name, (_, former, kind) in FORMER.items():
+            if former:
+                labels = {"kind": kind} if kind else {}
+                assert metrics.REGISTRY.get_sample_value(former, labels) == value(name), name
+    metrics.write()
+
+
+def test_processes_that_were_rejected_are_counted(by_hand: None) -> None:
+    before, owner = value("rejected_peers_total"), Owner()
+    with Lane({"dp0": 1}, capacity=8 * MIB) as lane:
+        Meter(owner).watch(lane)
+        with pytest.raises(JoinRefused), Reader("dp0", 1) as reader:  # a number that is not expected
+            reader.join(lane.invitation)
+        eventually(lambda: lane.stats().rejected_peers == 1, "its rejection is counted")
+        metrics.write()
+        assert value("rejected_peers_total") == before + 1
+    metrics.write()
+
+
 def test_lost_tickets_are_counted(by_hand: None) -> None:
     before, owner = value("lost_tickets_total"), Owner()
     with Lane({"dp0": 1}, capacity=8 * MIB) as lane, Reader("dp0", 0) as reader:
@@ -233,7 +295,7 @@ def test_a_lane_whose_tokenizer_went_before_it_was_watched_is_counted(by_hand: N
 def test_the_numbers_of_a_tokenizer_that_is_let_go_while_they_are_written_do_not_stay(
     often: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owners, extents = [Owner()], metrics.EXTENTS
+    owners, extents = [Owner()], metrics.GAUGES["extents"]
 
     class LetGo:
         """Stands in for a metric: while it is written, the tokenizer is let go."""
@@ -243,7 +305,7 @@ def test_the_numbers_of_a_tokenizer_that_is_let_go_while_they_are_written_do_not
                 owners.clear()
             extents.set(value)
 
-    monkeypatch.setattr(metrics, "EXTENTS", LetGo())
+    monkeypatch.setitem(metrics.GAUGES, "extents", LetGo())
     Meter(owners[0]).begin(lambda: "unused", "arena")
     assert states() == {"unused": 1}
     eventually(lambda: not writing(), "the thread's end")
@@ -266,7 +328,7 @@ def test_a_write_that_fails_is_counted_and_tried_again(
     often: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(log, "_said", set())
-    before, extents = log.failures["metrics"], metrics.EXTENTS
+    before, extents = log.failures["metrics"], metrics.GAUGES["extents"]
     owner = Owner()
     meter = Meter(owner)
 
@@ -277,13 +339,13 @@ def test_a_write_that_fails_is_counted_and_tried_again(
             raise OSError(28, "No space left on device")
 
     gone, lane = Lane({"dp0": 1}, capacity=8 * MIB), Lane({"dp0": 1}, capacity=8 * MIB)
-    monkeypatch.setattr(metrics, "EXTENTS", Full())
+    monkeypatch.setitem(metrics.GAUGES, "extents", Full())
     meter.watch(gone)
     meter.watch(lane)
     eventually(lambda: log.failures["metrics"] >= before + 3, "three failures")
     gone.close()
     eventually(lambda: list(meter.lanes) == [lane], "the closed lane to be let go")
-    monkeypatch.setattr(metrics, "EXTENTS", extents)
+    monkeypatch.setitem(metrics.GAUGES, "extents", extents)
     assert isinstance(lane.put(torch.ones(9)), Refused)
     refused = numbers()["not_open"]
     eventually(lambda: numbers()["not_open"] > refused - 1, "numbers again")
@@ -301,7 +363,7 @@ def test_nothing_is_counted_twice_when_a_write_fails_in_the_middle(
     with Lane({"dp0": 1}, capacity=8 * MIB) as lane:
         assert isinstance(lane.put(torch.ones(9)), Refused)
         with monkeypatch.context() as full:
-            full.setattr(metrics, "EXTENTS", None)
+            full.setitem(metrics.GAUGES, "extents", None)
             Meter(owner).watch(lane)
         metrics.write()
         assert numbers()["not_open"] == before + 1

@@ -6,16 +6,18 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mmlane.cli.console import console, is_live, until_closed
 from mmlane.cli.examination import FINE, TROUBLE
 from mmlane.cli.units import size
 from mmlane.lane.status import LaneStats, OtherUser, StatusError, ask, running, switch
@@ -56,42 +58,60 @@ class Found:
             "pid": self.pid,
             "command": self.command or None,
             "problem": self.problem or None,
-            "stats": self.stats and asdict(self.stats),
+            "stats": self.stats and self.stats.as_dict(),
         }
 
 
 def status(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object for each lane.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print a JSON list, one object for each lane; with --watch, one line a look."),
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every second, until Ctrl-C.")] = False,
 ) -> None:
-    """Show the lanes that run on this machine: their readers, memory, tickets, puts and refusals.
+    """Show the lanes that run on this machine: their readers, memory, tickets, puts and fallbacks.
 
     Lanes of other users, and those that do not answer within 2 seconds, are listed with the reason.
 
-    Exit code: 0 also where there is no lane; 1 if lanes cannot be listed; 2 a wrong option.
+    Exit code: 0 also where there is no lane; 1 if lanes cannot be listed, with --json as {"error": "..."} in place
+    of the list; 2 a wrong option.
     """
-    if as_json and watch:
-        raise typer.BadParameter("--json and --watch: one of the two")
-    console = Console(highlight=False)
     try:
-        if as_json:
-            typer.echo(json.dumps([lane.as_dict() for lane in look()], indent=2))
-        elif watch:
-            _watch(console)
-        else:
-            console.print(render(look()))
+        with until_closed():
+            if watch:
+                _watch(as_json)
+            elif as_json:
+                typer.echo(_as_json(look(), indent=2))
+            else:
+                console().print(render(look()))
     except StatusError as error:
-        typer.echo(f"mmlane: {error}", err=True)
+        if as_json:
+            typer.echo(json.dumps({"error": str(error)}))
+        else:
+            typer.echo(f"mmlane: {error}", err=True)
         raise typer.Exit(TROUBLE) from None
     except KeyboardInterrupt:
         raise typer.Exit(FINE) from None
 
 
-def _watch(console: Console) -> None:
-    with Live(render(look()), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(_INTERVAL)
-            live.update(render(look()), refresh=True)
+def _watch(as_json: bool) -> None:
+    """Look over and over: in place on a terminal, else one look after the other."""
+    out = console()
+    if not as_json and is_live(out):
+        with Live(render(look()), console=out, auto_refresh=False) as live:
+            while True:
+                time.sleep(_INTERVAL)
+                live.update(render(look()), refresh=True)
+    while True:
+        if as_json:
+            typer.echo(_as_json(look(), separators=(",", ":")))
+        else:
+            out.print(Text(f"--- {datetime.now().astimezone().isoformat(timespec='seconds')}"), render(look()))
+        time.sleep(_INTERVAL)
+
+
+def _as_json(lanes: list[Found], **form: Any) -> str:
+    return json.dumps([lane.as_dict() for lane in lanes], **form)
 
 
 def off(
@@ -195,8 +215,8 @@ def _rows(lane: LaneStats) -> Iterator[tuple[str, str, str]]:
     """Name, text and style of what there is to say about a lane."""
     missing = [
         f"{number} of {group!r}"
-        for group, wanted in lane.expected.items()
-        for number in sorted(set(range(wanted)).difference(lane.joined.get(group, ())))
+        for group, wanted in lane.expected_readers.items()
+        for number in sorted(set(range(wanted)).difference(lane.joined_readers.get(group, ())))
     ]
     if lane.state == "waiting":
         yield "state", f"waiting for readers: {', '.join(missing)}", "yellow"
@@ -204,13 +224,10 @@ def _rows(lane: LaneStats) -> Iterator[tuple[str, str, str]]:
         yield "state", "off: puts are refused until `mmlane on`", "yellow"
     else:
         yield "state", lane.state, "green" if lane.state == "open" else "yellow"
-    joined = {group: len(lane.joined.get(group, ())) for group in lane.expected}
-    yield (
-        "readers",
-        ", ".join(f"{group!r} {joined[group]}/{wanted}" for group, wanted in lane.expected.items()),
-        "",
-    )
-    pinned = f" ({size(lane.pinned_bytes)} of it to be pinned)" if lane.pinned_bytes else ""
+    joined = {group: len(lane.joined_readers.get(group, ())) for group in lane.expected_readers}
+    readers = ", ".join(f"{group!r} {joined[group]}/{wanted}" for group, wanted in lane.expected_readers.items())
+    yield "readers", f"joined/expected: {readers}", ""
+    pinned = f" ({size(lane.pinned_bytes)} of it pinned)" if lane.pinned_bytes else ""
     yield (
         "memory",
         f"{size(lane.used_bytes)} used by {_count(lane.extents, 'extent')},"
@@ -222,17 +239,18 @@ def _rows(lane: LaneStats) -> Iterator[tuple[str, str, str]]:
     speed = f" ({size(round(lane.copied_bytes / lane.copy_seconds))}/s)" if lane.copy_seconds else ""
     yield (
         "puts",
-        f"{lane.puts}, {lane.shared} of them without a copy; {size(lane.copied_bytes)} copied in"
+        f"{lane.puts}, {lane.shared_puts} of them shared (no copy); {size(lane.copied_bytes)} copied, copy time"
         f" {lane.copy_seconds:.3g} s{speed}",
         "",
     )
     fallbacks = ", ".join(f"{count} {cause}" for cause, count in sorted(lane.fallbacks.items()))
     yield "fallbacks", fallbacks or "none", "yellow" if fallbacks else ""
-    if lane.malformed_messages or lane.rejected_peers:
-        malformed = _count(lane.malformed_messages, "malformed message")
-        yield "rejected", f"{malformed}, {_count(lane.rejected_peers, 'process', 'es')}", "yellow"
+    if lane.malformed_messages:
+        yield "messages", f"{lane.malformed_messages} malformed and ignored", "yellow"
+    if lane.rejected_peers:
+        yield "peers", f"{_count(lane.rejected_peers, 'process', 'es')} rejected", "yellow"
     for line in lane.degraded:
-        yield "without", line, "yellow"
+        yield "degraded", f"without {line}", "yellow"
 
 
 def _count(number: int, what: str, plural: str = "s") -> str:

@@ -1,11 +1,13 @@
 """The lane: tensors from one producing process to several reading ones on a host, at the speed of one memcpy.
 
-    lane = Lane(readers={"tp": 2})              # in the producer
-    ticket = lane.put(tensor)                   # plain bytes, or a Refused that says why not; copies the tensor
+    with Lane(readers={"tp": 2}) as lane:       # in the producer; send `lane.invitation` to the readers
+        if not lane.wait_open(timeout=60):      # or `await lane.wait_open_async(timeout=60)`
+            ...                                 # not all of them have joined: `put` refuses until they have
+        ticket = lane.put(tensor)               # plain bytes, or a Refused that says why not; copies the tensor
 
-    reader = Reader("tp", 0)                    # in each reader, with its number
-    reader.join(invitation)                     # the lane's
-    tensor = reader.take(ticket, mode="view")   # released when the tensor is let go
+    with Reader("tp", 0) as reader:             # in each reader, with its number
+        reader.join(invitation)                 # the lane's; or `await reader.join_async(invitation)`
+        tensor = reader.take(ticket, mode="view")   # released when the tensor is let go
 
 Any process of the same user can ask after lanes: mmlane.lane.status.
 
@@ -50,6 +52,9 @@ else:
         if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+
+    def __dir__():
+        return sorted({*globals(), *_LATER})
 
 
 __all__ = [

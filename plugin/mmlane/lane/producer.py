@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from mmlane.lane import failpoints, memory, protocol
+from mmlane.lane import arguments, failpoints, memory, protocol
 from mmlane.lane.allocator import Allocator
 from mmlane.lane.bookkeeping import Bookkeeping, Hold, Kept, Live, Member
 from mmlane.lane.control import Control
@@ -78,6 +79,23 @@ class _Copied(NamedTuple):
     seconds: float
 
 
+class _Task:
+    """A task of an event loop that waits for a lane to open; to be woken like the lock that a thread waits for."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.woken: asyncio.Future[None] = self._loop.create_future()
+
+    def release(self) -> None:
+        """Wake it; for any thread."""
+        with suppress(RuntimeError):  # its loop is closed, and the task is gone
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        if not self.woken.done():
+            self.woken.set_result(None)
+
+
 class Lane:
     """One producer's memory. Make it, send `invitation` to the readers, put tensors, send the tickets.
 
@@ -90,15 +108,15 @@ class Lane:
             same tickets.
         capacity: address room in bytes, rounded up to segments; by default a quarter of the memory of the machine
             or control group. Memory is committed only as it is used.
-        pinned: bytes of it that stay committed once the lane is open, rounded up to segments, at most the
-            capacity: readers on CUDA register them as pinned memory. Committed memory is used first.
+        pinned: bytes of it that stay committed once the lane is open, rounded up to segments: readers on CUDA
+            register them as pinned memory. Committed memory is used first.
         segment: bytes in which memory is committed and decommitted.
         idle: seconds between looks for unused memory; it is decommitted one to two of them after its last use.
         orphan: seconds after which readers are asked about a ticket that they have not released.
 
     Raises:
-        ValueError: no reader expected, or a size that is not positive.
-        TypeError: a size that is no integer.
+        ValueError: no reader expected, a size or time that is not positive, or more pinned than the capacity.
+        TypeError: an argument of another type.
         LaneUnavailable: this machine or sandbox cannot carry a lane.
     """
 
@@ -112,16 +130,17 @@ class Lane:
         idle: float = 60.0,
         orphan: float = 1800.0,
     ) -> None:
-        if not readers or any(number < 1 for number in readers.values()):
-            raise ValueError(f"readers={dict(readers)!r}: name at least one group, each of at least one reader")
-        if segment <= 0 or (capacity is not None and capacity <= 0) or idle <= 0 or orphan <= 0:
-            raise ValueError(f"{segment=}, {capacity=}, {idle=}, {orphan=}: all must be positive")
-        if pinned < 0:
-            raise ValueError(f"{pinned=}: it must not be negative")
-        segment = memory.round_up(index(segment))
-        capacity = memory.round_up(memory.default_capacity() if capacity is None else index(capacity), segment)
-        pinned = min(memory.round_up(index(pinned), segment), capacity)
-        self.expected = {group: index(number) for group, number in readers.items()}
+        self.expected = arguments.readers(readers)
+        segment = memory.round_up(arguments.whole("segment", segment, least=1, example="4 << 20 (4 MiB)"))
+        pinned = arguments.whole("pinned", pinned, least=0, example="1 << 30 (1 GiB)")
+        idle, orphan = arguments.seconds("idle", idle), arguments.seconds("orphan", orphan)
+        if capacity is None:
+            capacity = memory.default_capacity()
+        else:
+            capacity = arguments.whole("capacity", capacity, least=1, example="4 << 30 (4 GiB), or None")
+        if pinned > capacity:
+            raise ValueError(f"{pinned=} is more than {capacity=}: wanted no more bytes pinned than there are")
+        capacity, pinned = memory.round_up(capacity, segment), memory.round_up(pinned, segment)
         self.members = tuple(
             Member(group, number) for group, count in self.expected.items() for number in range(count)
         )
@@ -134,7 +153,7 @@ class Lane:
         self._closed = ""  # why it is
         self._is_off = self._has_opened = False
         self._joined: set[Member] = set()
-        self._waiting: deque[threading.Lock] = deque()  # one of each thread that waits for it to open
+        self._waiting: deque[threading.Lock | _Task] = deque()  # one of each thread or task, for it to open
         self._lines: deque[tuple[int, str, tuple[object, ...]]] = deque()  # to be logged by the control thread
         self._withdrawn: deque[tuple[int, int]] = deque()
         self._recalled: deque[tuple[int, int]] = deque()
@@ -226,12 +245,26 @@ class Lane:
             self._waiting.remove(waiting)
         return self._has_opened and not self._closed
 
+    async def wait_open_async(self, timeout: float | None = None) -> bool:
+        """As `wait_open`, for a task: the event loop goes on meanwhile. Cancelled, it leaves nothing behind."""
+        self._check_process()
+        waiting = _Task()
+        self._waiting.append(waiting)
+        try:
+            if not self._closed and not self._has_opened:
+                await asyncio.wait([waiting.woken], timeout=timeout)
+        finally:
+            with suppress(ValueError):  # it was woken
+                self._waiting.remove(waiting)
+        return self._has_opened and not self._closed
+
     def put(self, tensor: torch.Tensor) -> bytes | Refused:
         """Copy a tensor into the lane and return a ticket for it, for the readers of one group to take or discard.
 
         tensor: any shape, strides and dtype of whole bytes, dense, on the CPU; readers get it contiguous.
 
-        Returns a Refused where no ticket can be had; never waits for readers. Raises LaneError in a forked child.
+        Returns a Refused where no ticket can be had; never waits for readers. Raises TypeError for what is no
+        tensor at all, LaneError in a forked child.
         """
         hold = Hold(self._dropped.append)
         copied = self._copy(tensor, hold)
@@ -303,8 +336,13 @@ class Lane:
             self._drain()
 
     def switch(self, off: bool) -> None:
-        """Refuse puts from now on (cause `off`), or accept them again. What is out can be taken and released."""
+        """Refuse puts from now on (cause `off`), or accept them again. What is out can be taken and released.
+
+        Raises TypeError for what is not a bool.
+        """
         self._check_process()
+        if not isinstance(off, bool):
+            raise arguments.wrong("off", off, "True to refuse puts, or False to accept them again")
         if off != self._is_off and not self._closed:
             logger.info("lane %s was switched %s", self.name, "off" if off else "on")
         self._is_off = off
@@ -324,10 +362,12 @@ class Lane:
                 used_bytes=self._allocator.used_bytes,
                 extents=len(self._allocator.used),
                 tickets=len(self._tickets.live),
-                expected=dict(self.expected),
-                joined={group: sorted(n for g, n in self._joined if g == group) for group in self.expected},
+                expected_readers=dict(self.expected),
+                joined_readers={
+                    group: sorted(n for g, n in self._joined if g == group) for group in self.expected
+                },
                 puts=self._puts,
-                shared=self._shared,
+                shared_puts=self._shared,
                 copied_bytes=self._copied,
                 copy_seconds=self._copy_seconds,
                 fallbacks=dict(self._refused),
@@ -355,6 +395,12 @@ class Lane:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    async def __aenter__(self) -> Lane:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)  # which waits for the control thread
 
     def __repr__(self) -> str:
         return f"<Lane {self.name}>"
@@ -406,6 +452,9 @@ class Lane:
         """A copy of a tensor in an extent that the hold keeps."""
         self._check_process()
         if problem := unsupported(tensor):
+            if not isinstance(tensor, torch.Tensor):
+                wanted = "a torch.Tensor, like torch.zeros(3, 224, 224)"
+                raise arguments.wrong("tensor", tensor, wanted, quoted=False)
             with self.lock, self._change:
                 return self._refuse("unsupported", problem)
         nbytes = tensor.numel() * tensor.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -19,7 +20,7 @@ from typing import Literal, get_args
 
 import torch
 
-from mmlane.lane import failpoints, memory, protocol
+from mmlane.lane import arguments, failpoints, memory, protocol
 from mmlane.lane.cuda import Device
 from mmlane.lane.errors import JoinRefused, LaneError, LaneUnavailable, UnknownLane, needed
 from mmlane.lane.fork import close_in_child
@@ -82,12 +83,17 @@ class Reader:
         linger: seconds for which tickets of a lane can still be taken after its producer has ended; longer than
             any rank of an engine stands still: one that comes later would refuse what its peers took.
 
-    Raises ValueError for a device that is not CUDA's or not there, LaneUnavailable where no reader can be had.
+    Raises ValueError for a number below 0 and for a device that is not CUDA's or not there, TypeError for an
+    argument of another type, LaneUnavailable where no reader can be had.
     """
 
     def __init__(
         self, group: str, number: int = 0, *, device: torch.device | str | None = None, linger: float = 300.0
     ) -> None:
+        if not isinstance(group, str):
+            raise arguments.wrong("group", group, 'the name of a group, then the number: Reader("tp", 0)')
+        number = arguments.whole("number", number, least=0, example='0 in Reader("tp", 0)')
+        linger = arguments.seconds("linger", linger)
         where = None if device is None else torch.device(device)
         if where is not None and (where.type != "cuda" or where.index is None):
             raise ValueError(f"device {device!r}: one like cuda:0, or None for a reader that stays on the CPU")
@@ -128,8 +134,51 @@ class Reader:
         """Join a lane, and map its memory; at once when it is joined already.
 
         Waits up to `timeout` seconds for the lane's producer. From the return of this on the producer counts on
-        this reader, until it ends or is closed. Raises JoinRefused with the reason.
+        this reader, until it ends or is closed. Raises JoinRefused with the reason, TypeError for what is no
+        Invitation.
         """
+        self._join(invitation, timeout, threading.Event())
+
+    async def join_async(self, invitation: Invitation, timeout: float = 10.0) -> None:
+        """As `join`, for a task: the event loop goes on meanwhile, a thread waits.
+
+        Cancelled, it gives up: the lane is not joined, unless that had just been done.
+        """
+        loop = asyncio.get_running_loop()
+        joined: asyncio.Future[None] = loop.create_future()
+        given_up = threading.Event()
+
+        def tell(error: BaseException | None) -> None:
+            if joined.done():
+                return  # it was cancelled
+            if error is None:
+                joined.set_result(None)
+            else:
+                joined.set_exception(error)
+
+        def work() -> None:
+            problem: BaseException | None = None
+            try:
+                self._join(invitation, timeout, given_up)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the task is to raise it
+                problem = error
+            with suppress(RuntimeError):  # the loop is closed, and the task is gone
+                loop.call_soon_threadsafe(tell, problem)
+
+        try:
+            # Not one of the loop's own, which the process would wait for at its end.
+            threading.Thread(target=work, name=f"mmlane-joining-{self.group}-{self.number}", daemon=True).start()
+        except RuntimeError as error:
+            raise JoinRefused(f"no thread to join a lane ({error}): raise `ulimit -u`") from error
+        try:
+            await joined
+        finally:
+            given_up.set()
+
+    def _join(self, invitation: Invitation, timeout: float, given_up: threading.Event) -> None:
+        if not isinstance(invitation, Invitation):
+            wanted = "an Invitation: lane.invitation, or Invitation.parse(data) of its bytes"
+            raise arguments.wrong("invitation", invitation, wanted, quoted=False)
         with self._joining:
             self._check_process()
             name = invitation.name
@@ -139,6 +188,9 @@ class Reader:
                 link = self._links.get(name)
                 if link is None or link.gone_at is not None:
                     link = self._connect(invitation, timeout)
+                    if given_up.is_set():
+                        link.leave()
+                        raise ProtocolError("it was given up")
                     self._links[name] = link  # tickets may come as soon as the producer hears of the mapping
                 failpoints.reached("join.stored")
                 self._hear(link)
@@ -220,6 +272,12 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    async def __aenter__(self) -> Reader:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()  # which waits for nothing
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

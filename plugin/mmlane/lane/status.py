@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import geteuid
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from mmlane.lane import protocol
 from mmlane.lane.errors import Cause, LaneError
@@ -24,18 +24,40 @@ _LISTENING = re.compile(r"^\S+ \S+ \S+ 00010000 0005 \S+ +\d+ @(mmlane-(\d+)-[0-
 State = Literal["waiting", "open", "off", "closed"]
 
 
+class Former(NamedTuple):
+    """What a figure was called before: its key in JSON, its metric, the value of that metric's label `kind`."""
+
+    key: str = ""
+    metric: str = ""
+    kind: str = ""
+
+
+# By the name of the figure. They stay beside the names of today until 0.2.0, and are listed in docs/arena.md.
+FORMER: Final = {
+    "capacity_bytes": Former(metric="mmlane_lane_bytes", kind="capacity"),
+    "committed_bytes": Former(metric="mmlane_lane_bytes", kind="committed"),
+    "pinned_bytes": Former(metric="mmlane_lane_bytes", kind="pinned"),
+    "used_bytes": Former(metric="mmlane_lane_bytes", kind="used"),
+    "extents": Former(metric="mmlane_lane_extents"),
+    "tickets": Former(metric="mmlane_lane_tickets"),
+    "expected_readers": Former("expected", "mmlane_lane_readers", "expected"),
+    "joined_readers": Former("joined", "mmlane_lane_readers", "joined"),
+    "shared_puts": Former("shared"),
+}
+
+
 @dataclass(frozen=True)
 class LaneStats:
-    """A lane at one moment.
+    """A lane at one moment. Each figure has one name, here, in JSON, in `mmlane status` and /metrics.
 
     name: the lane's. pid: the producer, as the asking process would call it.
     state: `waiting` for readers, `open`, `off` (somebody switched it off) or `closed` (for ever).
     capacity_bytes: address room. committed_bytes: memory committed. pinned_bytes: of this, what stays committed
     for readers to pin. used_bytes: in extents; tickets refer to them, a reservation keeps them, or they are being
-    filled. expected: readers by group. joined: by group, the numbers of those that have joined.
-    puts: tickets issued. shared: of these, tickets for room that had one before, so that nothing was copied for
-    them. copied_bytes: copied into the lane, in `copy_seconds`, added up over all threads; what was refused after
-    its copy counts, too.
+    filled. expected_readers: by group. joined_readers: by group, the numbers of those that have joined.
+    puts: tickets issued. shared_puts: of these, tickets for room that had one before, so that nothing was copied
+    for them. copied_bytes: copied into the lane, in `copy_seconds`, added up over all threads; what was refused
+    after its copy counts, too.
     fallbacks: puts refused, by cause. lost_tickets: those that at least one reader never saw, reclaimed.
     malformed_messages: from readers. rejected_peers: processes that were not let in. degraded: one line for each
     thing this kernel or sandbox lacks.
@@ -50,10 +72,10 @@ class LaneStats:
     used_bytes: int
     extents: int
     tickets: int
-    expected: dict[str, int]
-    joined: dict[str, list[int]]
+    expected_readers: dict[str, int]
+    joined_readers: dict[str, list[int]]
     puts: int
-    shared: int
+    shared_puts: int
     copied_bytes: int
     copy_seconds: float
     fallbacks: dict[Cause, int]
@@ -61,6 +83,26 @@ class LaneStats:
     malformed_messages: int
     rejected_peers: int
     degraded: tuple[str, ...]
+
+    @property
+    def expected(self) -> dict[str, int]:
+        """`expected_readers`, by its former name."""
+        return self.expected_readers
+
+    @property
+    def joined(self) -> dict[str, list[int]]:
+        """`joined_readers`, by its former name."""
+        return self.joined_readers
+
+    @property
+    def shared(self) -> int:
+        """`shared_puts`, by its former name."""
+        return self.shared_puts
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, by their names and by their former ones."""
+        now = asdict(self)
+        return {**now, **{former.key: now[name] for name, former in FORMER.items() if former.key}}
 
 
 class StatusError(LaneError):

@@ -49,6 +49,7 @@ class Ticket(Payload):
     """A ticket for a tensor in a lane: made by a `Producer`, taken by a `Rank`, and passed on by anybody."""
 
     kind = "ticket"
+    lends = True
 
     def __init__(self, ticket: bytes, end: Producer | Rank | None) -> None:
         self.ticket = ticket
@@ -162,7 +163,15 @@ class Producer:
         self._tried = True
         try:
             here = self._here
-            self._lane = Lane(here.readers, capacity=here.capacity, pinned=here.pinned)
+            capacity = here.capacity or memory.default_capacity()
+            pinned = min(here.pinned, capacity)  # the lane itself refuses more
+            if pinned < here.pinned:
+                logger.info(
+                    "mmlane: all %d MiB of the lane are pinned: MMLANE_PINNED_MB is %d, by setting or by default,"
+                    " and the lane's capacity (MMLANE_CAPACITY_MB) is less",
+                    *(capacity >> 20, here.pinned >> 20),
+                )
+            self._lane = Lane(here.readers, capacity=capacity, pinned=pinned)
         except LaneUnavailable as error:
             self._do_without(error)
             return None

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from mmlane import __version__, log
 from mmlane.lane import Lane
-from mmlane.lane.status import LaneStats
+from mmlane.lane.status import FORMER, Former, LaneStats
 from mmlane.transport.lane import STATES, State
 
 PERIOD_S = 1.0
@@ -42,33 +42,48 @@ LANES = Gauge(
     multiprocess_mode=MODE,
     registry=REGISTRY,
 )
-BYTES = Gauge(
-    "mmlane_lane_bytes",
-    "Bytes: capacity, committed, pinned, used",
-    ["kind"],
-    multiprocess_mode=MODE,
-    registry=REGISTRY,
-)
-READERS = Gauge(
-    "mmlane_lane_readers", "Ranks: joined, expected", ["kind"], multiprocess_mode=MODE, registry=REGISTRY
-)
-EXTENTS = Gauge("mmlane_lane_extents", "Tensors in the lane", multiprocess_mode=MODE, registry=REGISTRY)
-TICKETS = Gauge(
-    "mmlane_lane_tickets", "Tickets that have not been released yet", multiprocess_mode=MODE, registry=REGISTRY
-)
 FAILURES = Counter("mmlane_failures", "Failures of mmlane itself, by where", ["where"], registry=REGISTRY)
 FALLBACKS = Counter("mmlane_fallbacks", "Features that went another way, by cause", ["cause"], registry=REGISTRY)
-TOTALS = {
-    "puts": Counter("mmlane_puts", "Tickets issued", registry=REGISTRY),
-    "shared": Counter(
-        "mmlane_shared_puts", "Tickets issued for bytes that were in the lane already", registry=REGISTRY
-    ),
-    "copied_bytes": Counter("mmlane_copied_bytes", "Bytes copied into the lane", registry=REGISTRY),
-    "copy_seconds": Counter("mmlane_copy_seconds", "Seconds spent copying into the lane", registry=REGISTRY),
-    "lost_tickets": Counter(
-        "mmlane_lost_tickets", "Tickets reclaimed because at least one rank never saw them", registry=REGISTRY
-    ),
+# By the figure's name in LaneStats, of which the metric's is made.
+GAUGES = {
+    name: Gauge(f"mmlane_{name}", text, multiprocess_mode=MODE, registry=REGISTRY)
+    for name, text in (
+        ("capacity_bytes", "Address room of the lane"),
+        ("committed_bytes", "Memory that is committed"),
+        ("pinned_bytes", "Memory that stays committed for ranks to pin"),
+        ("used_bytes", "Memory in extents"),
+        ("extents", "Tensors in the lane"),
+        ("tickets", "Tickets that have not been released yet"),
+        ("expected_readers", "Ranks that have to join"),
+        ("joined_readers", "Ranks that have joined"),
+    )
 }
+TOTALS = {
+    name: Counter(f"mmlane_{name}", text, registry=REGISTRY)
+    for name, text in (
+        ("puts", "Tickets issued"),
+        ("shared_puts", "Tickets issued for bytes that were in the lane already"),
+        ("copied_bytes", "Bytes copied into the lane"),
+        ("copy_seconds", "Seconds spent copying into the lane"),
+        ("lost_tickets", "Tickets reclaimed because at least one rank never saw them"),
+        ("malformed_messages", "Messages of ranks that made no sense"),
+        ("rejected_peers", "Processes that were not let into the lane"),
+    )
+}
+
+
+def _former() -> dict[str, Gauge]:
+    """Metrics by their former names, which stay until those in `FORMER` go."""
+    found: dict[str, Gauge] = {}
+    for now, (_, name, kind) in FORMER.items():
+        if name and name not in found:
+            text = f"Deprecated: mmlane_{now}" + (" and the others of that ending" if kind else "")
+            labels = ["kind"] if kind else []
+            found[name] = Gauge(name, text, labels, multiprocess_mode=MODE, registry=REGISTRY)
+    return found
+
+
+FORMER_GAUGES = _former()
 
 log.count_with(lambda where, count: FAILURES.labels(where).inc(count))
 
@@ -132,14 +147,19 @@ def _write() -> None:
     for state in STATES:
         LANES.labels(state).set(states[state])
     found = [_counted(lane, said) for meter in _meters for lane, said in meter.lanes.items()]
-    BYTES.labels("capacity").set(sum(stats.capacity_bytes for stats in found))
-    BYTES.labels("committed").set(sum(stats.committed_bytes for stats in found))
-    BYTES.labels("pinned").set(sum(stats.pinned_bytes for stats in found))
-    BYTES.labels("used").set(sum(stats.used_bytes for stats in found))
-    READERS.labels("joined").set(sum(len(numbers) for stats in found for numbers in stats.joined.values()))
-    READERS.labels("expected").set(sum(sum(stats.expected.values()) for stats in found))
-    EXTENTS.set(sum(stats.extents for stats in found))
-    TICKETS.set(sum(stats.tickets for stats in found))
+    for name, gauge in GAUGES.items():
+        value = sum(_number(getattr(stats, name)) for stats in found)
+        gauge.set(value)
+        _, former, kind = FORMER.get(name, Former())
+        if former:
+            (FORMER_GAUGES[former].labels(kind) if kind else FORMER_GAUGES[former]).set(value)
+
+
+def _number(figure: int | dict[str, int] | dict[str, list[int]]) -> int:
+    """A figure as one number: of readers by group, how many there are."""
+    if isinstance(figure, int):
+        return figure
+    return sum(one if isinstance(one, int) else len(one) for one in figure.values())
 
 
 def _counted(lane: Lane, said: MutableMapping[str, float]) -> LaneStats:
