@@ -15,8 +15,8 @@ ENGINE = "sglang"
 def install() -> None:
     """Arrange for mmlane to start when this process first imports the engine. Idempotent.
 
-    Does nothing when `MMLANE=off`, unless the command line carries a `--mmlane` flag, which must be taken
-    off before the engine parses it.
+    Does nothing when `MMLANE=off`, unless the command line carries a `--mmlane` flag, or a `--config` file
+    that may, which must be taken off before the engine parses it.
     """
     if os.environ.get("MMLANE", "").strip().lower() == "off" and not _flagged():
         return
@@ -26,7 +26,7 @@ def install() -> None:
 
 
 def _flagged() -> bool:
-    return any(word.startswith("--mmlane") for word in getattr(sys, "argv", ()))
+    return any(word.startswith(("--mmlane", "--config")) for word in getattr(sys, "argv", ()))
 
 
 def _start() -> None:

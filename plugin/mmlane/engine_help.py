@@ -19,7 +19,7 @@ class _TooLate(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
         parser.error(
             f"{self.option_strings[0]} only counts on the command line of the process that starts the engine "
-            f"(not in a config file or in code); set the variable {self.dest} instead"
+            f"(not in code); set the variable {self.dest} instead"
         )
 
 

@@ -25,6 +25,8 @@ from mmlane.report import Report, skip_line
 HOOKS_MODULE = "sglang.srt.plugins.hook_registry"
 # When this module has been imported, so has every module of the engine that a main or tokenizer process uses.
 LAST_MODULE = "sglang.srt.entrypoints.engine"
+# The engine reads its `--config FILE` here; up to 0.5.18 in the former.
+CONFIG_MODULES = ("sglang.srt.server_args_config_parser", "sglang.srt.utils.server_args_config_parser")
 NOT_STARTED = "mmlane: MMLANE_STRICT=1 and the engine would run without the above: not started"
 
 
@@ -37,9 +39,8 @@ class Session:
         unknown = sorted(chosen.disable.difference(ids))
         # It may well be a patch of a package that could not be loaded; or, in a child, of our parent's version.
         if unknown and not problems and not engine.is_child():
-            raise settings.SettingsError(
-                f"MMLANE_DISABLE={','.join(unknown)}: no such patch; there are: {', '.join(ids)}"
-            )
+            given = chosen.as_typed("MMLANE_DISABLE", ",".join(unknown))
+            raise settings.SettingsError(f"{given}: no such patch; there are: {', '.join(ids)}")
         self.settings = chosen
         self.engine = here
         self.trigger = trigger
@@ -187,8 +188,11 @@ def start(trigger: str) -> None:
         return
     _started = True
     try:
-        settings.take_flags(sys.argv, os.environ)
-        chosen = settings.read(os.environ)
+        # A child's command line is its parent's; what that had from a config file, the variables say.
+        in_config = [] if engine.is_child() else settings.flags_in_config(sys.argv)
+        if in_config:
+            hide_from_engine()
+        chosen = settings.read(os.environ, settings.take_flags(sys.argv, os.environ, in_config))
         if chosen.mode == "off":
             return
         here = engine.installed()
@@ -200,6 +204,40 @@ def start(trigger: str) -> None:
         raise SystemExit(f"mmlane: {error}") from None
     except Exception as error:  # noqa: BLE001 - whatever it is
         give_up(error)
+
+
+def config_target(module: str) -> Target:
+    """What reads the engine's config file, if it does so in that module."""
+    return Target(module, "ConfigArgumentMerger._parse_yaml_config", "(self, file_path)", _without_our_keys)
+
+
+def _without_our_keys(parse: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    @functools.wraps(parse)
+    def parse_without_our_keys(self: Any, file_path: str) -> Any:
+        found = parse(self, file_path)
+        return {key: value for key, value in found.items() if not settings.is_ours(key)}
+
+    return parse_without_our_keys
+
+
+def hide_from_engine() -> None:
+    """Have the engine pass over our keys in its config file, which it would refuse: also where mmlane is off."""
+    for name in CONFIG_MODULES:
+        loaded = sys.modules.get(name)
+        if loaded is not None:
+            hide_in(loaded)
+        else:
+            import_hook.WATCH.after[name] = hide_in
+    if import_hook.WATCH not in sys.meta_path:
+        sys.meta_path.insert(0, import_hook.WATCH)
+
+
+def hide_in(module: ModuleType) -> None:
+    """As `hide_from_engine`, in the module that reads the file."""
+    try:
+        apply(config_target(module.__name__), module)
+    except Refusal as refusal:
+        say(f"{refusal}; so the engine may refuse mmlane's keys in its config file; give them as flags instead")
 
 
 def guarded(step: Callable[..., None]) -> Callable[..., None]:
@@ -227,7 +265,7 @@ def give_up(error: Exception) -> None:
 
 
 def stop() -> None:
-    """Undo everything in this process; `start` can then be called again."""
+    """Undo everything in this process, but for the keys hidden in a config file; `start` can be called again."""
     global session, _started
     if session is not None:
         session.undo()

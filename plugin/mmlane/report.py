@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from packaging.version import Version
+
 from mmlane import __version__
 from mmlane.patching import Decision
 from mmlane.settings import Settings, misspelt
@@ -29,7 +31,19 @@ class Report:
 
     def unwanted(self) -> list[Decision]:
         """The patches that this engine lacks and does not get, though the user did not turn them off."""
+        if self.settings.mode == "off":
+            return []
         return [d for d in self.decisions if d.state == "skipped" and not d.chosen]
+
+    def unsupported(self) -> str:
+        """What it means that this engine is older than all that mmlane knows; "" if not so, or mmlane is off."""
+        if not self.untested.startswith("unsupported") or self.settings.mode == "off":
+            return ""
+        return (
+            f"sglang {self.engine} is {self.untested}, the first release that mmlane has patches for; an engine "
+            "of this release runs without them, with the faults that they fix in later ones, and does not start "
+            "with MMLANE_STRICT=1; upgrade sglang, or set MMLANE=off, which silences this"
+        )
 
     def block(self) -> list[str]:
         """At most six lines for the engine's log: what was applied, native and skipped."""
@@ -53,11 +67,16 @@ class Report:
         return self.trouble() + ([misspelt(unknown)] if unknown else [])
 
     def trouble(self) -> list[str]:
-        """One line for each group that is skipped and each problem: what, why, what follows, how to silence it."""
-        lines = []
-        for group in dict.fromkeys(d.spec.group for d in self.unwanted()):
-            decisions = [d for d in self.unwanted() if d.spec.group == group]
-            lines.append(skip_line(decisions))
+        """One line for each group that is skipped and each problem: what, why, what follows, how to silence it.
+
+        All that an unsupported engine is too old for is one line.
+        """
+        unwanted, unsupported = self.unwanted(), self.unsupported()
+        if unsupported:
+            unwanted = [d for d in unwanted if d.spec.cell(Version(self.engine)) is not None]
+        lines = [unsupported] if unsupported else []
+        for group in dict.fromkeys(d.spec.group for d in unwanted):
+            lines.append(skip_line([d for d in unwanted if d.spec.group == group]))
         return lines + list(self.problems)
 
     def line(self, role: str, pid: int, trigger: str) -> str:

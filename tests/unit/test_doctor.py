@@ -17,6 +17,7 @@ from packaging.version import Version
 import mmlane_patches
 from mmlane import __version__, compat, host
 from mmlane.cli import lane_size
+from mmlane.cli.examination import examine
 from mmlane.cli.units import size
 from mmlane.engine import Engine
 from mmlane.settings import PINNED, VARIABLES, Settings, read
@@ -81,17 +82,46 @@ def test_every_release_gets_the_plan_of_the_table(release: str) -> None:
     assert found["shm"] is found["kernel"] is found["triggers"] is found["memory"] is None
 
 
-def test_a_release_that_is_newer_than_the_table_is_a_note_and_strict_makes_it_count() -> None:
-    newest = ENGINES[-1]
+def test_a_release_that_is_newer_than_the_table_is_one_note_and_strict_makes_it_count() -> None:
     found = doctor("--engine", "99.0")
-    assert found["notes"] == [f"sglang 99.0 is untested: newer than {newest}"]
+    (note,) = found["notes"]
+    assert note.startswith(f"sglang 99.0 is untested: newer than {ENGINES[-1]}; it is treated like")
+    assert "nothing was checked" in note and "run `mmlane doctor` there" in note
     doctor("--engine", "99.0", "--strict", code=1)
 
 
-def test_a_release_that_is_too_old_is_a_problem() -> None:
+def test_an_installed_engine_that_is_newer_than_the_table_has_been_compared(tmp_path: Path) -> None:
+    found = doctor(path=stand_in(tmp_path, "99.0"), code=1)
+    (note,) = [note for note in found["notes"] if "untested" in note]
+    assert f"newer than {ENGINES[-1]}, checked by signature: every function to be patched was compared" in note
+
+
+def test_a_release_that_is_too_old_is_one_problem() -> None:
     found = doctor("--engine", "0.5.8", code=1)
     assert {patch["state"] for patch in found["patches"]} == {"skipped"}
-    assert any("older than 0.5.9" in line for line in found["problems"])
+    (line,) = found["problems"]
+    assert line.startswith("sglang 0.5.8 is unsupported: older than 0.5.9, the first release")
+    for part in ("runs without them", "does not start with MMLANE_STRICT=1", "upgrade sglang", "MMLANE=off"):
+        assert part in line
+    assert found["notes"] == []
+    shown = mmlane("doctor", "--engine", "0.5.8", COLUMNS="1000").stdout
+    assert shown.count("older than 0.5.9") == 2  # the title, and the problem
+    assert "skipped" not in shown
+
+
+def test_off_is_the_way_to_live_with_a_release_that_is_too_old() -> None:
+    found = doctor("--engine", "0.5.8", MMLANE="off")
+    assert found["problems"] == [] and found["notes"] == ["sglang 0.5.8 is unsupported: older than 0.5.9"]
+
+
+def test_a_fault_that_is_fixed_cannot_be_taken_for_one_that_is_there() -> None:
+    shown = " ".join(mmlane("doctor", "--engine", "0.5.12", COLUMNS="200").stdout.split())
+    assert "applied fan_out fixed; without mmlane: requests are copied, their items are shared" in shown
+    assert "native deferred_unwrap already in the engine: unwraps after the broadcast" in shown
+    shown = " ".join(
+        mmlane("doctor", "--engine", "0.5.12", MMLANE_DISABLE="fan_out", COLUMNS="200").stdout.split()
+    )
+    assert "skipped fan_out turned off by MMLANE_DISABLE" in shown and "applied fan_out " not in shown
 
 
 def test_what_the_user_turned_off_is_no_problem() -> None:
@@ -267,6 +297,36 @@ def test_a_word_that_is_no_version_is_refused() -> None:
     assert done.returncode == 2 and "is not a version" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "environ", "code", "error"),
+    [
+        ((), {"MMLANE": "on"}, 2, "MMLANE=on is not one of: arena, backport, off"),
+        (("--engine", "0.5.12"), {"MMLANE_DISABLE": "x"}, 2, "MMLANE_DISABLE=x: no such patch; there are: "),
+        (("--engine", "newest"), {}, 2, "'newest' is not a version"),
+        (("--engine",), {}, 2, "requires an argument"),
+        (("--all",), {}, 2, "No such option: --all"),
+        ((), {}, 3, "no engine: this Python cannot import sglang"),
+    ],
+)
+def test_an_error_is_json_where_that_was_asked_for(
+    words: tuple[str, ...], environ: dict[str, Any], code: int, error: str
+) -> None:
+    assert error in doctor(*words, code=code, **environ)["error"]
+
+
+def test_without_an_error_the_key_is_null() -> None:
+    assert doctor("--engine", "0.5.12")["error"] is None
+
+
+def test_a_failure_of_the_doctor_itself_is_json_as_well(tmp_path: Path) -> None:
+    path = stand_in(tmp_path, "0.5.12")
+    (path / "sitecustomize.py").write_text("import os; del os.statvfs")
+    found = doctor(path=path, code=1)
+    assert found["error"].startswith("AttributeError: ") and found["error"].endswith("'statvfs'")
+    done = mmlane("doctor", path=path)
+    assert done.returncode == 1 and "AttributeError" in done.stderr
+
+
 def test_version() -> None:
     done = mmlane("--version")
     assert (done.returncode, done.stdout) == (0, f"mmlane {__version__}\n")
@@ -312,15 +372,133 @@ def test_the_triggers_of_this_installation() -> None:
     assert found["entry_point"] == "mmlane.entry:register"
 
 
+DASH_M = ["-m", "mmlane"]
+
+
 def test_a_start_line_that_python_passed_over_is_a_problem() -> None:
     """Without `site`, no .pth file is read, and nothing of mmlane runs in the engine's processes."""
-    code = "import sys; sys.path[:0] = sys.argv.pop(1).split(':'); from mmlane.cli import main; main()"
-    path = ":".join(entry for entry in sys.path if entry)
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code, path, "doctor", "--json"], capture_output=True, text=True, check=False
+    everything = os.pathsep.join(entry for entry in sys.path if entry)
+    options: dict[str, Any] = {"command": [sys.executable, "-S", *DASH_M], "PYTHONPATH": everything}
+    found = doctor(code=3, **options)
+    assert found["triggers"]["no_site"] is True and found["triggers"]["ran"] is False
+    (line,) = [line for line in found["problems"] if "start line" in line]
+    assert line.startswith("this Python was started with -S, so it runs no start line") and "leave -S out" in line
+    assert "not run: this Python was started with -S" in mmlane("doctor", COLUMNS="200", **options).stdout
+    assert not [line for line in doctor(code=3, MMLANE="off", **options)["problems"] if "start line" in line]
+
+
+def test_without_site_packages_the_command_says_so_in_a_line(checkout: Path) -> None:
+    ours = os.pathsep.join(str(checkout / name) for name in ("plugin", "patches"))
+    done = mmlane("doctor", command=[sys.executable, "-S", *DASH_M], PYTHONPATH=ours)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("mmlane: No module named 'typer', which the command needs; leave out Python's -S")
+
+
+def test_an_isolated_python_runs_the_start_line() -> None:
+    found = doctor(code=3, command=[sys.executable, "-I", *DASH_M])
+    assert found["triggers"]["ran"] is True and found["triggers"]["no_site"] is False
+
+
+def test_with_mmlane_off_the_start_line_is_there_and_does_nothing() -> None:
+    assert not [line for line in doctor(code=3, MMLANE="off")["problems"] if "start line" in line]
+    assert "mmlane.pth (does nothing: MMLANE=off)" in mmlane("doctor", COLUMNS="200", MMLANE="off").stdout
+
+
+# --- /dev/shm, in a mount namespace of its own ---
+
+MOUNTS = subprocess.run(
+    ["unshare", "-m", "mount", "-t", "tmpfs", "x", "/dev/shm"], capture_output=True, check=False
+)
+needs_mounts = pytest.mark.skipif(MOUNTS.returncode != 0, reason="no right to mount a /dev/shm here (needs root)")
+
+
+def with_shm(mount: str, **environ: Any) -> dict[str, Any]:
+    """What the doctor says of a /dev/shm that is mounted like that."""
+    inside = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *COMMAND]
+    return doctor(code=3, command=inside, **environ)
+
+
+def about_shm(found: dict[str, Any], key: str) -> list[str]:
+    return [line for line in found[key] if "/dev/shm" in line]
+
+
+@needs_mounts
+@pytest.mark.parametrize(
+    ("mebibytes", "environ", "follows"),
+    [
+        (64, {}, ""),
+        (8, {}, "features that the lane cannot carry, and that do not fit, travel inline"),
+        (64, {"MMLANE": "backport"}, "features that do not fit travel inline"),
+        (64, {"MMLANE_DISABLE": "arena"}, "features that do not fit travel inline"),
+        (64, {"MMLANE": "off"}, "when it is full, without mmlane the engine may refuse image requests, or end"),
+        (300, {"MMLANE": "backport"}, ""),
+        (300, {"MMLANE": "off"}, ""),
+    ],
+)
+def test_how_small_is_too_small_depends_on_what_uses_it(
+    mebibytes: int, environ: dict[str, str], follows: str
+) -> None:
+    found = with_shm(f"mount -t tmpfs -o size={mebibytes}m x /dev/shm", **environ)
+    notes = about_shm(found, "notes")
+    assert about_shm(found, "problems") == [] and len(notes) == bool(follows)
+    for note in notes:
+        assert f"/dev/shm has {mebibytes} MiB left of {mebibytes} MiB: {follows}" in note and "--shm-size" in note
+
+
+@needs_mounts
+@pytest.mark.parametrize(
+    ("environ", "follows"),
+    [
+        ({}, "features that the lane cannot carry travel inline"),
+        ({"MMLANE": "backport"}, "features travel inline, which is slow"),
+        ({"MMLANE": "off"}, "without mmlane the engine may refuse image requests, or end"),
+    ],
+)
+def test_a_read_only_shm_is_to_be_mounted_otherwise_and_not_enlarged(
+    environ: dict[str, str], follows: str
+) -> None:
+    found = with_shm("mount -t tmpfs -o ro,size=1m x /dev/shm", **environ)
+    (line,) = about_shm(found, "problems")
+    assert line.startswith(f"/dev/shm is mounted read-only: {follows}")
+    assert "mount -o remount,rw /dev/shm" in line and "chmod" not in line
+    assert about_shm(found, "notes") == [] and found["shm"]["read_only"] is True
+
+
+@needs_mounts
+def test_a_missing_shm_says_what_follows_in_this_mode() -> None:
+    hidden = "mount -t tmpfs x /dev"
+    (line,) = about_shm(with_shm(hidden), "problems")
+    assert line == (
+        "no /dev/shm: features that the lane cannot carry travel inline, which is slower; mount a tmpfs there"
     )
-    found = json.loads(done.stdout)
-    assert any("start line" in line or "did not run" in line for line in found["problems"])
+
+
+def test_what_carries_features_on_a_release() -> None:
+    def carrier(release: str, **environ: str) -> str:
+        return examine(Version(release), environ).carrier()
+
+    assert carrier("0.5.12") == carrier("0.5.23") == "lane"
+    assert carrier("0.5.12", MMLANE="backport") == carrier("0.5.23", MMLANE_DISABLE="arena") == "segments"
+    assert carrier("0.5.12", MMLANE="off") == carrier("0.5.12", MMLANE_DISABLE="shm_pointer") == "engine"
+
+
+def test_leftovers_that_nothing_will_reclaim_are_not_promised_to_go() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    file = host.SHM / f"sgl_shm_mm_{gone.pid}_{os.urandom(4).hex()}"
+    file.write_bytes(b"x")
+    environs: tuple[dict[str, Any], ...] = (
+        {"MMLANE": "off"},
+        {"MMLANE_SWEEP": "0"},
+        {"MMLANE_DISABLE": "shm_sweep"},
+    )
+    try:
+        for environ in environs:
+            (note,) = [note for note in doctor(code=3, **environ)["notes"] if "does not run" in note]
+            assert "no start of an engine reclaims them with these settings" in note
+    finally:
+        file.unlink()
 
 
 def test_leftovers_in_the_real_dev_shm_are_counted() -> None:

@@ -130,6 +130,129 @@ def test_a_wrong_setting_ends_the_engine_with_the_right_ones(
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
+# --- flags, and the engine's config file ---
+
+
+def typing(*words: str) -> str:
+    return f"import sys; sys.argv[1:] = {list(words)!r}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--mmlane", "on"), "mmlane: --mmlane on is not one of: arena, backport, off"),
+        (("--mmlane-disable=x,theirs,y",), "mmlane: --mmlane-disable=x,y: no such patch; there are: shm_pointer,"),
+        (("--mmlane-disable", "x", "--mmlane-disable", "y"), "mmlane: --mmlane-disable x,y: no such patch; there"),
+    ],
+)
+def test_a_wrong_flag_ends_the_engine_and_is_named_as_it_was_typed(
+    stand_in: Path, words: tuple[str, ...], message: str
+) -> None:
+    result = run(stand_in, f"{typing(*words)}{STEPS['pth']}\n{STEPS['engine']}\nprint('served')")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(message) and len(result.stderr.splitlines()) == 1
+
+
+PARSER = """
+import yaml
+class ConfigArgumentMerger:
+    def merge(self, file_path): return self._parse_yaml_config(file_path)
+    def _parse_yaml_config(self, file_path): return yaml.safe_load(open(file_path))
+"""
+PARSERS = ("server_args_config_parser", "utils.server_args_config_parser")
+
+
+@pytest.fixture(params=PARSERS)
+def merging(request: pytest.FixtureRequest, stand_in: Path) -> str:
+    """The engine reads its config file, `launch.yaml`, and prints what it finds there."""
+    file = stand_in / "sglang/srt" / f"{request.param.replace('.', '/')}.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(PARSER)
+    return (
+        f"\nfrom sglang.srt.{request.param} import ConfigArgumentMerger\n"
+        f"print(ConfigArgumentMerger().merge({str(stand_in / 'launch.yaml')!r}))\n"
+    )
+
+
+def launching(stand_in: Path, text: str) -> str:
+    file = stand_in / "launch.yaml"
+    file.write_text(text)
+    return typing("--config", str(file))
+
+
+@pytest.mark.parametrize("trigger", ["pth", "entry"])
+def test_the_config_file_says_what_flags_say_and_the_engine_sees_none_of_it(
+    stand_in: Path, merging: str, trigger: str
+) -> None:
+    disable = ", ".join([*matrix().rows, "theirs"])
+    started = launching(stand_in, f"tp: 2\nmmlane: backport\nmmlane_disable: [{disable}]\nmmlane-strict: false\n")
+    result = run(stand_in, f"{started}{STEPS[trigger]}\n{STEPS['engine']}{merging}", MMLANE_STRICT="1")
+    assert (result.returncode, result.stdout) == (0, "{'tp': 2}\n"), result.stderr
+    assert ", mode backport" in result.stderr and "theirs" in result.stderr.partition("turned off: ")[2]
+
+
+@pytest.mark.parametrize("trigger", ["pth", "entry"])
+def test_the_engine_does_not_see_that_its_config_file_turns_mmlane_off(
+    stand_in: Path, merging: str, trigger: str
+) -> None:
+    started = launching(stand_in, "tp: 2\nmmlane: off\n")
+    result = run(stand_in, f"{started}{STEPS[trigger]}\n{STEPS['engine']}{merging}")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "{'tp': 2}\n", "")
+
+
+def test_nor_does_it_where_mmlane_gives_up(stand_in: Path, merging: str) -> None:
+    started = launching(stand_in, "tp: 2\nmmlane: arena\n")
+    result = run(stand_in, f"{started}{FAIL}{STEPS['pth']}\n{STEPS['engine']}{merging}")
+    assert (result.returncode, result.stdout) == (0, "{'tp': 2}\n"), result.stderr
+    assert "OSError: made to fail" in result.stderr
+
+
+def test_a_parser_that_was_imported_before_is_covered_as_well(stand_in: Path, merging: str) -> None:
+    started = launching(stand_in, "tp: 2\nmmlane: backport\n")
+    result = run(stand_in, f"{started}{merging}{STEPS['entry']}{merging}")
+    assert result.stdout == "{'tp': 2, 'mmlane': 'backport'}\n{'tp': 2}\n", result.stderr
+
+
+def test_a_config_file_without_keys_of_ours_is_left_to_the_engine_alone(stand_in: Path, merging: str) -> None:
+    check = "print(ConfigArgumentMerger._parse_yaml_config.__module__)"
+    result = run(stand_in, f"{launching(stand_in, 'tp: 2')}{STEPS['pth']}\n{STEPS['engine']}{merging}{check}")
+    assert result.stdout.startswith("{'tp': 2}\nsglang.srt."), result.stderr
+
+
+def test_a_wrong_key_ends_the_engine_and_is_named_with_its_file(stand_in: Path) -> None:
+    started = launching(stand_in, "mmlane-disable: x\n")
+    result = run(stand_in, f"{started}{STEPS['pth']}\n{STEPS['engine']}\nprint('served')")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(
+        f"mmlane: {stand_in}/launch.yaml: mmlane-disable: x: no such patch; there are:"
+    )
+
+
+def test_an_engine_that_reads_its_config_file_otherwise_is_told_of(stand_in: Path) -> None:
+    file = stand_in / "sglang/srt/server_args_config_parser.py"
+    file.write_text(PARSER.replace("_parse_yaml_config", "_load"))
+    started = launching(stand_in, "mmlane: backport\n")
+    code = f"{started}{STEPS['pth']}\nimport sglang.srt.server_args_config_parser\nprint('served')"
+    result = run(stand_in, code)
+    assert (result.returncode, result.stdout) == (0, "served\n"), result.stderr
+    assert "found no _parse_yaml_config there; so the engine may refuse mmlane's keys" in result.stderr
+
+
+def test_children_go_by_what_their_parent_read(stand_in: Path) -> None:
+    """They have its command line, but the file may have changed since."""
+    (stand_in / "worker.py").write_text(
+        "import os\nimport sglang\n"
+        "def run_scheduler_process(): print(os.environ['MMLANE'], os.environ['MMLANE_DISABLE'], flush=True)\n"
+    )
+    started = launching(stand_in, "mmlane: backport\nmmlane-disable: theirs\n")
+    change = f"open({str(stand_in / 'launch.yaml')!r}, 'w').write('mmlane: nonsense')"
+    result = run(stand_in, f"{started}{STEPS['pth']}\n{STEPS['engine']}\n{change}\n{CHILD}", MMLANE_LOG="warning")
+    assert result.stdout == "backport theirs\n0\n", result.stderr
+
+
+# --- a plan that cannot be carried out ---
+
+
 def test_what_cannot_be_applied_is_skipped_with_one_line_that_says_all(stand_in: Path) -> None:
     contribute(stand_in, "(x, y)")
     result = run(

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from mmlane import __version__
-from mmlane.cli.doctor import doctor
-from mmlane.cli.status import off, on, status
+
+try:
+    import typer
+
+    from mmlane.cli.doctor import DoctorCommand, doctor
+    from mmlane.cli.status import off, on, status
+except ModuleNotFoundError as missing:
+    if (missing.name or "").startswith("mmlane"):
+        raise
+    advice = "leave out Python's -S if it is there, or reinstall mmlane with pip"
+    raise SystemExit(f"mmlane: {missing}, which the command needs; {advice}") from None
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-app.command()(doctor)
+app.command(cls=DoctorCommand)(doctor)
 app.command()(status)
 app.command()(off)
 app.command()(on)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 from packaging.version import InvalidVersion, Version
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperCommand
 
 from mmlane import __version__
 from mmlane.cli import lane_size
-from mmlane.cli.examination import USAGE, Examination, Here, examine
+from mmlane.cli.console import console, until_closed
+from mmlane.cli.examination import TROUBLE, USAGE, Examination, Here, examine
+from mmlane.cli.triggers import Triggers
 from mmlane.cli.units import size
 from mmlane.host import PREFIXES, SharedMemory
+from mmlane.patching import Decision
 from mmlane.report import Report
-from mmlane.settings import SettingsError
+from mmlane.settings import Settings, SettingsError
 
 STYLES = {
     "applied": "green",
@@ -37,6 +42,22 @@ SWEEPS = {
 }
 
 Row = tuple[str, ...]
+
+# Click's, which newer releases of typer have inside.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class DoctorCommand(TyperCommand):
+    """Where JSON was asked for, what is wrong with the command line is JSON, too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        as_json = "--json" in args
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            if not as_json:
+                raise
+            _fail(error.format_message(), USAGE)  # type: ignore[attr-defined]
 
 
 def _version(text: str) -> Version:
@@ -62,28 +83,44 @@ def doctor(
 
     Reads the MMLANE* variables as the engine would. Changes nothing and does not import the engine.
 
+    With --json, an object is printed whatever happens; its key "error" says why it tells nothing of an engine.
+
     Exit code: 0 all fine; 1 problems, or a patch that the engine lacks is skipped; 2 a wrong option or
     MMLANE* variable; 3 no sglang in this environment.
     """
     try:
         found = examine(engine)
     except SettingsError as error:
+        if as_json:
+            _fail(str(error), USAGE)
         typer.echo(f"mmlane: {error}", err=True)
         raise typer.Exit(USAGE) from None
+    except Exception as error:
+        if not as_json:
+            raise
+        traceback.print_exc()
+        _fail(f"{type(error).__name__}: {error}", TROUBLE)
     if as_json:
         typer.echo(json.dumps(found.as_dict(strict), indent=2))
     else:
-        render(found, Console(highlight=False))
+        with until_closed():
+            render(found, console())
     raise typer.Exit(found.exit_code(strict))
+
+
+def _fail(error: str, code: int) -> NoReturn:
+    """Print an error as JSON, and exit."""
+    typer.echo(json.dumps({"mmlane": __version__, "exit_code": code, "error": error}, indent=2))
+    raise typer.Exit(code)
 
 
 def render(found: Examination, console: Console) -> None:
     """The examination for a person. Every state is a word, so nothing is lost without colour."""
     _head(found, console)
-    if found.report is not None:
+    if found.report is not None and not found.report.unsupported():
         _patches(found.report, console)
     if found.here is not None:
-        _this_machine(found.here, console)
+        _this_machine(found.here, found.settings, console)
     _verdict(found, console)
 
 
@@ -115,29 +152,29 @@ def _settings(found: Examination) -> Iterable[Row]:
 
 
 def _patches(report: Report, console: Console) -> None:
-    _heading(console, "Patches", "in an engine started now, and what this release does by itself")
-    rows = [
-        ("applied" if decision.state == "planned" else decision.state, decision.spec.id, decision.explanation)
-        for decision in report.decisions
-    ]
-    _table(console, rows)
+    _heading(console, "Patches", "applied: mmlane fixes it in an engine started now; native: the engine has it")
+    _table(console, [_patch(decision) for decision in report.decisions])
 
 
-def _this_machine(here: Here, console: Console) -> None:
+def _patch(decision: Decision) -> Row:
+    """A patch's state, and what it is about such that nobody takes a fault that is fixed for one that is there."""
+    id, reason = decision.spec.id, decision.explanation
+    if decision.state in ("planned", "applied"):
+        return "applied", id, f"fixed; without mmlane: {reason}"
+    if decision.state == "native":
+        return "native", id, f"already in the engine: {reason}"
+    return decision.state, id, reason
+
+
+def _this_machine(here: Here, chosen: Settings, console: Console) -> None:
     _heading(console, "Triggers", "how mmlane gets into the engine's processes")
-    line, point = here.triggers.start_file, here.triggers.entry_point
-    ran = "" if here.triggers.ran else " (did not run)"
-    rows: list[Row] = [
-        ("ok" if line else "missing", "start line", f"{line}{ran}" if line else ""),
-        ("ok" if point else "missing", "entry point", point or ""),
-    ]
-    _table(console, rows)
+    _table(console, _triggers(here.triggers, chosen))
     _heading(console, "Memory")
     memory = here.memory
     limit = f"{size(memory.limit)} by cgroup" if memory.limit is not None else "no cgroup limit"
     if memory.limit is not None and memory.used is not None:
         limit += f", {size(memory.used)} of it used"
-    rows = [("machine", f"{size(memory.total)}, {limit}")]
+    rows: list[Row] = [("machine", f"{size(memory.total)}, {limit}")]
     if here.shm is None:
         rows.append(("/dev/shm", "missing"))
     else:
@@ -152,6 +189,21 @@ def _this_machine(here: Here, console: Console) -> None:
             for feature in here.kernel
         ],
     )
+
+
+def _triggers(found: Triggers, chosen: Settings) -> Iterable[Row]:
+    line, point = found.start_file, found.entry_point
+    if found.no_site:
+        yield "missing", "start line", "not run: this Python was started with -S"
+    elif line is None:
+        yield "missing", "start line", ""
+    elif found.ran:
+        yield "ok", "start line", str(line)
+    elif chosen.mode == "off":
+        yield "ok", "start line", f"{line} (does nothing: MMLANE=off)"
+    else:
+        yield "missing", "start line", f"{line} (did not run)"
+    yield "ok" if point else "missing", "entry point", point or ""
 
 
 def _segments(shm: SharedMemory) -> Iterable[Row]:

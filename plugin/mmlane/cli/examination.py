@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from packaging.version import Version
 
@@ -17,18 +17,33 @@ from mmlane.report import Report
 
 FINE, TROUBLE, USAGE, NO_ENGINE = 0, 1, 2, 3
 
-# Below this much room a handful of large images goes inline instead of by shared memory.
-SMALL_SHM = 256 << 20
+# What carries features: the lane, segments of ours, or the engine by itself.
+Carrier = Literal["lane", "segments", "engine"]
+
+# Below this much room in /dev/shm, a handful of large images does not fit. A lane has memory of its own, and
+# segments carry only what comes before it is open.
+SMALL_SHM: dict[Carrier, int] = {"lane": 16 << 20, "segments": 256 << 20, "engine": 256 << 20}
+INLINE: dict[Carrier, str] = {
+    "lane": "features that the lane cannot carry travel inline, which is slower",
+    "segments": "features travel inline, which is slow",
+    "engine": "without mmlane the engine may refuse image requests, or end",
+}
+FULL: dict[Carrier, str] = {
+    "lane": "features that the lane cannot carry, and that do not fit, travel inline, which is slower",
+    "segments": "features that do not fit travel inline, which is slower",
+    "engine": "when it is full, without mmlane the engine may refuse image requests, or end",
+}
 
 _NVIDIA = Path("/dev/nvidiactl")  # there where a process can use a GPU of that kind
 
 
 @dataclass(frozen=True)
 class Here:
-    """This interpreter and this machine."""
+    """This interpreter and this machine. `read_only`: how its /dev/shm is mounted."""
 
     triggers: triggers.Triggers
     shm: host.SharedMemory | None
+    read_only: bool
     memory: host.Memory
     kernel: tuple[host.Feature, ...]
     gpu: bool
@@ -48,26 +63,40 @@ class Examination:
         words = self.report.untested if self.report is not None else ""
         return words if self.here is not None else words.partition(",")[0]  # nothing is checked on a mere version
 
+    def error(self) -> str:
+        """Why nothing could be said about an engine; "" when it could."""
+        if self.report is not None:
+            return ""
+        return (
+            "no engine: this Python cannot import sglang; install it here, run the doctor of the environment "
+            "that has it, or ask about a release with --engine VERSION"
+        )
+
+    def carrier(self) -> Carrier:
+        """What carries features in an engine started now."""
+        if self.settings.mode == "off":
+            return "engine"
+        if self.report is None:
+            return "lane" if lane_size.has_lane(self.settings) else "segments"
+        ours = self.report.ids("planned", "applied")
+        if "arena" in ours:
+            return "lane"
+        return "segments" if "shm_pointer" in [*ours, *self.report.ids("native")] else "engine"
+
     def problems(self) -> list[str]:
         """What keeps mmlane from doing all that this engine lacks, each with its remedy."""
-        found = []
-        if self.report is None:
-            found.append(
-                "no engine: this Python cannot import sglang; install it here, run the doctor of the environment "
-                "that has it, or ask about a release with --engine VERSION"
-            )
-        else:
-            found += self.report.trouble()
+        found = [self.error()] if self.report is None else self.report.trouble()
         if self.here is not None:
-            found += _trigger_problems(self.here.triggers, self.settings) + _shm_problems(self.here.shm)
+            found += _trigger_problems(self.here.triggers, self.settings)
+            found += _shm_problems(self.here, self.carrier())
             found += lane_size.problems(self.settings, self.here.memory)
         return found
 
     def notes(self) -> list[str]:
         """What is worth knowing and stops nothing."""
         found = []
-        if self.report is not None and self.untested():
-            found.append(f"sglang {self.report.engine} is {self.untested()}")
+        if self.report is not None and self.untested() and not self.report.unsupported():
+            found.append(self._untested_note(self.report))
         if self.settings.unknown:
             found.append(settings.misspelt(self.settings.unknown))
         if self.here is not None:
@@ -76,7 +105,7 @@ class Examination:
                     f"no entry point {triggers.NAME} in the group {triggers.GROUP}; the start line does its work, "
                     "but only where Python runs it; reinstall mmlane with pip"
                 )
-            found += _shm_notes(self.here.shm)
+            found += _shm_notes(self.here, self.carrier()) + self._leftover_notes(self.here.shm)
             found += lane_size.notes(self.settings, self.here.memory, gpu=self.here.gpu)
             missing = [feature.name for feature in self.here.kernel if not feature.works]
             if missing:
@@ -85,6 +114,38 @@ class Examination:
                     "otherwise features go by shared-memory segments here"
                 )
         return found
+
+    def _untested_note(self, report: Report) -> str:
+        """What it means that an engine's version is not in the table, and what to do."""
+        note = f"sglang {report.engine} is {self.untested()}"
+        if report.untested.startswith("unsupported"):
+            return note
+        if self.here is None:
+            return (
+                f"{note}; it is treated like the release before it, as shown here, but nothing was checked: "
+                "install it and run `mmlane doctor` there, which compares every function to be patched with the "
+                "installed source, and shows as skipped what does not fit"
+            )
+        return (
+            f"{note}: every function to be patched was compared with the installed source, and what does not fit "
+            "is shown as skipped; try it with requests of your own, and look for a newer mmlane"
+        )
+
+    def _leftover_notes(self, shm: host.SharedMemory | None) -> list[str]:
+        abandoned = shm.abandoned() if shm is not None else ()
+        if shm is None or not abandoned:
+            return []
+        held = sum(segment.bytes for segment in abandoned)
+        off = self.settings.mode == "off" or self.settings.sweep == "0" or "shm_sweep" in self.settings.disable
+        follows = (
+            "no start of an engine reclaims them with these settings: mmlane is off, or its sweep is"
+            if off
+            else "the next start of an engine reclaims what is provably dead"
+        )
+        return [
+            f"{len(abandoned)} segments ({size(held)}) in {shm.path} name a maker that does not run in this pid "
+            f"namespace; {follows}"
+        ]
 
     def exit_code(self, strict: bool = False) -> int:
         """0 fine, 1 problems (`strict`: or notes), 3 no engine."""
@@ -98,6 +159,7 @@ class Examination:
         return {
             "mmlane": __version__,
             "exit_code": self.exit_code(strict),
+            "error": self.error() or None,
             "problems": self.problems(),
             "notes": self.notes(),
             "engine": report
@@ -105,7 +167,7 @@ class Examination:
             "settings": self._settings_dict(),
             "patches": report["patches"] if report is not None else [],
             "triggers": self.here and _triggers_dict(self.here.triggers),
-            "shm": self.here and self.here.shm and _shm_dict(self.here.shm),
+            "shm": self.here and self.here.shm and _shm_dict(self.here.shm, self.here.read_only),
             "memory": self.here and asdict(self.here.memory),
             "kernel": self.here and [asdict(feature) for feature in self.here.kernel],
         }
@@ -134,13 +196,19 @@ def examine(asked: Version | None, environ: Mapping[str, str] | None = None) -> 
     chosen = settings.read(os.environ if environ is None else environ)
     if asked is not None:
         return Examination(chosen, _report(chosen, engine.Engine(asked, None)), None, None)
-    installed = triggers.installed()
-    found = engine.installed()
+    found, shm = engine.installed(), host.shared_memory()
     return Examination(
         settings=chosen,
         report=_report(chosen, found) if found is not None else None,
         root=found.root if found is not None else None,
-        here=Here(installed, host.shared_memory(), host.memory(), host.kernel_features(), _NVIDIA.exists()),
+        here=Here(
+            triggers=triggers.installed(),
+            shm=shm,
+            read_only=shm is not None and bool(os.statvfs(shm.path).f_flag & os.ST_RDONLY),
+            memory=host.memory(),
+            kernel=host.kernel_features(),
+            gpu=_NVIDIA.exists(),
+        ),
     )
 
 
@@ -150,53 +218,67 @@ def _report(chosen: settings.Settings, found: engine.Engine) -> Report:
 
 
 def _trigger_problems(found: triggers.Triggers, chosen: settings.Settings) -> list[str]:
+    if found.no_site and chosen.mode == "off":
+        return []
+    if found.no_site:
+        return [
+            "this Python was started with -S, so it runs no start line: an engine started like that has only the "
+            "entry point, which sglang below 0.5.11 does not load; leave -S out, also for the doctor"
+        ]
     if found.start_file is None:
         return [
             "no start line (mmlane.pth) in this Python's site-packages, so most engine processes run without "
             "mmlane; install it into this environment with pip, without --target"
         ]
     if not found.ran and chosen.mode != "off":
-        return [f"{found.start_file} is there but did not run; was Python started with -S or -I?"]
+        return [
+            f"{found.start_file} is there but did not run in this Python, so most engine processes run without "
+            "mmlane; reinstall it with pip"
+        ]
     return []
 
 
-def _shm_problems(shm: host.SharedMemory | None) -> list[str]:
+def _shm_problems(here: Here, carrier: Carrier) -> list[str]:
+    shm, follows = here.shm, INLINE[carrier]
     if shm is None:
-        return [f"no {host.SHM}: features travel inline, which is slow; mount a tmpfs there"]
+        return [f"no {host.SHM}: {follows}; mount a tmpfs there"]
+    if here.read_only:
+        return [
+            f"{shm.path} is mounted read-only: {follows}; `mount -o remount,rw {shm.path}`, or mount it without "
+            "`ro` (Docker) or `readOnly` (Kubernetes)"
+        ]
     if not shm.writable:
-        return [f"{shm.path} is not writable for this user: features travel inline, which is slow; chmod 1777 it"]
+        return [f"{shm.path} is not writable for this user: {follows}; chmod 1777 it"]
     return []
 
 
-def _shm_notes(shm: host.SharedMemory | None) -> list[str]:
-    if shm is None:
+def _shm_notes(here: Here, carrier: Carrier) -> list[str]:
+    """Whether there is room enough, where more room would help."""
+    shm = here.shm
+    if shm is None or not shm.writable or here.read_only or shm.free >= SMALL_SHM[carrier]:
         return []
-    found = []
-    if shm.free < SMALL_SHM:
-        found.append(
-            f"{shm.path} has {size(shm.free)} left of {size(shm.total)}: features that do not fit travel inline, "
-            "which is slower; with Docker, raise --shm-size"
-        )
-    abandoned = shm.abandoned()
-    if abandoned:
-        held = sum(segment.bytes for segment in abandoned)
-        found.append(
-            f"{len(abandoned)} segments ({size(held)}) in {shm.path} name a maker that does not run in this pid "
-            "namespace; the next start of an engine reclaims what is provably dead"
-        )
-    return found
+    return [
+        f"{shm.path} has {size(shm.free)} left of {size(shm.total)}: {FULL[carrier]}; with Docker, raise "
+        "--shm-size"
+    ]
 
 
 def _triggers_dict(found: triggers.Triggers) -> dict[str, Any]:
-    return {"start_file": _text(found.start_file), "ran": found.ran, "entry_point": found.entry_point}
+    return {
+        "start_file": _text(found.start_file),
+        "ran": found.ran,
+        "entry_point": found.entry_point,
+        "no_site": found.no_site,
+    }
 
 
-def _shm_dict(shm: host.SharedMemory) -> dict[str, Any]:
+def _shm_dict(shm: host.SharedMemory, read_only: bool) -> dict[str, Any]:
     return {
         "path": str(shm.path),
         "total": shm.total,
         "free": shm.free,
         "writable": shm.writable,
+        "read_only": read_only,
         "segments": [asdict(segment) for segment in shm.segments],
     }
 

@@ -22,7 +22,7 @@ def pinned(chosen: Settings, memory: host.Memory | None) -> int | None:
 
 def described(chosen: Settings, memory: host.Memory | None) -> tuple[str, str]:
     """Capacity and pinned memory for a person."""
-    if not _has_lane(chosen):
+    if not has_lane(chosen):
         return "not used: no lane", "not used: no lane"
     if chosen.capacity is not None:
         most = f"{size(chosen.capacity)} for each tokenizer worker"
@@ -39,7 +39,7 @@ def described(chosen: Settings, memory: host.Memory | None) -> tuple[str, str]:
 def problems(chosen: Settings, memory: host.Memory) -> list[str]:
     """Whether a lane of that size can be made here, which is tried."""
     wanted = capacity(chosen, memory)
-    why = host.room_problem(wanted) if wanted is not None and _has_lane(chosen) else ""
+    why = host.room_problem(wanted) if wanted is not None and has_lane(chosen) else ""
     if not why:
         return []
     follows = f"cannot be made here ({why}), so features go by shared-memory segments"
@@ -55,7 +55,7 @@ def problems(chosen: Settings, memory: host.Memory) -> list[str]:
 def notes(chosen: Settings, memory: host.Memory, *, gpu: bool) -> list[str]:
     """Sizes that this machine cannot fill. `gpu`: whether it has one, so that pinned memory matters by default."""
     wanted = capacity(chosen, memory)
-    if wanted is None or not _has_lane(chosen):
+    if wanted is None or not has_lane(chosen):
         return []
     found = []
     if chosen.capacity is not None and wanted > memory.bound and not problems(chosen, memory):
@@ -89,7 +89,8 @@ def _pinned_notes(chosen: Settings, memory: host.Memory, most: int, *, gpu: bool
     return []
 
 
-def _has_lane(chosen: Settings) -> bool:
+def has_lane(chosen: Settings) -> bool:
+    """Whether the settings ask for a lane."""
     return chosen.mode == "arena" and "arena" not in chosen.disable
 
 

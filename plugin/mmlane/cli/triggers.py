@@ -18,12 +18,14 @@ NAME = "mmlane"
 class Triggers:
     """`start_file` holds the line by which every interpreter watches for the engine, `ran` that it did so here.
 
-    `entry_point` is what the engine itself loads (from 0.5.11 on), as "module:function".
+    `entry_point` is what the engine itself loads (from 0.5.11 on), as "module:function". `no_site`: this Python
+    was started with -S, so that it runs no such line, and does not know where packages are installed.
     """
 
     start_file: Path | None
     ran: bool
     entry_point: str | None
+    no_site: bool = False
 
 
 def installed() -> Triggers:
@@ -33,6 +35,7 @@ def installed() -> Triggers:
         start_file=next((file for file in _candidates() if file.is_file()), None),
         ran=import_hook.WATCH in sys.meta_path,
         entry_point=point.value if point is not None else None,
+        no_site=bool(sys.flags.no_site),
     )
 
 
