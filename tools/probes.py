@@ -25,6 +25,8 @@ LEASES = "sglang.srt.multimodal.transport.cuda_ipc"  # from 0.5.18 in its place
 LEASED_POOL = "sglang.srt.multimodal.transport.memory_pool"
 PROCESSORS = "sglang.srt.multimodal.processors.base_processor"
 ENVIRON = "sglang.srt.environ"
+BATCHES = "sglang.srt.managers.schedule_batch"
+TRANSPORT = "sglang.srt.multimodal.transport"  # from 0.5.19 on this has the decision
 # Where requests are received: from 0.5.13, and before.
 RECEIVERS = (
     ("sglang.srt.managers.scheduler_components.request_receiver", "SchedulerRequestReceiver"),
@@ -258,6 +260,38 @@ def _flat(source: EngineSource, field: str) -> bool:
     return f"self.{field} = [self.{field}]" not in assigned
 
 
+# --- one_node, inline_views: what is pickled inside of a request --------------------------------------------
+
+
+def address_means_nodes(source: EngineSource) -> bool:
+    older = (source.find(TOKENIZER, f"{private}determine_tensor_transport_mode") for private in ("", "_"))
+    decides = next((node for node in older if isinstance(node, Function)), None)
+    if decides is not None:
+        _found("dist_init_addr" in ast.unparse(decides), "the tokenizer decides, but not by the address")
+        return True
+    newer = _need(source, TRANSPORT, "determine_tensor_transport_mode")
+    _found("nnodes > 1" in ast.unparse(newer), "neither the address nor the number of nodes decides")
+    return False
+
+
+def whole_storage(source: EngineSource) -> bool:
+    _found("value[start:end]" in ast.unparse(_need(source, MM_UTILS, "_slice_value")), "an image is no slice")
+    wrapping = [node for name in WRAPPERS if (node := source.find(MM_UTILS, name)) is not None]
+    copies = {name for node in wrapping if isinstance(node, Function) for name in _names(steps(node))}
+    return not copies & {"clone", "contiguous"}
+
+
+def splits_in_tokenizer(source: EngineSource) -> bool:
+    """0.5.9 does so in its ranks, in `MultimodalInputs.from_dict`."""
+    there = {
+        module: "get_new_expanded_mm_items(" in file.read_text(encoding="utf-8")
+        for module in (PROCESSORS, BATCHES)
+        if (file := source.file(module)) is not None
+    }
+    _found(any(there.values()), "nobody splits the images of a request")
+    return there[PROCESSORS]
+
+
 # --- shm_sweep: what a launch does before it starts processes ----------------------------------------------
 
 
@@ -442,6 +476,11 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("whole_pool_each", "a pool of the whole size in each tokenizer worker", whole_pool_each),
         Fault("four_gib", "4 GiB by default", four_gib),
         Fault("silent_when_full", "nothing is said when it is full", silent_when_full),
+    ),
+    "one_node": (Fault("address_means_nodes", "--dist-init-addr on one node", address_means_nodes),),
+    "inline_views": (
+        Fault("whole_storage", "pickles the whole storage", whole_storage),
+        Fault("splits_in_tokenizer", "for each image of a request", splits_in_tokenizer),
     ),
     "ipc_lock": (Fault("lock_in_tmp", "locks a file of a fixed name in /tmp", lock_in_tmp),),
     "shm_sweep": (Fault("no_sweep", "without a look at what a crash left", no_sweep),),

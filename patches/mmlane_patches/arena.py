@@ -85,6 +85,19 @@ SPEC = matrix().spec(
             replace=_tokenizer,
         ),
         Target(
+            module="sglang.srt.managers.mm_utils",
+            name="wrap_shm_features",
+            signature="(obj)",
+            replace="mmlane.transport.tokenizer_side:around_wrap",
+            step="mmlane.transport.tokenizer_side:offering",
+        ),
+        Target(
+            module="sglang.srt.managers.tokenizer_manager",
+            name="TokenizerManager._send_batch_request",
+            signature=("(self, obj, tokenized_objs, created_time=)", "(self, tokenized_objs)"),
+            replace="mmlane.transport.tokenizer_side:around_send_batch",
+        ),
+        Target(
             module="sglang.srt.managers.tokenizer_manager",
             name="TokenizerManager._send_one_request",
             signature=("(self, obj, tokenized_obj, created_time=)", "(self, tokenized_obj)"),
@@ -100,7 +113,8 @@ SPEC = matrix().spec(
                 "(self, obj, request=, request_rids=)",
                 "(self, obj, request, request_states)",
             ),
-            replace="mmlane.transport.tokenizer_side:with_samples",
+            replace="mmlane.transport.tokenizer_side:around_samples",
+            step="mmlane.transport.tokenizer_side:with_samples",
         ),
         Target(
             module="sglang.srt.managers.scheduler",
@@ -118,6 +132,12 @@ SPEC = matrix().spec(
             signature="(self, recv_reqs)",
             replace="mmlane.transport.scheduler_side:take_alone_before",
             since="0.5.19",
+        ),
+        Target(
+            module="sglang.srt.managers.scheduler",
+            name="Scheduler._process_and_broadcast_mm_inputs",
+            signature="(self, raw_mm_inputs)",
+            replace="mmlane.transport.scheduler_side:each_for_itself",
         ),
         Target(
             module="sglang.srt.managers.scheduler_pp_mixin",

@@ -10,27 +10,14 @@ When it can go: with the oldest supported engine at 0.5.13.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from mmlane.compat import matrix
+from mmlane.engine.requests import own_items
 from mmlane.log import guarded
 from mmlane.patching import Target
-
-
-def own_items(request: Any) -> None:
-    """Give a tokenized request `mm_inputs` and items of its own; their tensors stay shared."""
-    mm_inputs = getattr(request, "mm_inputs", None)
-    if not mm_inputs:
-        return
-    own = copy.copy(mm_inputs)
-    if isinstance(own, dict):
-        own["mm_items"] = [copy.copy(item) for item in own.get("mm_items", [])]
-    else:
-        own.mm_items = [copy.copy(item) for item in own.mm_items]
-    request.mm_inputs = own
 
 
 @contextmanager

@@ -50,7 +50,8 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.mm_utils",
             name="wrap_shm_features",
             signature="(obj)",
-            replace="mmlane.transport.tokenizer_side:wrap_everything",
+            replace="mmlane.transport.tokenizer_side:around_wrap",
+            step="mmlane.transport.tokenizer_side:offering",
             before="0.5.13",
         ),
         Target(

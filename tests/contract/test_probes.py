@@ -20,6 +20,7 @@ from tools.probes import (
     RECEIVERS,
     REQUESTS,
     TOKENIZER,
+    TRANSPORT,
 )
 from tools.releases import release
 
@@ -91,6 +92,7 @@ CHANGES: dict[str, list[Change]] = {
     ],
     "0.5.18": [
         ("ipc_lock", LEASED_POOL, ("import threading", "from fcntl import flock"), None),
+        ("one_node", TOKENIZER, ("server_args.dist_init_addr", "server_args.nnodes > 1"), None),
         ("ipc_pool_budget", LEASES, ("self._warn_pool_full_once(nbytes)", "pass"), "silent_when_full"),
     ],
     "0.5.20": [
@@ -112,6 +114,15 @@ CHANGES: dict[str, list[Change]] = {
         ("fan_out_images", REQUESTS, ("len(self.image_data) != self.batch_size", "self.bad()"), None),
         ("fan_out_images", REQUESTS, ("self.video_data * self.par", "self.own_videos * self.par"), None),
         ("fan_out_images", REQUESTS, ("class GenerateReqInput", "class Request"), None),
+        ("one_node", TRANSPORT, ("nnodes > 1", "has_many_nodes"), None),
+        (
+            "inline_views",
+            MM_UTILS,
+            ("return ShmPointerMMData(", "return tensor.clone() or ShmPointerMMData("),
+            "-whole_storage",
+        ),
+        ("inline_views", MM_UTILS, ("return value[start:end]", "return cut(value)"), None),
+        ("inline_views", PROCESSORS, ("get_new_expanded_mm_items(", "split("), None),
         ("shm_sweep", ENGINE, ("        load_plugins()\n", "        cleanup_stale_shm()\n"), None),
         ("shm_sweep", ENGINE, (" _set_envs_and_config(server_args)\n", " pass\n"), None),
     ],

@@ -12,7 +12,6 @@ import pytest
 from packaging.version import Version
 
 from devkit.images import jpeg
-from devkit.server import free_port
 from tests.engine import asking, looking
 from tests.engine.asking import image
 from tests.engine.racing import AT_ONCE
@@ -100,20 +99,6 @@ def a_worker_is_killed(server: WatchedServer) -> None:
     assert looking.names({survivor.pid}) == [survivor.name]
 
 
-@pytest.mark.matrix
-@pytest.mark.releases("0.5.18", "0.5.9", "0.5.12.post1", "0.5.23")
-def test_an_address_for_the_ranks(release: str, plugin_wheel: Path) -> None:
-    """On one node, too, some give one. Up to 0.5.18 the engine takes it for several nodes."""
-    arguments = ["--dist-init-addr", f"127.0.0.1:{free_port()}", "--enable-metrics"]
-    with WatchedServer(release, plugin=plugin_wheel, args=arguments) as server:
-        if Version(release) < Version("0.5.19"):
-            assert asking.ANSWERED["one image"](server).status == 200
-            assert server.log().count("mmlane: no lane with --dist-init-addr") == 1
-            assert looking.lanes(server) == [] and looking.states(server) == {"off": 1}
-        else:
-            goes_by_lane(server, 1)
-
-
 def test_a_lane_that_is_too_small(plugin_wheel: Path) -> None:
     """What does not fit goes by segment, with one warning, and is counted; what fits goes by lane."""
     small = {**DEBUG, "MMLANE_CAPACITY_MB": "4"}
@@ -183,7 +168,7 @@ def test_sessions_and_retraction(release: str, plugin_wheel: Path, transcripts: 
 
 @pytest.mark.releases(*embeddings.RELEASES)
 def test_an_embedding_model(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
-    """Older releases send the inputs of embedding requests inside them; that stays so."""
+    """Up to 0.5.14 their inputs have another name, and the engine sends them inside of the requests."""
     # A prompt that the engine has partly cached is computed in other shapes, and rounds otherwise.
     close = functools.partial(pytest.approx, rel=0, abs=1e-5)
     expected = transcripts.of(release, embeddings.embeddings)

@@ -16,6 +16,7 @@ WHOLE = {
     "device": "cpu",
     "dp_size": 1,
     "tp_size": 1,
+    "pp_size": 1,
     "nnodes": 1,
     "enable_dp_attention": False,
     "elastic_ep_backend": None,
@@ -30,10 +31,19 @@ def launched(**options: Any) -> Any:
     return SimpleNamespace(**{**WHOLE, **options})
 
 
+def engine_takes_pointers(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
+    """The engine's own conditions in its module, as in a launch on one node, with or without a tokenizer."""
+    mm_utils = sys.modules[ShmPointerMMData.__module__]
+    monkeypatch.setattr(mm_utils, "_get_is_default_transport", lambda: False, raising=False)
+    serving = SimpleNamespace(skip_tokenizer_init=not answer)
+    monkeypatch.setattr(mm_utils, "get_serving", lambda: serving, raising=False)
+
+
 def without_a_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's module, where pickle looks for the class, and a process that has no lane."""
     for name in ("sglang", "sglang.srt", "sglang.srt.managers", ShmPointerMMData.__module__):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     vars(sys.modules[ShmPointerMMData.__module__])["ShmPointerMMData"] = ShmPointerMMData
+    engine_takes_pointers(monkeypatch, True)
     monkeypatch.setattr(slot, "scheduler", None)
     monkeypatch.setattr(slot, "chain", Chain(Here()))

@@ -161,29 +161,35 @@ def test_where_a_scheduler_stands(dp_rank: int | None, monkeypatch: pytest.Monke
     ("options", "named"),
     [
         ({"nnodes": 2}, "2 nodes"),
+        ({"nnodes": 4, "pp_size": 2}, "4 nodes"),
         ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
-        ({"skip_tokenizer_init": True}, "--skip-tokenizer-init"),
     ],
 )
 def test_what_is_in_the_way(options: dict[str, Any], named: str) -> None:
     assert named in topology.without_lane(launched(**options))
 
 
-def test_nothing_is_in_the_way() -> None:
-    assert topology.without_lane(launched()) == ""
+@pytest.mark.parametrize("options", [{}, {"skip_tokenizer_init": True}, {"nnodes": 2, "pp_size": 2}])
+def test_nothing_is_in_the_way(options: dict[str, Any]) -> None:
+    """Of a pipeline over several nodes, too, the first stage is on one."""
+    assert topology.without_lane(launched(**options)) == ""
     older = launched()
     del older.elastic_ep_backend  # which releases below 0.5.10 do not have
     assert topology.without_lane(older) == ""
 
 
-@pytest.mark.parametrize(("inside", "named"), [(True, "--dist-init-addr"), (False, "")])
-def test_the_engine_is_asked_whether_features_travel_at_all(
-    inside: bool, named: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by", ["get_global_server_args", "get_server_args", "get_serving"])
+@pytest.mark.parametrize(
+    ("inside", "skips", "takes"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_the_engine_is_asked_whether_it_takes_pointers(
+    by: str, inside: bool, skips: bool, takes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrapping = ModuleType(WRAPPING)
     vars(wrapping)["_get_is_default_transport"] = lambda: inside
+    vars(wrapping)[by] = lambda: SimpleNamespace(skip_tokenizer_init=skips)
     monkeypatch.setitem(sys.modules, WRAPPING, wrapping)
-    assert topology.without_lane(launched()).partition(",")[0] == named
+    assert topology.engine_takes_pointers() is takes
 
 
 CONTEXT = {"get_device": lambda: SimpleNamespace(device="cuda"), "get_parallel": lambda: None}

@@ -202,7 +202,6 @@ def test_one_rank_says_that_the_rust_server_has_no_lane(
 OBSTACLES = [
     ({"nnodes": 2}, "2 nodes"),
     ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
-    ({"skip_tokenizer_init": True}, "--skip-tokenizer-init"),
 ]
 
 
@@ -266,7 +265,7 @@ def test_what_a_lane_keeps_for_gpus(
 
     monkeypatch.setattr("mmlane.transport.lane.Lane", refuse)
     monkeypatch.setenv("MMLANE_PINNED_MB", "" if wish is None else str(wish))
-    monkeypatch.setenv("MMLANE_CAPACITY_MB", "24")
+    monkeypatch.setenv("MMLANE_CAPACITY_MB", "2400")
     init: Any = arena._tokenizer(TokenizerManager.__init__)
     manager = TokenizerManager.__new__(TokenizerManager)
     server_args = launched(device=device, tokenizer_worker_num=workers)
@@ -275,7 +274,7 @@ def test_what_a_lane_keeps_for_gpus(
     else:
         init(manager, server_args, None)
     assert producer_of(manager).put(torch.ones(9)) == Declined("unavailable")
-    assert (opened["pinned"], opened["capacity"]) == (pinned * MIB, 24 * MIB)
+    assert (opened["pinned"], opened["capacity"]) == (pinned * MIB, 2400 * MIB)
 
 
 def test_a_process_that_cannot_be_given_its_side_goes_on(
@@ -512,6 +511,24 @@ def test_samples_share_one_copy_that_outlives_the_first_answer(opening: Opening)
     assert used(opening) > 0
     together.close()
     assert used(opening) == 0
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+def test_a_tensor_in_several_places_is_copied_once(opening: Opening, requests: int) -> None:
+    """The engine has what it cannot split in each of a request's items."""
+    opening.begin()
+    opening.join()
+    (reader,) = opening.readers
+    tensor, other = torch.arange(30_000), torch.ones(30_000)
+    together = Samples(requests)
+    tickets = []
+    for _ in range(requests):
+        together.expect([tensor, other, tensor])
+        tickets += [opening.send(each, together) for each in (tensor, other, tensor)]
+    assert opening.lane.stats().copied_bytes == tensor.nbytes + other.nbytes
+    for ticket in tickets:
+        reader.discard(ticket)
+    eventually(lambda: used(opening) == 0, "the release of all, without the end of the request")
 
 
 def test_a_tensor_that_is_refilled_for_the_next_request_is_copied_again(opening: Opening) -> None:

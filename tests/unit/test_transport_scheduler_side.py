@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 
 from packaging.version import Version  # noqa: E402
 
+from mmlane.engine.requests import places  # noqa: E402
 from mmlane.engine.topology import carrying_groups  # noqa: E402
 from mmlane.lane import StaleTicket  # noqa: E402
 from mmlane.patching import Refusal, apply  # noqa: E402
@@ -672,6 +673,66 @@ def _two_groups(rank: int, events: Any, message: bytes) -> str:
 def test_a_loss_reaches_all_of_tp_and_cp() -> None:
     message = pickle.dumps([request(ShmPointerMMData(torch.ones(1)))])
     assert run_ranks(4, _two_groups, message) == ["RefusedInputs"] * 4
+
+
+# --- tensors beside the feature, and who makes them ready ---------------------------------------------------
+
+
+def test_what_the_engine_keeps_is_taken_as_a_copy(tickets: Callable[[bytes], Any]) -> None:
+    """It keeps embeddings and auxiliary tensors until a request has ended; their room in the lane is wanted."""
+    req = request(tickets(b"1"), tickets(b"2"))
+    first, second = req.mm_inputs.mm_items
+    first.precomputed_embeddings = tickets(b"3")
+    second.model_specific_data = {"crops": tickets(b"4"), "parts": [tickets(b"5"), [tickets(b"6")]], "sizes": [1]}
+    req.positional_embed_overrides = SimpleNamespace(embeds=tickets(b"7"), positions=[0])
+    pointers = [pointer for place in places(req) for pointer in place.values()]
+    take([req])
+    data, overrides = second.model_specific_data, req.positional_embed_overrides
+    taken = [first.feature, second.feature, first.precomputed_embeddings, data["crops"]]
+    taken += [data["parts"][0], data["parts"][1][0], overrides.embeds]
+    assert [tensor.tolist() for tensor in taken] == [[float(number)] * 3 for number in range(1, 8)]
+    assert data["sizes"] == [1]
+    lent = {id(pointer.payload.peek()) for pointer in pointers}
+    assert [id(tensor) in lent for tensor in taken] == [True] * 2 + [False] * 5
+
+
+def test_a_request_that_loses_an_auxiliary_tensor_is_refused(tickets: Callable[[bytes], Any]) -> None:
+    req = request(tickets(b"1"))
+    req.mm_inputs.mm_items[0].model_specific_data = {"crops": tickets(b"stale")}
+    take([req])
+    assert isinstance(req.mm_inputs, RefusedInputs)
+
+
+class Maker:
+    """A scheduler that makes inputs ready as the engine does: for its group, where it has one."""
+
+    dp_tp_cpu_group = "peers"
+    dp_tp_group = "of this rank"
+
+    def process(self, raw_mm_inputs: Any) -> Any:
+        return self.dp_tp_group, self.dp_tp_cpu_group, raw_mm_inputs
+
+
+@pytest.mark.parametrize(
+    ("items", "alone"),
+    [
+        ([{"pad_value": 1}], True),
+        ([{"pad_value": 1}, {"pad_value": 2, "feature": None, "precomputed_embeddings": [torch.ones(1)]}], True),
+        ([{"pad_value": 1}, {"pad_value": None}], False),  # 0.5.9 hashes in its ranks
+        ([{"pad_value": 1, "feature": torch.ones(1, device="meta")}], False),
+        ([{"pad_value": 1, "feature": "proxy of a tensor on a device"}], False),
+        ([], True),
+    ],
+)
+def test_each_rank_makes_its_inputs_ready_where_nothing_is_left_to_hash(items: Any, alone: bool) -> None:
+    whole = {"feature": torch.ones(1), "precomputed_embeddings": None}
+    inputs = SimpleNamespace(mm_items=[SimpleNamespace(**{**whole, **fields}) for fields in items])
+    processed = scheduler_side.each_for_itself(Maker.process)(Maker(), inputs)
+    assert processed == ("of this rank", None if alone else "peers", inputs)
+
+
+def test_a_request_without_inputs_is_processed_as_it_is() -> None:
+    assert scheduler_side.each_for_itself(Maker.process)(Maker(), None)[2] is None
 
 
 def test_nothing_of_this_process_is_left() -> None:

@@ -9,6 +9,7 @@ import asyncio
 import contextvars
 import os
 import pickle
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,18 +23,23 @@ torch = pytest.importorskip("torch")
 from mmlane.transport import samples  # noqa: E402
 from mmlane.transport.base import Tokenizer  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
+from mmlane.transport.compacting import compacting  # noqa: E402
+from mmlane.transport.inline import Inline  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
-from mmlane.transport.segment import PREFIX, SHM  # noqa: E402
+from mmlane.transport.segment import PREFIX, SHM, Segment  # noqa: E402
 from mmlane.transport.tokenizer_side import (  # noqa: E402
     SIDE,
     Sending,
     TokenizerSide,
+    around_samples,
     around_send,
+    around_send_batch,
+    around_wrap,
+    offering,
     sending,
     with_samples,
-    wrap_everything,
 )
-from tests.unit.launches import without_a_side  # noqa: E402
+from tests.unit.launches import engine_takes_pointers, without_a_side  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +117,7 @@ class Manager:
         if self.fails:
             raise OSError("mine")
         current = slot.scope.get()
-        return None if current is None else Meanwhile(current._chain, current.samples, current)
+        return None if current is None else Meanwhile(current._chain, current.shared, current)
 
     def send_as_0_5_9(self, obj: Any, tokenized_obj: Any, created_time: Any = None) -> Any:
         return self.send(tokenized_obj)
@@ -211,7 +217,7 @@ class Samples:
             for step in range(3):
                 await asyncio.sleep(0)
                 around = slot.scope.get()
-                self.seen.append(None if around is None else around.samples)
+                self.seen.append(None if around is None else around.shared)
                 if step == obj.fails:
                     raise OSError("mine")
                 yield step
@@ -227,7 +233,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_the_samples_of_a_request_are_together_while_it_is_handled(closed: list[Any]) -> None:
-    handle = with_samples(Samples.handle)
+    handle = around_samples(Samples.handle, (with_samples,))
 
     async def both() -> list[Any]:
         """Two requests at a time, and what this task itself sees meanwhile."""
@@ -251,7 +257,7 @@ def test_the_samples_of_a_request_are_together_while_it_is_handled(closed: list[
 @pytest.mark.parametrize("how", ["fails", "is left", "is cancelled"])
 def test_a_request_that_does_not_end_as_it_should_closes_its_samples(how: str, closed: list[Any]) -> None:
     manager = Samples()
-    responses = with_samples(Samples.handle)(
+    responses = around_samples(Samples.handle, (with_samples,))(
         manager, SimpleNamespace(parallel_sample_num=2, fails=1 if how == "fails" else -1)
     )
 
@@ -276,7 +282,7 @@ def test_a_request_that_does_not_end_as_it_should_closes_its_samples(how: str, c
 @pytest.mark.parametrize("obj", [SimpleNamespace(fails=-1), SimpleNamespace(parallel_sample_num=1, fails=-1)])
 def test_a_request_for_one_sample_is_handled_as_if_nothing_stood_here(obj: Any, closed: list[Any]) -> None:
     manager = Samples()
-    responses = with_samples(Samples.handle)(manager, obj)
+    responses = around_samples(Samples.handle, (with_samples,))(manager, obj)
     assert responses.ag_code is Samples.handle.__code__
 
     async def all_of() -> list[Any]:
@@ -297,7 +303,12 @@ def test_a_request_that_is_one_of_several_samples_goes_by_its_managers_lane(clos
             yield await send(self, REQUEST)
 
     async def all_of() -> list[Any]:
-        return [found async for found in with_samples(handle)(manager, SimpleNamespace(parallel_sample_num=2))]
+        return [
+            found
+            async for found in around_samples(handle, (with_samples,))(
+                manager, SimpleNamespace(parallel_sample_num=2)
+            )
+        ]
 
     sent = asyncio.run(all_of())
     assert [found.chain for found in sent] == [side.chain] * 3
@@ -305,45 +316,234 @@ def test_a_request_that_is_one_of_several_samples_goes_by_its_managers_lane(clos
     assert len({id(found.request) for found in sent}) == 3  # each is taken back by itself
 
 
-# --- wrapping on 0.5.9 - 0.5.12 -----------------------------------------------------------------------------
+# --- tensors are offered ------------------------------------------------------------------------------------
 
 
-def request(*values: Any, field: str, as_dict: bool = False) -> Any:
-    items = [SimpleNamespace(feature=None, precomputed_embeddings=None) for _ in values]
-    for item, value in zip(items, values, strict=True):
-        setattr(item, field, value)
-    return SimpleNamespace(mm_inputs={"mm_items": items} if as_dict else SimpleNamespace(mm_items=items))
+def an_item(**fields: Any) -> Any:
+    return SimpleNamespace(**{"feature": None, "precomputed_embeddings": None, "hash": 7, **fields})
 
 
-def native_wrap(as_dict: bool, enabled: bool) -> Callable[[Any], Any]:
-    def wrap_shm_features(obj: Any) -> Any:
-        if enabled:
-            for item in obj.mm_inputs.get("mm_items", []) if as_dict else obj.mm_inputs.mm_items:
-                if isinstance(item.feature, torch.Tensor):
-                    item.feature = ShmPointerMMData(item.feature)
+def request(*items: Any, as_dict: bool = False, overrides: Any = None) -> Any:
+    there = list(items)
+    mm_inputs = {"mm_items": there} if as_dict else SimpleNamespace(mm_items=there)
+    return SimpleNamespace(mm_inputs=mm_inputs if items else None, positional_embed_overrides=overrides)
+
+
+def items_of(sent: Any) -> list[Any]:
+    inputs = sent.mm_inputs
+    items: list[Any] = inputs["mm_items"] if isinstance(inputs, dict) else inputs.mm_items
+    return items
+
+
+def engines_wrap(obj: Any) -> Any:
+    """`wrap_shm_features`, of what every release knows of, in launches in which its ranks take it."""
+    if sys.modules[ShmPointerMMData.__module__].get_serving().skip_tokenizer_init:
         return obj
+    for item in items_of(obj) if obj.mm_inputs else ():
+        if isinstance(item.feature, torch.Tensor):
+            item.feature = ShmPointerMMData(item.feature)
+    return obj
 
-    return wrap_everything(wrap_shm_features)
+
+def sent(obj: Any, *steps: Any, send: Any = None) -> Any:
+    """A request as it is pickled, wrapped with these steps."""
+    wrap = around_wrap(engines_wrap, steps)
+
+    def send_one_request(self: Any, tokenized_obj: Any) -> Any:
+        return wrap(tokenized_obj)
+
+    return around_send(send_one_request, (sending,))(None, obj)
 
 
 @pytest.mark.parametrize("as_dict", [True, False], ids=["0.5.9", "later"])
 @pytest.mark.parametrize("field", ["feature", "precomputed_embeddings"])
-def test_lists_and_embeddings_go_by_pointer(field: str, as_dict: bool) -> None:
+def test_tensors_lists_and_embeddings_go_by_pointer(field: str, as_dict: bool) -> None:
     tensor = torch.ones(2)
-    req = request(tensor, [tensor, "x"], (tensor,), field=field, as_dict=as_dict)
-    assert native_wrap(as_dict, True)(req) is req
-    items = req.mm_inputs["mm_items"] if as_dict else req.mm_inputs.mm_items
-    first, second, third = (getattr(item, field) for item in items)
-    assert isinstance(first, ShmPointerMMData)
-    assert isinstance(third, tuple) and isinstance(third[0], ShmPointerMMData)
-    assert isinstance(second[0], ShmPointerMMData) and second[1] == "x"
+    obj = request(*(an_item(**{field: value}) for value in (tensor, [tensor, "x"], (tensor,))), as_dict=as_dict)
+    before = items_of(obj)
+    first, second, third = (getattr(item, field) for item in items_of(sent(obj, offering)))
+    assert first.precomputed_hash == 7 and second[0].precomputed_hash is None
+    assert isinstance(third, tuple) and isinstance(second, list) and second[1] == "x"
+    for pointer in (first, second[0], third[0]):
+        assert isinstance(pointer, ShmPointerMMData) and isinstance(pointer.payload, Segment)
+        assert torch.equal(pointer.materialize(), tensor)
+    assert getattr(before[0], field) is tensor  # they may be those of another sample
 
 
-def test_the_engines_own_conditions_hold_for_them_too() -> None:
+def test_what_the_engine_does_not_know_of_goes_by_no_segment() -> None:
+    """Nobody would agree on it, nor take it: without a lane it is sent inline, at its size."""
+    whole = torch.zeros(4, 50_000)
+    overrides = SimpleNamespace(embeds=whole[3], positions=[1])
+    shared = {"crops": whole[0], "parts": [whole[1], [whole[2]]], "grid": [(1, 2)], "word": "x", "empty": []}
+    obj = request(
+        an_item(feature=torch.ones(2), model_specific_data=shared),
+        an_item(model_specific_data=shared),
+        overrides=overrides,
+    )
+    made = sent(obj, offering)
+    first, second = (item.model_specific_data for item in items_of(made))
+    for data in (first, second):
+        got = (data["crops"], data["parts"][0], data["parts"][1][0])
+        for tensor, wanted in zip(got, whole, strict=False):
+            assert torch.equal(tensor, wanted) and tensor.untyped_storage().nbytes() == 200_000
+        assert (data["grid"], data["word"], data["empty"]) == ([(1, 2)], "x", [])
+    assert first["crops"] is second["crops"]  # pickled once
+    assert made.positional_embed_overrides.embeds.untyped_storage().nbytes() == 200_000
+    # Others have the same dict, and the same overrides.
+    assert shared["crops"].untyped_storage().nbytes() == overrides.embeds.untyped_storage().nbytes() == 800_000
+    assert isinstance(items_of(made)[0].feature, ShmPointerMMData)
+
+
+def test_where_the_engine_takes_no_pointers_nothing_goes_by_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_takes_pointers(monkeypatch, False)
+    whole = torch.zeros(2, 50_000)
+    made = sent(request(an_item(feature=whole[0]), an_item(feature=[whole[1]])), offering)
+    first, second = (item.feature for item in items_of(made))
+    assert [tensor.untyped_storage().nbytes() for tensor in (first, *second)] == [200_000] * 2
+    assert segments() == []
+
+
+def test_the_inputs_of_an_embedding_request_go_by_pointer() -> None:
+    """Which have another name up to 0.5.14, and which the engine does not wrap."""
     tensor = torch.ones(2)
-    req = request([tensor], field="precomputed_embeddings")
-    native_wrap(False, False)(req)
-    assert req.mm_inputs.mm_items[0].precomputed_embeddings == [tensor]
+    item = an_item(feature=tensor)
+    obj = SimpleNamespace(image_inputs={"mm_items": [item]})
+    wrap = around_wrap(lambda obj: obj, (offering,))
+    made = around_send(lambda self, tokenized_obj: wrap(tokenized_obj), (sending,))(None, obj)
+    pointer = made.image_inputs["mm_items"][0].feature
+    assert isinstance(pointer, ShmPointerMMData) and torch.equal(pointer.materialize(), tensor)
+    assert item.feature is tensor and not hasattr(made, "mm_inputs")
+
+
+def test_what_was_offered_is_not_offered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no transport carries stays inline, when the engine makes a pointer of it as well."""
+    offered = []
+
+    def offer(chain: Chain, tensor: Any, samples: Any = None, *, agreed: bool = True) -> Any:
+        offered.append(tensor)
+        return Inline(tensor), None
+
+    monkeypatch.setattr(Chain, "offer", offer)
+    tensor = torch.ones(2)
+    (item,) = items_of(sent(request(an_item(feature=tensor)), offering))
+    assert item.feature is tensor and len(offered) == 1
+
+
+def test_tensors_that_are_not_offered_are_wrapped_by_the_engine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError("mine")
+
+    monkeypatch.setattr("mmlane.engine.requests.own_items", fails)
+    (item,) = items_of(sent(request(an_item(feature=torch.ones(2))), offering))
+    assert isinstance(item.feature, ShmPointerMMData)
+    assert "wrapping failed: OSError: mine" in caplog.text
+
+
+# --- and compact, where they are sent inline ----------------------------------------------------------------
+
+
+def pickled(obj: Any) -> int:
+    return len(pickle.dumps(obj))
+
+
+def views(count: int, size: int = 50_000) -> Any:
+    """A request of images as the engine splits it, in every place that a tensor can have."""
+    whole = torch.arange(float(count * size)).reshape(count, size)
+    kinds = [
+        lambda part: an_item(feature=part),
+        lambda part: an_item(feature=[part]),
+        lambda part: an_item(precomputed_embeddings=(part,)),
+        lambda part: an_item(model_specific_data={"crops": part}),
+    ]
+    return request(*(kinds[n % 4](part) for n, part in enumerate(whole)))
+
+
+def test_views_are_pickled_at_their_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_takes_pointers(monkeypatch, False)
+    obj = views(32)
+    payload = 32 * 50_000 * 4
+    assert pickled(sent(views(32)).mm_inputs) > 30 * payload  # the fault
+    made = sent(obj, compacting)
+    assert payload < pickled(made.mm_inputs) < 1.05 * payload
+    for old, new in zip(items_of(obj), items_of(pickle.loads(pickle.dumps(made))), strict=False):
+        assert str(old) == str(new)
+
+
+def test_it_is_compacted_once_for_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_takes_pointers(monkeypatch, False)
+    wrap = around_wrap(engines_wrap, (compacting,))
+    whole = torch.zeros(2, 50_000)
+    item = an_item(feature=whole[0], model_specific_data={"crops": whole[1]})
+
+    async def handle(self: Any, obj: Any) -> Any:
+        for _ in range(3):
+            yield wrap(request(item))
+
+    async def all_of() -> list[Any]:
+        responses = around_samples(handle, (with_samples,))(None, SimpleNamespace(parallel_sample_num=2))
+        return [items_of(found)[0] async for found in responses]
+
+    found = asyncio.run(all_of())
+    assert (
+        len({id(item.feature) for item in found}) == len({id(i.model_specific_data["crops"]) for i in found}) == 1
+    )
+    assert found[0].feature is not item.feature
+    assert item.feature.untyped_storage().nbytes() == 400_000  # whose it is keeps what it had
+
+
+def test_what_owns_its_storage_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_takes_pointers(monkeypatch, False)
+    own = [torch.ones(8), torch.ones(1).expand(8), torch.ones(2).to_sparse(), "x", None]
+    obj = request(*(an_item(feature=value) for value in own))
+    before = obj.mm_inputs
+    assert [item.feature for item in items_of(sent(obj, compacting))] == own and obj.mm_inputs is before
+
+
+def test_a_request_that_cannot_be_compacted_is_sent_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine_takes_pointers(monkeypatch, False)
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("mmlane.transport.compacting.compact", fails)
+    whole = torch.zeros(2, 50_000)
+    obj = request(an_item(feature=whole[0]))
+    assert torch.equal(items_of(sent(obj, compacting))[0].feature, whole[0])
+    assert "compacting failed: MemoryError" in caplog.text
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_tensors_of_a_batch_are_offered_too(is_async: bool) -> None:
+    def send_batch(self: Any, tokenized_objs: Any) -> bytes:
+        if self is not None:
+            raise OSError("mine")
+        return pickle.dumps([obj.mm_inputs for obj in tokenized_objs])
+
+    async def send_async(self: Any, tokenized_objs: Any) -> bytes:
+        await asyncio.sleep(0)
+        return send_batch(self, tokenized_objs)
+
+    patched = around_send_batch(send_async if is_async else send_batch)
+
+    def called(*args: Any) -> Any:
+        result = patched(*args)
+        return asyncio.run(result) if is_async else result
+
+    requests = [request(an_item(feature=torch.full((3,), float(n)))) for n in range(2)]
+    received = pickle.loads(called(None, [request(), *requests]))
+    features = [inputs.mm_items[0].feature.materialize() for inputs in received[1:]]
+    assert [feature.tolist() for feature in features] == [[0.0] * 3, [1.0] * 3]
+    with pytest.raises(OSError, match="mine"):
+        called("fails", [request(an_item(feature=torch.ones(3))) for _ in range(2)])
+    assert segments() == [] and slot.scope.get() is None
+    assert pickle.loads(called(None, [request()])) == [None]
 
 
 def test_who_copies_the_context_of_a_request_keeps_nothing_of_it() -> None:

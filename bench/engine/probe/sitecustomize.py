@@ -69,6 +69,13 @@ def _tensors(request: Any) -> int:
     return sum(value.nbytes for value in _values(request) if hasattr(value, "nbytes"))
 
 
+def _storage(requests: Any) -> int:
+    """Bytes of the storages behind the tensors of requests, each counted once."""
+    tensors = [value for request in requests for value in _values(request) if hasattr(value, "untyped_storage")]
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def _values(request: Any) -> Iterator[Any]:
     for one in getattr(request, "batch", None) or [request]:
         inputs = getattr(one, "mm_inputs", None)
@@ -184,7 +191,8 @@ def _receiving(receive: Callable[..., Any]) -> Callable[..., Any]:
         if received and (carried := sum(map(_tensors, received))):
             from torch.distributed import get_rank
 
-            watch.note("recv", rank=get_rank(), bytes=carried, requests=len(received))
+            held = _storage(received)
+            watch.note("recv", rank=get_rank(), bytes=carried, requests=len(received), held=held)
         return received
 
     return recv_requests

@@ -1,17 +1,24 @@
-"""Where the multimodal features of the engine's requests are, on every version.
+"""Where the tensors of the engine's requests are, on every version.
 
-A request has `mm_inputs`: None, a dict with "mm_items" (0.5.9), or an object with `mm_items` (later). An item
-has `feature` and `precomputed_embeddings`, each None, a value (tensor, pointer, ...) or a list or tuple of
-values. A batch request has its requests in `batch`.
+A request has `mm_inputs`: None, a dict with "mm_items" (0.5.9), or an object with `mm_items` (later). Up to 0.5.14
+those of an embedding request are called `image_inputs`. An item has `feature` and `precomputed_embeddings`, each
+None, a value (tensor, pointer, ...) or a list or tuple of values; and `model_specific_data`, a dict in which
+processors put everything else, its auxiliary data here. Each copy of an item shares that dict. From 0.5.11 on a
+request may also have `positional_embed_overrides`, with a tensor `embeds`. A batch request has its requests in
+`batch`.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 FIELDS = ("feature", "precomputed_embeddings")
+EMBEDDING_INPUTS = "image_inputs"
+AUXILIARY = "model_specific_data"
+OVERRIDES = "positional_embed_overrides"
 
 
 def single_requests(requests: Iterable[Any]) -> Iterator[Any]:
@@ -26,42 +33,140 @@ def single_requests(requests: Iterable[Any]) -> Iterator[Any]:
 
 def items(request: Any) -> list[Any]:
     """The multimodal items of a single request; none where it has none, or where they are still pickled."""
-    mm_inputs = getattr(request, "mm_inputs", None)
+    return items_of(_inputs(request))
+
+
+def _inputs(request: Any) -> Any:
+    """The multimodal inputs of a request, or None."""
+    try:
+        return request.mm_inputs
+    except AttributeError:
+        return getattr(request, EMBEDDING_INPUTS, None)
+
+
+def items_of(mm_inputs: Any) -> list[Any]:
+    """The same, of a request's multimodal inputs."""
     if mm_inputs is None:
         return []
     found = mm_inputs.get("mm_items") if isinstance(mm_inputs, dict) else getattr(mm_inputs, "mm_items", None)
     return found if isinstance(found, list) else []
 
 
+def may_hold_tensors(request: Any) -> bool:
+    """Whether it is worth while to look at a single request at all."""
+    return _inputs(request) is not None or getattr(request, OVERRIDES, None) is not None
+
+
 def places(request: Any) -> list[Place]:
     """Where a single request has values: once each, whatever number of values there is in a list."""
-    there = items(request)
-    if not there:  # most often: text
+    mm_inputs, overrides = _inputs(request), getattr(request, OVERRIDES, None)
+    if mm_inputs is None and overrides is None:  # most often: text
         return []
-    return [Place(item, field) for item in there for field in FIELDS if getattr(item, field, None) is not None]
+    there = items_of(mm_inputs)
+    found = [Place(item, field) for item in there for field in FIELDS if getattr(item, field, None) is not None]
+    for item in there:
+        auxiliary = getattr(item, AUXILIARY, None)
+        if isinstance(auxiliary, dict):
+            found += [Place(auxiliary, key) for key, value in auxiliary.items() if _may_be_tensors(value)]
+    if overrides is not None:
+        found.append(Place(overrides, "embeds"))
+    return found
+
+
+def _may_be_tensors(value: Any) -> bool:
+    """Whether there can be tensors or pointers in it, without a look at each of ten thousand numbers."""
+    if isinstance(value, list | tuple):
+        return bool(value) and not isinstance(value[0], int | float | str) and any(map(_may_be_tensors, value))
+    return hasattr(value, "shape")
 
 
 class Place(NamedTuple):
-    """One field of one item, with a value or a list or tuple of values in it."""
+    """One field of an item, of its auxiliary data or of the overrides: a value, or lists and tuples of values."""
 
-    item: Any
+    holder: Any
     field: str
+
+    @property
+    def is_wrapped_by_engine(self) -> bool:
+        """Whether the engine looks for pointers here, to agree on them and to take them."""
+        return self.field in FIELDS and not isinstance(self.holder, dict)
+
+    @property
+    def is_moved_to_device(self) -> bool:
+        """Whether the engine puts the device's tensor here; all else stays as it is until the request ends."""
+        return self.field == "feature" and not isinstance(self.holder, dict)
+
+    @property
+    def value(self) -> Any:
+        return self.holder[self.field] if isinstance(self.holder, dict) else getattr(self.holder, self.field)
 
     def values(self) -> list[Any]:
         """What stands there now; lists and tuples opened up."""
-        value = getattr(self.item, self.field)
-        return list(value) if isinstance(value, list | tuple) else [value]
+        return list(_opened_up(self.value))
 
     def replace(self, replacement: Callable[[Any], Any]) -> None:
         """Put `replacement(value)` in the place of every value, in the same kind of list or tuple."""
-        value = getattr(self.item, self.field)
-        if isinstance(value, list | tuple):
-            setattr(self.item, self.field, type(value)(map(replacement, value)))
+        replaced = _each_replaced(self.value, replacement)
+        if isinstance(self.holder, dict):
+            self.holder[self.field] = replaced
         else:
-            setattr(self.item, self.field, replacement(value))
+            setattr(self.holder, self.field, replaced)
 
 
-def tokenized(send: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """What finds the request among the arguments of a `_send_one_request`; on 0.5.9 it is not the first."""
-    position = list(inspect.signature(send).parameters).index("tokenized_obj")
-    return lambda args, kwargs: args[position] if len(args) > position else kwargs["tokenized_obj"]
+def _opened_up(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _opened_up(part)
+    else:
+        yield value
+
+
+def _each_replaced(value: Any, replacement: Callable[[Any], Any]) -> Any:
+    if not isinstance(value, list | tuple):
+        return replacement(value)
+    made: Callable[..., Any] = getattr(value, "_make", type(value))  # of a named tuple
+    return made([_each_replaced(part, replacement) for part in value])
+
+
+def own_items(request: Any) -> None:
+    """Give a request `mm_inputs`, items, auxiliary data and overrides of its own. Their tensors stay shared.
+
+    Whoever replaces something in a request does this first: others may have the same objects.
+    """
+    mm_inputs = _inputs(request)
+    if mm_inputs:
+        own = copy.copy(mm_inputs)
+        if isinstance(own, dict):
+            own["mm_items"] = [_own(item) for item in own.get("mm_items", [])]
+        else:
+            own.mm_items = [_own(item) for item in own.mm_items]
+        setattr(request, "mm_inputs" if hasattr(request, "mm_inputs") else EMBEDDING_INPUTS, own)
+    overrides = getattr(request, OVERRIDES, None)
+    if overrides is not None:
+        setattr(request, OVERRIDES, copy.copy(overrides))
+
+
+def own_places(request: Any, is_wanted: Callable[[Any], bool]) -> list[Place]:
+    """The places of a request with a value that is wanted, in items of the request's own."""
+
+    def there() -> list[Place]:
+        return [place for place in places(request) if any(map(is_wanted, place.values()))]
+
+    if not there():
+        return []
+    own_items(request)
+    return there()
+
+
+def _own(item: Any) -> Any:
+    own = copy.copy(item)
+    auxiliary = getattr(item, AUXILIARY, None)
+    if isinstance(auxiliary, dict):
+        setattr(own, AUXILIARY, dict(auxiliary))
+    return own
+
+
+def argument(function: Callable[..., Any], name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """What finds an argument among those of a call; on 0.5.9, for one, a request is not the first."""
+    position = list(inspect.signature(function).parameters).index(name)
+    return lambda args, kwargs: args[position] if len(args) > position else kwargs[name]

@@ -68,16 +68,31 @@ def on_cuda(server_args: Any) -> bool:
 
 def without_lane(server_args: Any) -> str:
     """Why an engine launched like this goes without a lane; "" when nothing is in the way."""
-    if server_args.nnodes > 1:
+    if nodes_of_a_stage(server_args) > 1:
         return f"{server_args.nnodes} nodes, and a lane is one machine's memory"
     if getattr(server_args, "elastic_ep_backend", None):
         return "--elastic-ep-backend, where ranks may come later"
-    if server_args.skip_tokenizer_init:
-        return "--skip-tokenizer-init, where the engine sends features inside their requests"
-    wrapping: Any = sys.modules.get("sglang.srt.managers.mm_utils")
-    if hasattr(wrapping, "_get_is_default_transport") and wrapping._get_is_default_transport():
-        return "--dist-init-addr, which this release takes for several nodes (leave it out on one)"
     return ""
+
+
+def nodes_of_a_stage(server_args: Any) -> int:
+    """How many nodes the ranks of one pipeline stage are on, as the engine lays them out."""
+    return max(int(server_args.nnodes) // int(server_args.pp_size), 1)
+
+
+def engine_takes_pointers() -> bool:
+    """Whether the engine makes pointers in this launch, agrees on segments, and takes them.
+
+    It does not over several nodes, nor with --skip-tokenizer-init. Asked in a tokenizer, of the engine's own
+    conditions in `mm_utils.wrap_shm_features`.
+    """
+    mm_utils: Any = sys.modules["sglang.srt.managers.mm_utils"]
+    if mm_utils._get_is_default_transport():
+        return False
+    # 0.5.9, 0.5.16 and 0.5.17 on
+    names = ("get_global_server_args", "get_server_args", "get_serving")
+    asked = next(found for name in reversed(names) if (found := getattr(mm_utils, name, None)) is not None)
+    return not asked().skip_tokenizer_init
 
 
 def rust_server() -> bool:

@@ -49,10 +49,13 @@ class Payload(ABC):
     one takes it: up to 0.5.18 we ask each for `prepare`, and `take` succeeds after that; from 0.5.19 on the engine
     waits for all ranks, calls `take`, and refuses the request on all of them if it raised on any. Without it, each
     rank takes by itself, and `take` has to come to the same end on all.
+    lends: whether `take` gives memory that others wait for; it has to come back soon, so where the engine keeps a
+    tensor until its request has ended, a copy stands in its place.
     """
 
     kind: ClassVar[str]
     needs_agreement: ClassVar[bool] = False
+    lends: ClassVar[bool] = False
     what: ClassVar[str] = "the feature"  # for people: what cannot be read when it is lost
     advice: ClassVar[str] = ""  # and what they can do
     name: str = ""  # by which people find it

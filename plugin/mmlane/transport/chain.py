@@ -49,10 +49,17 @@ class Chain:
         self.transports = [transport(here) for transport in CHAIN]
         self._by_kind = {transport.payload.kind: transport for transport in self.transports}
 
-    def offer(self, tensor: torch.Tensor, samples: Samples | None = None) -> tuple[Payload, bytes | None]:
-        """What carries a tensor, and the invitation to send along, if any. Never raises."""
+    def offer(
+        self, tensor: torch.Tensor, samples: Samples | None = None, *, agreed: bool = True
+    ) -> tuple[Payload, bytes | None]:
+        """What carries a tensor, and the invitation to send along, if any. Never raises.
+
+        agreed: whether ranks will agree on what needs that. Else only what each takes by itself is asked.
+        """
         invitation = None
         for transport in self.transports:
+            if transport.payload.needs_agreement and not agreed:
+                continue
             try:
                 answer = transport.offer(tensor, samples)
             except Exception as error:  # noqa: BLE001 - the feature goes the next way

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from mmlane.engine.requests import Place
 from mmlane.transport.base import Declined, Here, Payload, Scheduler, Tokenizer, Transport
 from mmlane.transport.samples import Samples
 
@@ -42,7 +43,7 @@ class InlineTransport(Transport):
         pass
 
     def offer(self, tensor: torch.Tensor, samples: Samples | None = None) -> Inline | Declined:
-        return Inline(compact(tensor))
+        return Inline(compact(tensor, samples))
 
     def receive(self, state: Mapping[str, Any]) -> Inline:
         return Inline(state["tensor"])
@@ -62,8 +63,28 @@ class SmallInlineTransport(InlineTransport):
         return super().offer(tensor, samples)
 
 
-def compact(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, without the rest of its storage, all of which would be pickled."""
-    if tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize:
+def is_sent(value: Any) -> bool:
+    """Whether it is a tensor for us: those on a device travel by the engine's own ways."""
+    return isinstance(value, torch.Tensor) and value.is_cpu
+
+
+def sent_from(there: Iterable[Place]) -> list[torch.Tensor]:
+    """The tensors for us that stand in some places, each as often as it does."""
+    return [value for place in there for value in place.values() if is_sent(value)]
+
+
+def compact(tensor: torch.Tensor, samples: Samples | None = None) -> torch.Tensor:
+    """The tensor, without the rest of its storage, all of which would be pickled.
+
+    Its own storage stays as it is: it may be anybody's. samples: those that share one such copy.
+    """
+    if is_compact(tensor):
         return tensor
-    return tensor.clone()
+    return tensor.clone() if samples is None else samples.copied(tensor, torch.clone)
+
+
+def is_compact(tensor: torch.Tensor) -> bool:
+    """Whether its storage, which is pickled as a whole, holds nothing else."""
+    return (
+        tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.itemsize
+    )

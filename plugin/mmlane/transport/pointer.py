@@ -69,10 +69,16 @@ class ShmPointerMMData:
         """
         if tensor is None:
             return super().__new__(cls)
-        payload, invitation = (slot.scope.get() or slot.chain).offer(tensor)
+        return cls.of(tensor, *(slot.scope.get() or slot.chain).offer(tensor), precomputed_hash)
+
+    @classmethod
+    def of(
+        cls, tensor: torch.Tensor, payload: Payload, invitation: bytes | None, precomputed_hash: int | None
+    ) -> ShmPointerMMData | torch.Tensor:
+        """What stands in a tensor's place: a pointer, or the tensor itself where nothing else has to travel."""
         if isinstance(payload, Inline) and invitation is None:
             return payload.tensor
-        pointer = super().__new__(cls)
+        pointer: ShmPointerMMData = object.__new__(cls)
         pointer.payload = payload
         pointer.shape, pointer.dtype, pointer.precomputed_hash = tensor.shape, tensor.dtype, precomputed_hash
         if invitation is not None:

@@ -1,38 +1,52 @@
-"""What the samples of one prompt (n > 1) share in a lane."""
+"""What the samples of one prompt (n > 1) share, and the places of one request: each tensor is copied once."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 
-from mmlane.lane import Lane, Refused, Reservation
+from mmlane.lane import Lane, Refused
+
+Copy = TypeVar("Copy")
 
 
 class Samples:
-    """The requests that the engine makes of one with n > 1, all with the same tensors: what is in the lane once.
+    """The requests that the engine makes of one with n > 1, all with the same tensors; most often it is just one.
 
     requests: how many there will be with each tensor. A prompt's first request is answered before the others are
-    sent, so the copy has to outlive that one's ticket. It does not live longer than the last of them is sent.
+    sent, so a copy has to outlive that one's ticket. It does not live longer than the last of them is sent.
     """
 
-    def __init__(self, requests: int) -> None:
+    def __init__(self, requests: int = 1) -> None:
         self._requests = requests
-        # By the tensor's id, which it keeps from others, and what of it could be changed without copying: the
-        # tensor, its copy, and how many requests are left.
-        self._copies: dict[Any, tuple[torch.Tensor, Reservation, int]] = {}
+        self._uses: Counter[int] = Counter()  # of each tensor in one request, by its id
+        # By how it was copied, the tensor's id, which it keeps from others, and what of it could be changed
+        # without copying: the tensor, its copy, and how many uses are left.
+        self._copies: dict[Any, tuple[torch.Tensor, Any, int]] = {}
+
+    def expect(self, tensors: Iterable[torch.Tensor]) -> None:
+        """In each request there are these: one for each place where a tensor stands."""
+        self._uses = Counter(map(id, tensors))
 
     def put(self, lane: Lane, tensor: torch.Tensor) -> bytes | Refused:
         """A ticket on the one copy of a tensor."""
-        same = id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-        kept = self._copies.pop(same, None)
-        copy = lane.copy(tensor) if kept is None else kept[1]
-        if isinstance(copy, Refused):
-            return copy
-        left = self._requests if kept is None else kept[2]
-        if left > 1:
-            self._copies[same] = tensor, copy, left - 1
-        return copy.publish()
+        if self._requests == 1 and self._uses[id(tensor)] <= 1:
+            return lane.put(tensor)
+        copy = self.copied(tensor, lane.copy)
+        return copy if isinstance(copy, Refused) else copy.publish()
+
+    def copied(self, tensor: torch.Tensor, copy_of: Callable[[torch.Tensor], Copy]) -> Copy:
+        """The one copy of a tensor that `copy_of` makes; a `Refused` is none, and is not kept."""
+        key = copy_of, id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        kept = self._copies.pop(key, None)
+        copy: Copy = copy_of(tensor) if kept is None else kept[1]
+        left = self._requests * max(self._uses[id(tensor)], 1) if kept is None else kept[2]
+        if left > 1 and not isinstance(copy, Refused):
+            self._copies[key] = tensor, copy, left - 1
+        return copy
 
     def close(self) -> None:
         """The request has ended, whether it sent all of them or not."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mmlane.engine.requests import items
+from mmlane.engine.requests import FIELDS, Place, items, items_of, own_items
 from mmlane.engine.topology import RankPlace, carrying_groups, group_of, number_of, on_cuda, rust_server
 from mmlane.lane.cuda import watch_streams
 from mmlane.log import guarded, logger
@@ -58,7 +58,7 @@ class SchedulerSide:
             for arrival in waiting:
                 if not arrival.lost:
                     for place in arrival.places:
-                        place.replace(_taken)
+                        place.replace(_taker(place, of=_is_pointer))
         return [(arrival.request, arrival.lost) for arrival in arrived if arrival.lost]
 
 
@@ -66,20 +66,33 @@ def _take_alone(arrival: Arrival) -> None:
     """Take what needs no agreement: every rank comes to the same end without asking the others."""
     try:
         for place in arrival.places:
-            place.replace(_taken_alone)
+            place.replace(_taker(place, of=_is_taken_alone))
     except LostFeature as error:
         arrival.lost = str(error)
         logger.error("mmlane: request %s: %s", getattr(arrival.request, "rid", None), arrival.lost)
         arrival.release()
 
 
-def _taken_alone(value: Any) -> Any:
-    alone = isinstance(value, ShmPointerMMData) and not value.payload.needs_agreement
-    return value.materialize() if alone else value
+def _is_pointer(value: Any) -> bool:
+    return isinstance(value, ShmPointerMMData)
 
 
-def _taken(value: Any) -> Any:
-    return value.materialize() if isinstance(value, ShmPointerMMData) else value
+def _is_taken_alone(value: Any) -> bool:
+    return isinstance(value, ShmPointerMMData) and not value.payload.needs_agreement
+
+
+def _taker(place: Place, *, of: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """What takes the pointers that stand in a place, of one kind; all else stays."""
+
+    def taken(value: Any) -> Any:
+        if not of(value):
+            return value
+        tensor = value.materialize()
+        # What the engine keeps until the request has ended would hold room in the lane for as long.
+        is_borrowed = value.payload.lends and not place.is_moved_to_device
+        return tensor.clone() if is_borrowed else tensor
+
+    return taken
 
 
 def start(server_args: Any, place: RankPlace, *, pinned: int | None) -> None:
@@ -221,6 +234,44 @@ def _take_and_refuse(receiver: Any, received: list[Any] | None) -> None:
         move_out_of_batches(received, [request for request, _ in lost])
 
 
+# --- requests are made ready, with --enable-broadcast-mm-inputs-process ---------------------------------------
+
+
+def each_for_itself(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`Scheduler._process_and_broadcast_mm_inputs(self, raw_mm_inputs)`, by each rank for itself.
+
+    The first rank would do it for all, and pickle whole features to ranks that have them already. What it would
+    save them is hashing, which from 0.5.10 on the tokenizer has done.
+    """
+
+    @wraps(process)
+    def process_mm_inputs(self: Any, raw_mm_inputs: Any) -> Any:
+        return process(_Alone(self) if _is_hashed(raw_mm_inputs) else self, raw_mm_inputs)
+
+    return process_mm_inputs
+
+
+class _Alone:
+    """A scheduler as if it had no peers to do this for."""
+
+    dp_tp_cpu_group = None
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+
+def _is_hashed(mm_inputs: Any) -> bool:
+    """Whether every rank has all features, and need not hash them. What is on a device has one reader here."""
+    there = items_of(mm_inputs)
+    values = [value for item in there for field in FIELDS for value in Place(item, field).values()]
+    return all(getattr(item, "pad_value", None) is not None for item in there) and all(
+        value is None or (isinstance(value, torch.Tensor) and value.is_cpu) for value in values
+    )
+
+
 # --- requests are passed on to the next pipeline stage ------------------------------------------------------
 
 
@@ -244,18 +295,12 @@ def without_features(send: Callable[..., Any]) -> Callable[..., Any]:
 
 def _lighter(request: Any) -> Any:
     """A copy of a request without the tensors that are not needed any more; or the request itself."""
-    there = items(request)
-    if not any(map(_is_spare, there)):
+    if not any(map(_is_spare, items(request))):
         return request
-    kept = [copy.copy(item) for item in there]
-    for item in filter(_is_spare, kept):
-        item.feature = None
     request = copy.copy(request)
-    request.mm_inputs = copy.copy(request.mm_inputs)
-    if isinstance(request.mm_inputs, dict):
-        request.mm_inputs["mm_items"] = kept
-    else:
-        request.mm_inputs.mm_items = kept
+    own_items(request)
+    for item in filter(_is_spare, items(request)):
+        item.feature = None
     return request
 
 

@@ -1,9 +1,10 @@
 """How a request leaves a tokenizer, from top to bottom.
 
 The engine's manager is made, and given its side (`start`). It sends a request (`around_send`), perhaps one of
-several samples (`with_samples`). On the way the engine makes a pointer of each large tensor, and the pointer
-offers the tensor to the transports, one after the other (`Sending.offer`). What was made for a request that could
-not be sent is released (`sending`). A request without multimodal inputs is sent as if nothing stood here.
+several samples (`with_samples`), or a batch of them (`around_send_batch`). Where the engine wraps features
+(`around_wrap`), every tensor of the request is offered to the transports, one after the other, and a pointer
+stands in its place (`Sending.offer_all`). What was made for a request that could not be sent is released
+(`sending`). A request without tensors is sent as if nothing stood here.
 """
 
 from __future__ import annotations
@@ -13,20 +14,19 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from functools import wraps
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmlane.engine.requests import places, tokenized
-from mmlane.engine.topology import on_cuda, readers_of, without_lane
+from mmlane.engine.requests import Place, argument, may_hold_tensors, own_places
+from mmlane.engine.topology import engine_takes_pointers, on_cuda, readers_of, without_lane
 from mmlane.lane import Lane, memory
 from mmlane.log import guarded, logger
 from mmlane.transport.base import Here, Payload, Tokenizer
 from mmlane.transport.chain import Chain
-from mmlane.transport.inline import Inline
+from mmlane.transport.inline import Inline, is_sent, sent_from
 from mmlane.transport.lane import LaneTransport, Producer
-from mmlane.transport.pointer import slot
+from mmlane.transport.pointer import ShmPointerMMData, slot
 from mmlane.transport.samples import Samples
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SIDE = "_mmlane_side"  # the attribute of the engine's tokenizer manager that holds its side
 
 Step = Callable[[Any, Any], AbstractContextManager[None]]  # of a manager and the request that it sends
+Wrapping = Callable[[Any], AbstractContextManager[None]]  # of a request
+Sharing = Callable[[Any, AsyncGenerator[Any, None]], AsyncGenerator[Any, None]]  # of a request and its responses
 
 
 # --- the side of a tokenizer manager ------------------------------------------------------------------------
@@ -118,7 +120,6 @@ def _watch(manager: weakref.ref[Any], meter: Meter | None, mode: str) -> Callabl
 
 def around_send(send: Callable[..., Any], steps: tuple[Step, ...]) -> Callable[..., Any]:
     """`TokenizerManager._send_one_request` inside of the steps that patches want, the first outermost."""
-    request_of = tokenized(send)
 
     @contextmanager
     def inside(manager: Any, request: Any) -> Iterator[None]:
@@ -127,43 +128,100 @@ def around_send(send: Callable[..., Any], steps: tuple[Step, ...]) -> Callable[.
                 stack.enter_context(step(manager, request))
             yield
 
+    return _around(send, argument(send, "tokenized_obj"), may_hold_tensors, inside)
+
+
+def around_send_batch(send: Callable[..., Any]) -> Callable[..., Any]:
+    """`TokenizerManager._send_batch_request`, whose requests the engine does not wrap.
+
+    There are tensors in one only of an embedding model, or with embeddings that override those of the text.
+    """
+
+    def has_tensors(requests: list[Any]) -> bool:
+        return any(map(may_hold_tensors, requests))
+
+    @contextmanager
+    def inside(manager: Any, requests: list[Any]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for request in filter(may_hold_tensors, requests):
+                stack.enter_context(sending(manager, request))
+                with offering(request):
+                    pass
+            yield
+
+    return _around(send, argument(send, "tokenized_objs"), has_tensors, inside)
+
+
+def _around(
+    send: Callable[..., Any],
+    sent_of: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+    concerns: Callable[[Any], bool],
+    inside: Callable[[Any, Any], AbstractContextManager[None]],
+) -> Callable[..., Any]:
+    """A method that sends, called inside of a context where that concerns what it sends."""
     if inspect.iscoroutinefunction(send):  # from 0.5.20 on
 
         @wraps(send)
         async def send_async(*args: Any, **kwargs: Any) -> Any:
-            request = request_of(args, kwargs)
-            if getattr(request, "mm_inputs", None) is None:
+            sent = sent_of(args, kwargs)
+            if not concerns(sent):
                 return await send(*args, **kwargs)
-            with inside(args[0], request):
+            with inside(args[0], sent):
                 return await send(*args, **kwargs)
 
         return send_async
 
     @wraps(send)
-    def send_one_request(*args: Any, **kwargs: Any) -> Any:
-        request = request_of(args, kwargs)
-        if getattr(request, "mm_inputs", None) is None:
+    def send_now(*args: Any, **kwargs: Any) -> Any:
+        sent = sent_of(args, kwargs)
+        if not concerns(sent):
             return send(*args, **kwargs)
-        with inside(args[0], request):
+        with inside(args[0], sent):
             return send(*args, **kwargs)
 
-    return send_one_request
+    return send_now
 
 
 class Sending:
     """One request while it is sent: by which chain, and what was made for it.
 
-    samples: the requests that share their tensors with this one, with n > 1.
+    shared: what the requests share that have the same tensors as this one, with n > 1.
     """
 
-    def __init__(self, chain: Chain, samples: Samples | None = None) -> None:
-        self.samples = samples
+    def __init__(self, chain: Chain, shared: Samples | None = None) -> None:
+        self.shared = shared
+        self.samples = Samples() if shared is None else shared
         self._chain = chain
         self._made: list[Payload] = []
+        self._offered = False
+
+    def offer_all(self, request: Any) -> None:
+        """Put what is to travel in the place of every CPU tensor of a request."""
+        there = own_places(request, is_sent)
+        self.samples.expect(sent_from(there))
+        are_taken = bool(there) and engine_takes_pointers()
+        for place in there:
+            place.replace(self._sender(place, agreed=are_taken and place.is_wrapped_by_engine))
+        self._offered = True
+
+    def _sender(self, place: Place, *, agreed: bool) -> Callable[[Any], Any]:
+        # The engine's hash of an item is one of a list of tensors together.
+        is_hashed = place.is_wrapped_by_engine and isinstance(place.value, torch.Tensor)
+        precomputed_hash = getattr(place.holder, "hash", None) if is_hashed else None
+
+        def sent(value: Any) -> Any:
+            if not is_sent(value):
+                return value
+            return ShmPointerMMData.of(value, *self._offer(value, agreed=agreed), precomputed_hash)
+
+        return sent
 
     def offer(self, tensor: torch.Tensor) -> tuple[Payload, bytes | None]:
-        """As `Chain.offer`."""
-        payload, invitation = self._chain.offer(tensor, self.samples)
+        """As `Chain.offer`, for a pointer that the engine makes; what has been offered before stays inline."""
+        return (Inline(tensor), None) if self._offered else self._offer(tensor, agreed=True)
+
+    def _offer(self, tensor: torch.Tensor, *, agreed: bool) -> tuple[Payload, bytes | None]:
+        payload, invitation = self._chain.offer(tensor, self.samples, agreed=agreed)
         if not isinstance(payload, Inline):
             self._made.append(payload)
         return payload, invitation
@@ -177,7 +235,7 @@ class Sending:
     def end(self) -> None:
         """The request has been sent, or not. Whoever copied the context meanwhile may keep this object."""
         self._made.clear()
-        self.samples, self._chain = None, slot.chain
+        self.shared, self.samples, self._chain = None, Samples(), slot.chain
 
 
 @contextmanager
@@ -185,7 +243,7 @@ def sending(manager: Any, request: Any) -> Iterator[None]:
     """A step of `around_send`: the request's tensors go by its manager's chain, and do not outlive a failure."""
     side: TokenizerSide | None = getattr(manager, SIDE, None)
     around = slot.scope.get()
-    current = Sending(slot.chain if side is None else side.chain, None if around is None else around.samples)
+    current = Sending(slot.chain if side is None else side.chain, None if around is None else around.shared)
     token = slot.scope.set(current)
     try:
         yield
@@ -197,55 +255,61 @@ def sending(manager: Any, request: Any) -> Iterator[None]:
         current.end()
 
 
-def wrap_everything(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`wrap_shm_features(obj)` of 0.5.9 - 0.5.12, which also sends lists and embeddings by pointer.
+# --- its tensors are offered --------------------------------------------------------------------------------
 
-    Those versions wrap an item's `feature` when it is a tensor (from 0.5.11 also a list of tensors). Each tensor
-    is shown to the same function as the `feature` of a stand-in, so that its own conditions (transport mode,
-    skip_tokenizer_init) decide.
+
+def around_wrap(wrap: Callable[[Any], Any], steps: tuple[Wrapping, ...]) -> Callable[[Any], Any]:
+    """`mm_utils.wrap_shm_features(obj)` inside of the steps that patches want, the first outermost.
+
+    The engine calls it with each request just before it is pickled, and wraps what it knows of, in launches in
+    which its ranks take that.
     """
-
-    def pointer(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.is_cpu:
-            return value
-        item = SimpleNamespace(feature=value)
-        wrap(SimpleNamespace(mm_inputs=_Inputs(item)))
-        return item.feature
 
     @wraps(wrap)
     def wrap_shm_features(obj: Any) -> Any:
-        with guarded("wrapping", "lists and embeddings of this request are sent inline, which is slower"):
-            for place in places(obj):
-                place.replace(pointer)
-        return wrap(obj)
+        if not may_hold_tensors(obj):
+            return wrap(obj)
+        with ExitStack() as stack:
+            for step in steps:
+                stack.enter_context(step(obj))
+            return wrap(obj)
 
     return wrap_shm_features
 
 
-class _Inputs(dict[str, Any]):
-    """`mm_inputs` of one item, readable as the dict of 0.5.9 and as the object of later versions."""
-
-    def __init__(self, item: Any) -> None:
-        super().__init__(mm_items=[item])
-        self.mm_items = self["mm_items"]
+@contextmanager
+def offering(request: Any) -> Iterator[None]:
+    """A step of `around_wrap`: every tensor goes by the transports, also what the engine would send inline."""
+    current = slot.scope.get()
+    with guarded("wrapping", "tensors of this request are sent inline, which is slower"):
+        if current is not None:
+            current.offer_all(request)
+    yield
 
 
 # --- samples: n > 1 -----------------------------------------------------------------------------------------
 
 
-def with_samples(handle: Callable[..., Any]) -> Callable[..., Any]:
-    """`TokenizerManager._handle_batch_request`, in which the samples of a request share one copy of a tensor."""
+def around_samples(handle: Callable[..., Any], steps: tuple[Sharing, ...]) -> Callable[..., Any]:
+    """`TokenizerManager._handle_batch_request`, whose responses pass through the steps that patches want."""
 
     @wraps(handle)
     def handle_batch_request(self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         responses = handle(self, obj, *args, **kwargs)
-        with guarded("share", "each sample of this request has a copy of its own"):
-            samples = getattr(obj, "parallel_sample_num", 1)
-            if samples != 1:
-                return _sharing(responses, Samples(samples + 1))  # the first request warms the prefix
+        for step in steps:
+            responses = step(obj, responses)
         return responses
 
     return handle_batch_request
+
+
+def with_samples(obj: Any, responses: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """A step of `around_samples`: the samples of a request share one copy of a tensor."""
+    with guarded("share", "each sample of this request has a copy of its own"):
+        samples = getattr(obj, "parallel_sample_num", 1)
+        if samples != 1:
+            return _sharing(responses, Samples(samples + 1))  # the first request warms the prefix
+    return responses
 
 
 async def _sharing(responses: AsyncGenerator[Any, None], samples: Samples) -> AsyncGenerator[Any, None]:

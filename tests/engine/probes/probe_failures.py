@@ -18,7 +18,7 @@ from when_imported import when_imported
 
 # Of each place at which the engine calls mmlane, a function of ours that is called there.
 SEAMS = {
-    "mmlane.engine.requests": ("Place.replace",),
+    "mmlane.engine.requests": ("Place.replace", "own_items"),
     "mmlane.lane.producer": ("Lane.put", "Lane.copy"),
     "mmlane.lane.reader": ("Reader.join", "Reader.take"),
     "mmlane.transport.lane": ("Ticket.__init__",),
@@ -27,7 +27,6 @@ SEAMS = {
     "mmlane.transport.scheduler_side": ("start",),
     "mmlane.transport.segment": ("_store",),
     "mmlane.transport.tokenizer_side": ("start",),
-    "mmlane_patches.fan_out": ("own_items",),
     "mmlane_patches.fan_out_images": ("_keep_together",),
     "mmlane_patches.sweeping": ("_sweep",),
 }

@@ -1,0 +1,31 @@
+"""What is sent inside of a request is sent without the rest of its storage, all of which would be pickled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mmlane.engine.requests import own_places
+from mmlane.log import guarded
+from mmlane.transport.inline import compact, is_compact, is_sent, sent_from
+from mmlane.transport.pointer import slot
+from mmlane.transport.samples import Samples
+
+
+@contextmanager
+def compacting(request: Any) -> Iterator[None]:
+    """A step of `tokenizer_side.around_wrap`: at its end, what is left in the request travels inline."""
+    yield
+    with guarded("compacting", "this request is sent with all of the storage behind its tensors, which is slower"):
+        compact_all(request)
+
+
+def compact_all(request: Any) -> None:
+    """Put compact copies in the place of a request's CPU tensors; one of each for all samples of the request."""
+    current = slot.scope.get()
+    samples = Samples() if current is None else current.samples
+    there = own_places(request, lambda value: is_sent(value) and not is_compact(value))
+    samples.expect(sent_from(there))
+    for place in there:
+        place.replace(lambda value: compact(value, samples) if is_sent(value) else value)
