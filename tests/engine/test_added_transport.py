@@ -49,7 +49,7 @@ def test_images_travel_by_a_transport_that_was_added(
             answers_are_right()
             sent = (server.notes / "sent_by_file").read_text().splitlines()
             assert len(sent) > 4 and not any(Path(file).exists() for file in sent)
-            assert looking.lane(server).puts == by_lane.puts and asking.segments(server) == {}
+            assert looking.lane(server).puts == by_lane.puts and looking.features(server) == []
             server.loses()
             with asking.schedulers_stopped(server):
                 answer = asking.in_background(lambda: server.generate([asking.image(7)], asking.TEXT))

@@ -82,6 +82,20 @@ def test_a_reader_releases_only_what_it_owes() -> None:
         assert torch.equal(held, first)
 
 
+def test_a_ticket_that_one_reader_never_saw_is_lost_once_the_other_has_released_it() -> None:
+    """Not before: it is out as long as the other may have it (3)."""
+    with pair_with_hostile() as (lane, reader, hostile):
+        ticket, _ = put(lane, tensor := new_tensor()), put(lane, new_tensor())
+        hostile.send(protocol.pairs(protocol.NOT_SEEN, [slot_and_serial(ticket)]))
+        stats = lane.stats()
+        assert (stats.tickets, stats.lost_tickets) == (2, 0)
+
+        assert torch.equal(reader.take(ticket), tensor)
+        eventually(lambda: lane.stats().tickets == 1, "the ticket ends")
+        stats = lane.stats()
+        assert (stats.lost_tickets, stats.malformed_messages) == (1, 0)
+
+
 def test_half_a_message_that_makes_sense_is_heeded() -> None:
     """And counted once as malformed."""
     with pair_with_hostile() as (lane, reader, hostile):
@@ -212,7 +226,7 @@ def test_a_reader_that_never_stops_talking_does_not_keep_a_put() -> None:
 
 
 class Conversation(RuleBasedStateMachine):
-    """One honest reader and one that says anything, against a model of who owes what (2)."""
+    """One honest reader and one that says anything, against a model of who owes what (2), and what is lost (3)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +236,8 @@ class Conversation(RuleBasedStateMachine):
         self.hostile: set[int] = set()  # and by the other
         self.held: dict[int, torch.Tensor] = {}
         self.copies: list[tuple[Reservation, torch.Tensor]] = []
-        self.malformed_messages = self.lost_tickets = 0
+        self.unseen: set[int] = set()  # those that the other owed and said it never saw
+        self.malformed_messages = 0
 
     @initialize()
     def join(self) -> None:
@@ -305,7 +320,8 @@ class Conversation(RuleBasedStateMachine):
             number = known.index(item) if item in known else -1
             if number in self.hostile:
                 self.hostile.discard(number)
-                self.lost_tickets += kind == protocol.NOT_SEEN and number not in self.honest
+                if kind == protocol.NOT_SEEN:
+                    self.unseen.add(number)
         self.malformed_messages += not {serial for _, serial in items} <= {serial for _, serial in known}
 
     @rule(
@@ -336,7 +352,8 @@ class Conversation(RuleBasedStateMachine):
         # The honest reader's thread may be sending what was released here.
         eventually(lambda: self.lane.stats().tickets == len(self.honest | self.hostile), "what was released")
         stats = self.lane.stats()
-        assert (stats.malformed_messages, stats.lost_tickets) == (self.malformed_messages, self.lost_tickets)
+        lost = self.unseen - self.honest  # they have ended, whoever spoke last (3)
+        assert (stats.malformed_messages, stats.lost_tickets) == (self.malformed_messages, len(lost))
         assert (stats.joined, stats.state) == ({"tp": [0, 1]}, "open")
 
     @invariant()
