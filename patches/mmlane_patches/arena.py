@@ -137,7 +137,7 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.scheduler",
             name="Scheduler._process_and_broadcast_mm_inputs",
             signature="(self, raw_mm_inputs)",
-            replace="mmlane.transport.scheduler_side:each_for_itself",
+            replace="mmlane.transport.scheduler_side:without_tensors",
         ),
         Target(
             module="sglang.srt.managers.scheduler_pp_mixin",

@@ -703,36 +703,83 @@ def test_a_request_that_loses_an_auxiliary_tensor_is_refused(tickets: Callable[[
     assert isinstance(req.mm_inputs, RefusedInputs)
 
 
-class Maker:
-    """A scheduler that makes inputs ready as the engine does: for its group, where it has one."""
+class Item:
+    """One of the engine's, as far as the function that makes inputs ready is concerned."""
 
-    dp_tp_cpu_group = "peers"
-    dp_tp_group = "of this rank"
+    def __init__(self, feature: Any, valid: bool = True, **auxiliary: Any) -> None:
+        self.feature, self.precomputed_embeddings, self.model_specific_data = feature, None, auxiliary
+        self.pad_value: Any = None
+        self.valid = valid
+
+    def set_pad_value(self) -> None:
+        if isinstance(self.feature, str):
+            raise TypeError("cannot be hashed")
+        if self.pad_value is None:
+            self.pad_value = float(self.feature.sum())
+
+    def is_valid(self) -> bool:
+        return self.valid
+
+
+class Maker:
+    """A scheduler that makes inputs ready as the engine does; `sent` is what its first rank has pickled to it."""
+
+    def __init__(self, rank: int, sent: bytes = b"") -> None:
+        self.dp_tp_group = SimpleNamespace(rank_in_group=rank)
+        self.sent = sent
 
     def process(self, raw_mm_inputs: Any) -> Any:
-        return self.dp_tp_group, self.dp_tp_cpu_group, raw_mm_inputs
+        if self.dp_tp_group.rank_in_group:
+            return pickle.loads(self.sent)
+        there = [item for item in raw_mm_inputs.mm_items if item.is_valid()]
+        for item in there:
+            item.set_pad_value()
+        self.sent = pickle.dumps(SimpleNamespace(mm_items=there))
+        return SimpleNamespace(mm_items=there)
 
 
-@pytest.mark.parametrize(
-    ("items", "alone"),
-    [
-        ([{"pad_value": 1}], True),
-        ([{"pad_value": 1}, {"pad_value": 2, "feature": None, "precomputed_embeddings": [torch.ones(1)]}], True),
-        ([{"pad_value": 1}, {"pad_value": None}], False),  # 0.5.9 hashes in its ranks
-        ([{"pad_value": 1, "feature": torch.ones(1, device="meta")}], False),
-        ([{"pad_value": 1, "feature": "proxy of a tensor on a device"}], False),
-        ([], True),
-    ],
-)
-def test_each_rank_makes_its_inputs_ready_where_nothing_is_left_to_hash(items: Any, alone: bool) -> None:
-    whole = {"feature": torch.ones(1), "precomputed_embeddings": None}
-    inputs = SimpleNamespace(mm_items=[SimpleNamespace(**{**whole, **fields}) for fields in items])
-    processed = scheduler_side.each_for_itself(Maker.process)(Maker(), inputs)
-    assert processed == ("of this rank", None if alone else "peers", inputs)
+def raw_inputs() -> Any:
+    large = torch.arange(float(inline.SMALL))
+    auxiliary = {"crops": large + 2, "parts": [large + 3], "sizes": [1], "grid": torch.ones(3)}
+    return SimpleNamespace(mm_items=[Item(large), Item(large, valid=False), Item(large + 1, **auxiliary)])
 
 
-def test_a_request_without_inputs_is_processed_as_it_is() -> None:
-    assert scheduler_side.each_for_itself(Maker.process)(Maker(), None)[2] is None
+def test_the_first_rank_makes_inputs_ready_for_all_and_each_has_its_own_tensors() -> None:
+    make = scheduler_side.without_tensors(Maker.process)
+    first, raw = Maker(0), raw_inputs()
+    processed = [make(first, raw), make(Maker(1, first.sent), own := raw_inputs())]
+    assert len(first.sent) < 10_000
+    for inputs, mine in zip(processed, (raw, own), strict=True):
+        one, other = inputs.mm_items
+        assert one.feature is mine.mm_items[0].feature and other.feature is mine.mm_items[2].feature
+        data, kept = other.model_specific_data, mine.mm_items[2].model_specific_data
+        assert data["crops"] is kept["crops"] and data["parts"] is kept["parts"] and data["sizes"] == [1]
+        assert torch.equal(data["grid"], torch.ones(3))
+        assert (one.pad_value, other.pad_value) == (raw.mm_items[0].pad_value, raw.mm_items[2].pad_value)
+
+
+def test_what_cannot_be_hashed_is_the_engines_to_tell() -> None:
+    raw = SimpleNamespace(mm_items=[Item(torch.ones(inline.SMALL)), Item("text")])
+    with pytest.raises(TypeError, match="cannot be hashed"):
+        scheduler_side.without_tensors(Maker.process)(Maker(0), raw)
+    assert raw.mm_items[0].feature is not None
+
+
+def test_tensors_come_back_when_the_engine_fails() -> None:
+    class Fails(Maker):
+        def process(self, raw_mm_inputs: Any) -> Any:
+            assert raw_mm_inputs.mm_items[0].feature is None
+            raise OSError("mine")
+
+    raw = raw_inputs()
+    with pytest.raises(OSError, match="mine"):
+        scheduler_side.without_tensors(Fails.process)(Fails(0), raw)
+    assert all(item.feature is not None for item in raw.mm_items)
+
+
+@pytest.mark.parametrize("raw", [None, {"mm_items": [1]}, SimpleNamespace(mm_items=[])], ids=str)
+def test_other_inputs_are_processed_as_they_are(raw: Any) -> None:
+    assert scheduler_side.without_tensors(lambda self, raw_mm_inputs: raw_mm_inputs)(None, raw) is raw
 
 
 def test_nothing_of_this_process_is_left() -> None:

@@ -62,14 +62,18 @@ def places(request: Any) -> list[Place]:
     mm_inputs, overrides = _inputs(request), getattr(request, OVERRIDES, None)
     if mm_inputs is None and overrides is None:  # most often: text
         return []
-    there = items_of(mm_inputs)
-    found = [Place(item, field) for item in there for field in FIELDS if getattr(item, field, None) is not None]
-    for item in there:
-        auxiliary = getattr(item, AUXILIARY, None)
-        if isinstance(auxiliary, dict):
-            found += [Place(auxiliary, key) for key, value in auxiliary.items() if _may_be_tensors(value)]
+    found = [place for item in items_of(mm_inputs) for place in places_of(item)]
     if overrides is not None:
         found.append(Place(overrides, "embeds"))
+    return found
+
+
+def places_of(item: Any) -> list[Place]:
+    """Where one item has values."""
+    found = [Place(item, field) for field in FIELDS if getattr(item, field, None) is not None]
+    auxiliary = getattr(item, AUXILIARY, None)
+    if isinstance(auxiliary, dict):
+        found += [Place(auxiliary, key) for key, value in auxiliary.items() if _may_be_tensors(value)]
     return found
 
 
@@ -106,11 +110,18 @@ class Place(NamedTuple):
 
     def replace(self, replacement: Callable[[Any], Any]) -> None:
         """Put `replacement(value)` in the place of every value, in the same kind of list or tuple."""
-        replaced = _each_replaced(self.value, replacement)
+        self.put(_each_replaced(self.value, replacement))
+
+    def put(self, value: Any) -> None:
+        """Put a value, or a list of them, in the place of all that stands there."""
         if isinstance(self.holder, dict):
-            self.holder[self.field] = replaced
+            self.holder[self.field] = value
         else:
-            setattr(self.holder, self.field, replaced)
+            setattr(self.holder, self.field, value)
+
+    def in_other(self, item: Any) -> Place:
+        """The same place in another item."""
+        return Place(getattr(item, AUXILIARY) if isinstance(self.holder, dict) else item, self.field)
 
 
 def _opened_up(value: Any) -> Iterator[Any]:

@@ -15,19 +15,20 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
 import torch
 
-from mmlane.engine.requests import FIELDS, Place, items, items_of, own_items
+from mmlane.engine.requests import Place, items, items_of, own_items, places_of
 from mmlane.engine.topology import RankPlace, carrying_groups, group_of, number_of, on_cuda, rust_server
 from mmlane.lane.cuda import watch_streams
 from mmlane.log import guarded, logger
 from mmlane.transport.agreement import Arrival, RefusedInputs, agree, arrivals, move_out_of_batches
 from mmlane.transport.base import LostFeature, Scheduler
 from mmlane.transport.chain import Chain
+from mmlane.transport.inline import SMALL, is_sent
 from mmlane.transport.pointer import ShmPointerMMData, slot
 
 # --- the side of a scheduler process ------------------------------------------------------------------------
@@ -237,39 +238,50 @@ def _take_and_refuse(receiver: Any, received: list[Any] | None) -> None:
 # --- requests are made ready, with --enable-broadcast-mm-inputs-process ---------------------------------------
 
 
-def each_for_itself(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`Scheduler._process_and_broadcast_mm_inputs(self, raw_mm_inputs)`, by each rank for itself.
+def without_tensors(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`Scheduler._process_and_broadcast_mm_inputs(self, raw_mm_inputs)`, which broadcasts no tensors.
 
-    The first rank would do it for all, and pickle whole features to ranks that have them already. What it would
-    save them is hashing, which from 0.5.10 on the tokenizer has done.
+    The first rank hashes the inputs for all, and pickles them to ranks that have the same tensors already. There
+    they are set aside meanwhile, and the others put their own in. 0.5.9, which splits items then, does as it did.
     """
 
     @wraps(process)
     def process_mm_inputs(self: Any, raw_mm_inputs: Any) -> Any:
-        return process(_Alone(self) if _is_hashed(raw_mm_inputs) else self, raw_mm_inputs)
+        if not items_of(raw_mm_inputs) or isinstance(raw_mm_inputs, dict):
+            return process(self, raw_mm_inputs)
+        kept = [item for item in items_of(raw_mm_inputs) if item.is_valid()]  # as the engine does
+        if self.dp_tp_group.rank_in_group == 0:
+            with _set_aside(kept):
+                return process(self, raw_mm_inputs)
+        processed = process(self, raw_mm_inputs)
+        for own, item in zip(kept, items_of(processed), strict=False):
+            for place in places_of(own):
+                if place.in_other(item).value is None:
+                    place.in_other(item).put(place.value)
+        return processed
 
     return process_mm_inputs
 
 
-class _Alone:
-    """A scheduler as if it had no peers to do this for."""
+@contextmanager
+def _set_aside(there: list[Any]) -> Iterator[None]:
+    """While inside, items are hashed and have none of their large CPU tensors."""
+    aside: list[tuple[Place, Any]] = []
+    with suppress(Exception):  # the engine meets the same error where it hashes, and tells the other ranks
+        for item in there:
+            item.set_pad_value()
+        aside = [(place, place.value) for item in there for place in places_of(item) if _is_large(place.values())]
+    for place, _ in aside:
+        place.put(None)
+    try:
+        yield
+    finally:
+        for place, value in aside:
+            place.put(value)
 
-    dp_tp_cpu_group = None
 
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._scheduler, name)
-
-
-def _is_hashed(mm_inputs: Any) -> bool:
-    """Whether every rank has all features, and need not hash them. What is on a device has one reader here."""
-    there = items_of(mm_inputs)
-    values = [value for item in there for field in FIELDS for value in Place(item, field).values()]
-    return all(getattr(item, "pad_value", None) is not None for item in there) and all(
-        value is None or (isinstance(value, torch.Tensor) and value.is_cpu) for value in values
-    )
+def _is_large(values: list[Any]) -> bool:
+    return all(map(is_sent, values)) and sum(value.nbytes for value in values) > SMALL
 
 
 # --- requests are passed on to the next pipeline stage ------------------------------------------------------
