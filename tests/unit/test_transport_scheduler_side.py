@@ -675,6 +675,23 @@ def test_a_loss_reaches_all_of_tp_and_cp() -> None:
     assert run_ranks(4, _two_groups, message) == ["RefusedInputs"] * 4
 
 
+def test_a_hook_that_replaces_the_class_everywhere_does_not_mislead_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's hooks replace a name in every module that has the object: other plugins' pointers are not ours."""
+    theirs = type("Theirs", (), {"materialize": None})
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("mmlane", "sglang")):
+            for key, value in list(vars(module).items()):
+                if value is slot.pointers:
+                    monkeypatch.setattr(module, key, theirs)
+    pointer = theirs()
+    other, own = (
+        request(pointer),
+        request(slot.pointers.of(torch.ones(2), inline.Inline(torch.ones(2)), b"x", None)),
+    )
+    take([other, own])
+    assert features(other) == [pointer] and torch.equal(features(own)[0], torch.ones(2))
+
+
 # --- tensors beside the feature, and who makes them ready ---------------------------------------------------
 
 

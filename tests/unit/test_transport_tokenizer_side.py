@@ -441,6 +441,29 @@ def test_tensors_that_are_not_offered_are_wrapped_by_the_engine(
     assert "wrapping failed: OSError: mine" in caplog.text
 
 
+class Theirs:
+    """Another plugin's pointer."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+
+def test_nothing_is_offered_once_another_plugin_has_the_engines_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pickled under that name has to be of that class."""
+    monkeypatch.setattr(sys.modules[ShmPointerMMData.__module__], "ShmPointerMMData", Theirs)
+
+    def wrap(obj: Any) -> Any:
+        for item in items_of(obj):
+            item.feature = Theirs(item.feature)
+        return obj
+
+    def send_one_request(self: Any, tokenized_obj: Any) -> Any:
+        return around_wrap(wrap, (offering,))(tokenized_obj)
+
+    made = around_send(send_one_request, (sending,))(None, request(an_item(feature=torch.ones(2))))
+    assert isinstance(items_of(made)[0].feature, Theirs)
+
+
 # --- and compact, where they are sent inline ----------------------------------------------------------------
 
 

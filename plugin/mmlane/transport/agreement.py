@@ -19,7 +19,7 @@ import torch.distributed
 from mmlane.engine.requests import Place, places, single_requests
 from mmlane.log import logger
 from mmlane.transport.base import lost_message
-from mmlane.transport.pointer import ShmPointerMMData
+from mmlane.transport.pointer import ShmPointerMMData, is_pointer
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Arrival:
     def pointers(self) -> list[ShmPointerMMData]:
         """Those that have not been taken."""
         found = [value for place in self.places for value in place.values()]
-        return [value for value in found if isinstance(value, ShmPointerMMData)]
+        return [value for value in found if is_pointer(value)]
 
     def release(self) -> None:
         """Let go of the pointers that have not been taken."""

@@ -9,10 +9,11 @@ and it never raises while it is unpickled, in the middle of a collective.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
@@ -33,12 +34,14 @@ class Slot:
     chain: by which pointers are read that arrive here, and which is offered a tensor while no request is sent:
     that of the scheduler side where there is one, else that of a process which has no lane and passes pointers on.
     scheduler: the scheduler side, if this process is a rank. scope: the request that is being sent, or of which
-    the engine makes samples, if any.
+    the engine makes samples, if any. pointers: the class below. Whoever asks what is a pointer asks here: the
+    engine's hooks, by which another plugin may replace it, replace its name in all modules that have it, ours too.
     """
 
     chain: Chain = field(default_factory=lambda: Chain(Here()))
     scheduler: SchedulerSide | None = None
     scope: ContextVar[Sending | None] = field(default_factory=lambda: ContextVar("scope", default=None))
+    pointers: type[ShmPointerMMData] = field(init=False)
 
 
 slot = Slot()
@@ -133,6 +136,19 @@ class ShmPointerMMData:
         self.payload.release()
 
 
+slot.pointers = ShmPointerMMData
+
+
+def is_pointer(value: Any) -> TypeGuard[ShmPointerMMData]:
+    """Whether it is one of ours."""
+    return isinstance(value, slot.pointers)
+
+
+def are_ours() -> bool:
+    """Whether the engine's name for pointers means ours: else they cannot be pickled, and others are made."""
+    return vars(sys.modules[slot.pointers.__module__]).get("ShmPointerMMData") is slot.pointers
+
+
 def with_own_segments(engines_own: type) -> type:
     """Take the place of the engine's class, and carry segments ourselves: its own have faults."""
     return _installed(Here())
@@ -146,4 +162,4 @@ def with_engine_segments(engines_own: type) -> type:
 def _installed(here: Here) -> type:
     if slot.scheduler is None:  # else this is done again, and the rank has its lane
         slot.chain = Chain(here)
-    return ShmPointerMMData
+    return slot.pointers

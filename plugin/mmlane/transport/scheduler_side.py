@@ -29,7 +29,7 @@ from mmlane.transport.agreement import Arrival, RefusedInputs, agree, arrivals, 
 from mmlane.transport.base import LostFeature, Scheduler
 from mmlane.transport.chain import Chain
 from mmlane.transport.inline import SMALL, is_sent
-from mmlane.transport.pointer import ShmPointerMMData, slot
+from mmlane.transport.pointer import are_ours, is_pointer, slot
 
 # --- the side of a scheduler process ------------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ class SchedulerSide:
             for arrival in waiting:
                 if not arrival.lost:
                     for place in arrival.places:
-                        place.replace(_taker(place, of=_is_pointer))
+                        place.replace(_taker(place, of=is_pointer))
         return [(arrival.request, arrival.lost) for arrival in arrived if arrival.lost]
 
 
@@ -74,12 +74,8 @@ def _take_alone(arrival: Arrival) -> None:
         arrival.release()
 
 
-def _is_pointer(value: Any) -> bool:
-    return isinstance(value, ShmPointerMMData)
-
-
 def _is_taken_alone(value: Any) -> bool:
-    return isinstance(value, ShmPointerMMData) and not value.payload.needs_agreement
+    return is_pointer(value) and not value.payload.needs_agreement
 
 
 def _taker(place: Place, *, of: Callable[[Any], bool]) -> Callable[[Any], Any]:
@@ -165,10 +161,9 @@ def take_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
         finally:
             this.receiving = False
         _take_and_refuse(self, received)
-        mm_utils = sys.modules["sglang.srt.managers.mm_utils"]
-        if mm_utils.ShmPointerMMData is not ShmPointerMMData:  # another plugin's, that has replaced ours since
+        if not are_ours():  # another plugin has replaced them since
             for request in received or ():
-                mm_utils.unwrap_shm_features(request)
+                sys.modules["sglang.srt.managers.mm_utils"].unwrap_shm_features(request)
         return received
 
     return receive

@@ -26,7 +26,7 @@ from mmlane.transport.base import Here, Payload, Tokenizer
 from mmlane.transport.chain import Chain
 from mmlane.transport.inline import Inline, is_sent, sent_from
 from mmlane.transport.lane import LaneTransport, Producer
-from mmlane.transport.pointer import ShmPointerMMData, slot
+from mmlane.transport.pointer import are_ours, slot
 from mmlane.transport.samples import Samples
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class Sending:
         def sent(value: Any) -> Any:
             if not is_sent(value):
                 return value
-            return ShmPointerMMData.of(value, *self._offer(value, agreed=agreed), precomputed_hash)
+            return slot.pointers.of(value, *self._offer(value, agreed=agreed), precomputed_hash)
 
         return sent
 
@@ -282,7 +282,7 @@ def offering(request: Any) -> Iterator[None]:
     """A step of `around_wrap`: every tensor goes by the transports, also what the engine would send inline."""
     current = slot.scope.get()
     with guarded("wrapping", "tensors of this request are sent inline, which is slower"):
-        if current is not None:
+        if current is not None and are_ours():
             current.offer_all(request)
     yield
 
