@@ -106,7 +106,7 @@ def test_inputs_made_ready_by_one_rank(release: str, mode: str, plugin_wheel: Pa
 
 
 @pytest.mark.matrix
-@pytest.mark.releases("0.5.23", "0.5.12.post1", "0.5.18")
+@pytest.mark.releases("0.5.23", "0.5.12.post1", "0.5.16")
 def test_a_node_for_each_pipeline_stage(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     """Over two nodes, here on one machine: the first stage is on the tokenizer's, and has the lane."""
     address = f"127.0.0.1:{free_port()}"

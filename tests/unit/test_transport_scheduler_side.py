@@ -287,7 +287,7 @@ def test_pointers_of_a_class_that_has_replaced_ours_since_are_the_engines(
     mm_utils, made = scheduler(recv_requests)
     mm_utils.ShmPointerMMData = type("ShmPointerMMData", (), {})
     made([request(torch.ones(1)), request(torch.ones(2))]).recv_requests()
-    assert mm_utils.calls == ["unwrap", "unwrap"]
+    assert mm_utils.calls == ["has", "unwrap", "unwrap"]
 
 
 def test_what_was_lost_is_refused_up_to_0_5_12(scheduler: Callable[..., Any]) -> None:
@@ -675,8 +675,8 @@ def test_a_loss_reaches_all_of_tp_and_cp() -> None:
     assert run_ranks(4, _two_groups, message) == ["RefusedInputs"] * 4
 
 
-def test_a_hook_that_replaces_the_class_everywhere_does_not_mislead_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's hooks replace a name in every module that has the object: other plugins' pointers are not ours."""
+def test_a_hook_that_replaces_the_class_everywhere_misleads_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's hooks replace a name in every module that has the object: others' pointers are not ours."""
     theirs = type("Theirs", (), {"materialize": None})
     for name, module in list(sys.modules.items()):
         if name.startswith(("mmlane", "sglang")):

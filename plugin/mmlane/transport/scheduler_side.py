@@ -161,12 +161,22 @@ def take_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
         finally:
             this.receiving = False
         _take_and_refuse(self, received)
-        if not are_ours():  # another plugin has replaced them since
-            for request in received or ():
-                sys.modules["sglang.srt.managers.mm_utils"].unwrap_shm_features(request)
+        if received and not are_ours():
+            _take_others(self, received)
         return received
 
     return receive
+
+
+def _take_others(receiver: Any, received: list[Any]) -> None:
+    """Take the pointers of another plugin that has replaced ours since, as the engine would have done."""
+    mm_utils = sys.modules["sglang.srt.managers.mm_utils"]
+    has = getattr(mm_utils, "has_shm_features", None)  # not on 0.5.9
+    if has is None or has(received):
+        for group in carrying_groups(receiver):
+            torch.distributed.barrier(group=group)
+        for request in received:
+            mm_utils.unwrap_shm_features(request)
 
 
 def unwrap_nothing_while_receiving(unwrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
