@@ -38,11 +38,10 @@ def refused(pair: Together, copy: Reservation) -> Refused:
         ("oversize", torch.zeros(16 * SEGMENT + 1, dtype=torch.uint8)),
         ("full", torch.zeros(12 * SEGMENT + 1, dtype=torch.uint8)),
         ("unsupported", torch.eye(3).to_sparse()),
-        ("unsupported", "no tensor"),
         ("off", torch.zeros(5)),
         ("closed", torch.zeros(5)),
     ],
-    ids=["oversize", "full", "sparse", "no tensor", "off", "closed"],
+    ids=["oversize", "full", "sparse", "off", "closed"],
 )
 def test_a_copy_is_refused_as_a_put_is(cause: Cause, tensor: Any) -> None:
     """With the same words, and nothing is kept."""
