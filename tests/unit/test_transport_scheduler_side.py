@@ -720,6 +720,14 @@ def test_a_request_that_loses_an_auxiliary_tensor_is_refused(tickets: Callable[[
     assert isinstance(req.mm_inputs, RefusedInputs)
 
 
+def test_nothing_is_left_of_a_lost_override(tickets: Callable[[bytes], Any]) -> None:
+    """The engine computes with the overrides of a request that it has given up, too."""
+    req = SimpleNamespace(rid="r", mm_inputs=None)
+    req.positional_embed_overrides = SimpleNamespace(embeds=tickets(b"stale"), positions=[0])
+    take([req])
+    assert isinstance(req.mm_inputs, RefusedInputs) and req.positional_embed_overrides is None
+
+
 class Item:
     """One of the engine's, as far as the function that makes inputs ready is concerned."""
 

@@ -394,6 +394,42 @@ def test_what_the_engine_does_not_know_of_goes_by_no_segment() -> None:
     assert isinstance(items_of(made)[0].feature, ShmPointerMMData)
 
 
+def test_lists_of_lists_go_by_no_segment() -> None:
+    """The engine looks for pointers in lists only, not in the lists in them."""
+    whole = torch.zeros(2, 50_000)
+    made = sent(request(an_item(feature=[[whole[0]], [whole[1]]])), offering)
+    (first,), (second,) = items_of(made)[0].feature
+    assert [tensor.untyped_storage().nbytes() for tensor in (first, second)] == [200_000] * 2
+    assert segments() == []
+
+
+class Odd(list[Any]):
+    """A list that is not made of another one."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(parts)
+
+
+def test_a_list_of_a_kind_of_its_own_becomes_a_list() -> None:
+    feature = Odd(torch.ones(2), torch.zeros(2))
+    (item,) = items_of(sent(request(an_item(feature=feature)), offering))
+    assert type(item.feature) is list and len(item.feature) == 2
+    assert [pointer.materialize().tolist() for pointer in item.feature] == [[1.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("as_dict", [True, False], ids=["0.5.9", "later"])
+def test_what_there_is_of_all_items_together_goes_with_them(as_dict: bool) -> None:
+    obj = request(an_item(feature=torch.ones(2)), as_dict=as_dict)
+    whole = torch.zeros(2, 50_000)
+    if as_dict:
+        obj.mm_inputs["mrope_positions"] = whole[0]
+    else:
+        obj.mm_inputs.mrope_positions = whole[0]
+    made = sent(obj, offering).mm_inputs
+    positions = made["mrope_positions"] if as_dict else made.mrope_positions
+    assert positions.untyped_storage().nbytes() == 200_000
+
+
 def test_where_the_engine_takes_no_pointers_nothing_goes_by_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     engine_takes_pointers(monkeypatch, False)
     whole = torch.zeros(2, 50_000)

@@ -4,8 +4,8 @@ A request has `mm_inputs`: None, a dict with "mm_items" (0.5.9), or an object wi
 those of an embedding request are called `image_inputs`. An item has `feature` and `precomputed_embeddings`, each
 None, a value (tensor, pointer, ...) or a list or tuple of values; and `model_specific_data`, a dict in which
 processors put everything else, its auxiliary data here. Each copy of an item shares that dict. From 0.5.11 on a
-request may also have `positional_embed_overrides`, with a tensor `embeds`. A batch request has its requests in
-`batch`.
+request may also have `positional_embed_overrides`, with a tensor `embeds`. What there is of all items together, as
+many numbers as the prompt has tokens, stands in `mm_inputs` itself. A batch request has its requests in `batch`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ FIELDS = ("feature", "precomputed_embeddings")
 EMBEDDING_INPUTS = "image_inputs"
 AUXILIARY = "model_specific_data"
 OVERRIDES = "positional_embed_overrides"
+OF_ALL_ITEMS = ("mrope_positions", "token_type_ids", "vision_position_ids", "visible_frame_counts")
 
 
 def single_requests(requests: Iterable[Any]) -> Iterator[Any]:
@@ -63,6 +64,10 @@ def places(request: Any) -> list[Place]:
     if mm_inputs is None and overrides is None:  # most often: text
         return []
     found = [place for item in items_of(mm_inputs) for place in places_of(item)]
+    for name in OF_ALL_ITEMS:
+        value = mm_inputs.get(name) if isinstance(mm_inputs, dict) else getattr(mm_inputs, name, None)
+        if _may_be_tensors(value):
+            found.append(Place(mm_inputs, name))
     if overrides is not None:
         found.append(Place(overrides, "embeds"))
     return found
@@ -92,8 +97,11 @@ class Place(NamedTuple):
 
     @property
     def is_wrapped_by_engine(self) -> bool:
-        """Whether the engine looks for pointers here, to agree on them and to take them."""
-        return self.field in FIELDS and not isinstance(self.holder, dict)
+        """Whether the engine looks for pointers here, to agree on them and to take them: not in lists of lists."""
+        if isinstance(self.holder, dict) or self.field not in FIELDS:
+            return False
+        parts = self.value if isinstance(self.value, list | tuple) else ()
+        return not any(isinstance(part, list | tuple) for part in parts)
 
     @property
     def is_moved_to_device(self) -> bool:
@@ -109,7 +117,7 @@ class Place(NamedTuple):
         return list(_opened_up(self.value))
 
     def replace(self, replacement: Callable[[Any], Any]) -> None:
-        """Put `replacement(value)` in the place of every value, in the same kind of list or tuple."""
+        """Put `replacement(value)` in the place of every value, in a list or the same kind of tuple."""
         self.put(_each_replaced(self.value, replacement))
 
     def put(self, value: Any) -> None:
@@ -135,8 +143,11 @@ def _opened_up(value: Any) -> Iterator[Any]:
 def _each_replaced(value: Any, replacement: Callable[[Any], Any]) -> Any:
     if not isinstance(value, list | tuple):
         return replacement(value)
+    replaced = [_each_replaced(part, replacement) for part in value]
+    if isinstance(value, list):
+        return replaced
     made: Callable[..., Any] = getattr(value, "_make", type(value))  # of a named tuple
-    return made([_each_replaced(part, replacement) for part in value])
+    return made(replaced)
 
 
 def own_items(request: Any) -> None:
@@ -167,6 +178,13 @@ def own_places(request: Any, is_wanted: Callable[[Any], bool]) -> list[Place]:
         return []
     own_items(request)
     return there()
+
+
+def refuse(request: Any, why: Any) -> None:
+    """Have the engine find out that a request has lost tensors, and nothing else of them."""
+    request.mm_inputs = why
+    if getattr(request, OVERRIDES, None) is not None:
+        setattr(request, OVERRIDES, None)  # which it would look into even then
 
 
 def _own(item: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mmlane.engine.requests import Place, items, items_of, own_items, places_of
+from mmlane.engine.requests import Place, items, items_of, own_items, places_of, refuse
 from mmlane.engine.topology import RankPlace, carrying_groups, group_of, number_of, on_cuda, rust_server
 from mmlane.lane.cuda import watch_streams
 from mmlane.log import guarded, logger
@@ -223,7 +223,7 @@ def take_alone_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, An
         if recv_reqs:
             with or_end():
                 for request, message in side().take(recv_reqs, None):
-                    request.mm_inputs = MMInputsProcessError(message)
+                    refuse(request, MMInputsProcessError(message))
         finalize(self, recv_reqs)
 
     return finalize_shm_features
@@ -236,7 +236,7 @@ def _take_and_refuse(receiver: Any, received: list[Any] | None) -> None:
     with or_end():
         lost = side().take(received, lambda: carrying_groups(receiver))
         for request, message in lost:
-            request.mm_inputs = RefusedInputs(message)
+            refuse(request, RefusedInputs(message))
         move_out_of_batches(received, [request for request, _ in lost])
 
 
