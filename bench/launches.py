@@ -128,7 +128,7 @@ def pickled() -> dict[str, float]:
     request = Request()
     request.mm_inputs = MultimodalProcessorOutput(mm_items=items)
     before = len(pickle.dumps(request.mm_inputs))
-    compact_all(request)
+    compact_all([request])
     return {"off": before / payload, "inline_views": len(pickle.dumps(request.mm_inputs)) / payload}
 
 

@@ -96,6 +96,7 @@ SPEC = matrix().spec(
             name="TokenizerManager._send_batch_request",
             signature=("(self, obj, tokenized_objs, created_time=)", "(self, tokenized_objs)"),
             replace="mmlane.transport.tokenizer_side:around_send_batch",
+            step="mmlane.transport.tokenizer_side:offering",
         ),
         Target(
             module="sglang.srt.managers.tokenizer_manager",

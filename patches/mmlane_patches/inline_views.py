@@ -4,8 +4,8 @@ Why: from 0.5.10 on the tokenizer splits the features of a request's images, whi
 Where they are sent inside of the request, pickle writes the whole storage for each: 32 images take 32 times their
 bytes.
 Upstream: #33388, #33391 (open).
-How: what `wrap_shm_features` leaves in a request is copied where it does not own its storage: features,
-embeddings and auxiliary tensors, alone and in lists. With n > 1 all samples share the copy
+How: what `wrap_shm_features` leaves in a request, and all that is in a batch, is copied where it does not own its
+storage: features, embeddings and auxiliary tensors, alone and in lists. With n > 1 all samples share the copy
 (`_handle_batch_request`).
 When it can go: when a release pickles no more than a tensor's own bytes.
 """
@@ -23,6 +23,13 @@ SPEC = matrix().spec(
             name="wrap_shm_features",
             signature="(obj)",
             replace="mmlane.transport.tokenizer_side:around_wrap",
+            step="mmlane.transport.compacting:compacting",
+        ),
+        Target(
+            module="sglang.srt.managers.tokenizer_manager",
+            name="TokenizerManager._send_batch_request",
+            signature=("(self, obj, tokenized_objs, created_time=)", "(self, tokenized_objs)"),
+            replace="mmlane.transport.tokenizer_side:around_send_batch",
             step="mmlane.transport.compacting:compacting",
         ),
         Target(

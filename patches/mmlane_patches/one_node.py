@@ -21,7 +21,10 @@ from mmlane.patching import Target
 def _by_nodes(determine: Callable[[Any], str]) -> Callable[[Any], str]:
     @wraps(determine)
     def determine_tensor_transport_mode(server_args: Any) -> str:
-        return determine(server_args) if server_args.nnodes > 1 else "cuda_ipc"  # what it says of one node
+        # Ranks of an elastic launch may come from elsewhere, by the address alone.
+        if server_args.nnodes > 1 or getattr(server_args, "elastic_ep_backend", None):
+            return determine(server_args)
+        return "cuda_ipc"  # what it says of one node
 
     return determine_tensor_transport_mode
 

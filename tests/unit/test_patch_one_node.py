@@ -15,15 +15,17 @@ def as_published(server_args: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("address", "nnodes", "mode"),
+    ("address", "more", "mode"),
     [
-        (None, 1, "cuda_ipc"),
-        ("127.0.0.1:2000", 1, "cuda_ipc"),
-        ("127.0.0.1:2000", 2, "default"),
-        (None, 2, "cuda_ipc"),
+        (None, {"nnodes": 1}, "cuda_ipc"),
+        ("127.0.0.1:2000", {"nnodes": 1}, "cuda_ipc"),
+        ("127.0.0.1:2000", {"nnodes": 1, "elastic_ep_backend": None}, "cuda_ipc"),
+        ("127.0.0.1:2000", {"nnodes": 1, "elastic_ep_backend": "mooncake"}, "default"),
+        ("127.0.0.1:2000", {"nnodes": 2}, "default"),
+        (None, {"nnodes": 2}, "cuda_ipc"),
     ],
 )
-def test_the_number_of_nodes_decides(address: str | None, nnodes: int, mode: str) -> None:
-    """Where it says several, what the engine said stands."""
+def test_the_number_of_nodes_decides(address: str | None, more: dict[str, Any], mode: str) -> None:
+    """Where it says several, or more may come, what the engine said stands."""
     determine = one_node._by_nodes(as_published)
-    assert determine(SimpleNamespace(dist_init_addr=address, nnodes=nnodes)) == mode
+    assert determine(SimpleNamespace(dist_init_addr=address, **more)) == mode

@@ -13,13 +13,14 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from mmlane.engine.requests import places  # noqa: E402
 from mmlane.transport import samples  # noqa: E402
 from mmlane.transport.base import Tokenizer  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
@@ -417,6 +418,47 @@ def test_a_list_of_a_kind_of_its_own_becomes_a_list() -> None:
     assert [pointer.materialize().tolist() for pointer in item.feature] == [[1.0, 1.0], [0.0, 0.0]]
 
 
+def test_by_messages_of_types_overrides_stay_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some releases decode nothing else there, and a scheduler ends of it."""
+    environ = ModuleType("sglang.srt.environ")
+    vars(environ)["envs"] = SimpleNamespace(SGLANG_USE_PICKLE_IPC=SimpleNamespace(get=lambda: False))
+    monkeypatch.setitem(sys.modules, environ.__name__, environ)
+    whole = torch.zeros(2, 50_000)
+    overrides = SimpleNamespace(embeds=whole[0], positions=[0])
+    monkeypatch.setattr(Chain, "offer", lambda *_, **__: (Inline(torch.zeros(1)), b"an invitation"))
+    obj = request(an_item(feature=torch.ones(2)), overrides=overrides)
+    obj.mm_inputs.mrope_positions = whole[1]
+    made = sent(obj, offering)
+    for tensor in (made.positional_embed_overrides.embeds, made.mm_inputs.mrope_positions):
+        assert isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() == 200_000
+    assert isinstance(items_of(made)[0].feature, ShmPointerMMData)
+
+
+class Lazy:
+    """Something that may not be looked into yet."""
+
+    @property
+    def shape(self) -> Any:
+        raise RuntimeError("not yet")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (torch.ones(1), True),
+        ([None, torch.ones(1)], True),
+        ([[], [torch.ones(1)]], False),  # of the first part alone: a list may be long
+        ([(1, 2)] * 3, False),
+        ("text", False),
+        ([], False),
+        (Lazy(), True),  # without asking it
+    ],
+)
+def test_where_tensors_may_be(value: Any, found: bool) -> None:
+    item = an_item(model_specific_data={"it": value})
+    assert bool(places(request(item))) is found
+
+
 @pytest.mark.parametrize("as_dict", [True, False], ids=["0.5.9", "later"])
 def test_what_there_is_of_all_items_together_goes_with_them(as_dict: bool) -> None:
     obj = request(an_item(feature=torch.ones(2)), as_dict=as_dict)
@@ -578,31 +620,61 @@ def test_a_request_that_cannot_be_compacted_is_sent_as_it_is(
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_the_tensors_of_a_batch_are_offered_too(is_async: bool) -> None:
+def batched(is_async: bool, *steps: Any) -> Callable[..., Any]:
+    """Sends a batch, and returns what is pickled; fails for a manager that is not None."""
+
     def send_batch(self: Any, tokenized_objs: Any) -> bytes:
         if self is not None:
             raise OSError("mine")
-        return pickle.dumps([obj.mm_inputs for obj in tokenized_objs])
+        return pickle.dumps([vars(obj) for obj in tokenized_objs])
 
     async def send_async(self: Any, tokenized_objs: Any) -> bytes:
         await asyncio.sleep(0)
         return send_batch(self, tokenized_objs)
 
-    patched = around_send_batch(send_async if is_async else send_batch)
+    patched = around_send_batch(send_async if is_async else send_batch, steps)
 
     def called(*args: Any) -> Any:
         result = patched(*args)
         return asyncio.run(result) if is_async else result
 
+    return called
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_tensors_of_a_batch_are_offered_too(is_async: bool) -> None:
+    called = batched(is_async, offering)
     requests = [request(an_item(feature=torch.full((3,), float(n)))) for n in range(2)]
     received = pickle.loads(called(None, [request(), *requests]))
-    features = [inputs.mm_items[0].feature.materialize() for inputs in received[1:]]
+    features = [sent["mm_inputs"].mm_items[0].feature.materialize() for sent in received[1:]]
     assert [feature.tolist() for feature in features] == [[0.0] * 3, [1.0] * 3]
     with pytest.raises(OSError, match="mine"):
         called("fails", [request(an_item(feature=torch.ones(3))) for _ in range(2)])
     assert segments() == [] and slot.scope.get() is None
-    assert pickle.loads(called(None, [request()])) == [None]
+    assert pickle.loads(called(None, [request()]))[0]["mm_inputs"] is None
+
+
+def test_the_views_of_a_batch_are_compacted_and_what_its_requests_share_once() -> None:
+    whole = torch.zeros(8, 50_000)
+    shared = whole[0]
+    requests = [request(overrides=SimpleNamespace(embeds=shared, positions=[0])) for _ in range(8)]
+    for steps in ((compacting,), (offering, compacting)):
+        message = batched(False, *steps)(None, requests)
+        assert 200_000 < len(message) < 210_000
+    assert all(obj.positional_embed_overrides.embeds is not shared for obj in requests)
+
+
+def test_a_coroutine_that_the_loop_closes_in_another_context_ends_well() -> None:
+    made: list[Any] = []
+
+    async def send(self: Any, tokenized_obj: Any) -> None:
+        made.append(slot.scope.get())
+        await asyncio.sleep(0)
+
+    coroutine = around_send(send, (sending,))(Manager(), REQUEST)
+    contextvars.copy_context().run(coroutine.send, None)
+    coroutine.close()  # raises if it cannot
+    assert made[0]._chain is slot.chain and made[0]._made == []
 
 
 def test_who_copies_the_context_of_a_request_keeps_nothing_of_it() -> None:

@@ -46,7 +46,7 @@ def _inputs(request: Any) -> Any:
 
 
 def items_of(mm_inputs: Any) -> list[Any]:
-    """The same, of a request's multimodal inputs."""
+    """The items in a request's multimodal inputs."""
     if mm_inputs is None:
         return []
     found = mm_inputs.get("mm_items") if isinstance(mm_inputs, dict) else getattr(mm_inputs, "mm_items", None)
@@ -83,10 +83,10 @@ def places_of(item: Any) -> list[Place]:
 
 
 def _may_be_tensors(value: Any) -> bool:
-    """Whether there can be tensors or pointers in it, without a look at each of ten thousand numbers."""
-    if isinstance(value, list | tuple):
-        return bool(value) and not isinstance(value[0], int | float | str) and any(map(_may_be_tensors, value))
-    return hasattr(value, "shape")
+    """Whether there can be tensors or pointers in it: of a list, which may be long, by the first that is there."""
+    while isinstance(value, list | tuple):
+        value = next((part for part in value if part is not None), None)
+    return hasattr(type(value), "shape")
 
 
 class Place(NamedTuple):
@@ -102,6 +102,11 @@ class Place(NamedTuple):
             return False
         parts = self.value if isinstance(self.value, list | tuple) else ()
         return not any(isinstance(part, list | tuple) for part in parts)
+
+    @property
+    def is_typed_as_tensor(self) -> bool:
+        """Whether the engine's message codec may decode nothing but a tensor here (0.5.19 - 0.5.21)."""
+        return self.field == "embeds" or self.field in OF_ALL_ITEMS
 
     @property
     def is_moved_to_device(self) -> bool:

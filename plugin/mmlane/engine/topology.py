@@ -95,6 +95,13 @@ def engine_takes_pointers() -> bool:
     return not asked().skip_tokenizer_init
 
 
+def speaks_msgpack() -> bool:
+    """Whether the engine's processes send each other messages of types, instead of pickles (from 0.5.19 on)."""
+    environ: Any = sys.modules.get("sglang.srt.environ")
+    by_pickle = getattr(getattr(environ, "envs", None), "SGLANG_USE_PICKLE_IPC", None)
+    return by_pickle is not None and not by_pickle.get()
+
+
 def rust_server() -> bool:
     """Whether the engine's Rust server stands in the tokenizer's place."""
     return os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false")

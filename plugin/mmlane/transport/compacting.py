@@ -14,18 +14,19 @@ from mmlane.transport.samples import Samples
 
 
 @contextmanager
-def compacting(request: Any) -> Iterator[None]:
-    """A step of `tokenizer_side.around_wrap`: at its end, what is left in the request travels inline."""
+def compacting(requests: list[Any]) -> Iterator[None]:
+    """A step of `tokenizer_side.around_wrap`: at its end, what is left in the requests travels inline."""
     yield
     with guarded("compacting", "this request is sent with all of the storage behind its tensors, which is slower"):
-        compact_all(request)
+        compact_all(requests)
 
 
-def compact_all(request: Any) -> None:
-    """Put compact copies in the place of a request's CPU tensors; one of each for all samples of the request."""
+def compact_all(requests: list[Any]) -> None:
+    """Put compact copies in the place of the requests' CPU tensors; one of each for all samples of a request."""
     current = slot.scope.get()
     samples = Samples() if current is None else current.samples
-    there = own_places(request, lambda value: is_sent(value) and not is_compact(value))
+    spread = (own_places(request, lambda value: is_sent(value) and not is_compact(value)) for request in requests)
+    there = [place for places in spread for place in places]
     samples.expect(sent_from(there))
     for place in there:
         place.replace(lambda value: compact(value, samples) if is_sent(value) else value)

@@ -12,19 +12,19 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmlane.engine.requests import Place, argument, may_hold_tensors, own_places
-from mmlane.engine.topology import engine_takes_pointers, on_cuda, readers_of, without_lane
+from mmlane.engine.topology import engine_takes_pointers, on_cuda, readers_of, speaks_msgpack, without_lane
 from mmlane.lane import Lane, memory
 from mmlane.log import guarded, logger
 from mmlane.transport.base import Here, Payload, Tokenizer
 from mmlane.transport.chain import Chain
-from mmlane.transport.inline import Inline, is_sent, sent_from
+from mmlane.transport.inline import Inline, compact, is_sent, sent_from
 from mmlane.transport.lane import LaneTransport, Producer
 from mmlane.transport.pointer import are_ours, slot
 from mmlane.transport.samples import Samples
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SIDE = "_mmlane_side"  # the attribute of the engine's tokenizer manager that holds its side
 
 Step = Callable[[Any, Any], AbstractContextManager[None]]  # of a manager and the request that it sends
-Wrapping = Callable[[Any], AbstractContextManager[None]]  # of a request
+Wrapping = Callable[[list[Any]], AbstractContextManager[None]]  # of requests
 Sharing = Callable[[Any, AsyncGenerator[Any, None]], AsyncGenerator[Any, None]]  # of a request and its responses
 
 
@@ -131,8 +131,8 @@ def around_send(send: Callable[..., Any], steps: tuple[Step, ...]) -> Callable[.
     return _around(send, argument(send, "tokenized_obj"), may_hold_tensors, inside)
 
 
-def around_send_batch(send: Callable[..., Any]) -> Callable[..., Any]:
-    """`TokenizerManager._send_batch_request`, whose requests the engine does not wrap.
+def around_send_batch(send: Callable[..., Any], steps: tuple[Wrapping, ...]) -> Callable[..., Any]:
+    """`TokenizerManager._send_batch_request` after the steps of `around_wrap`: the engine does not wrap these.
 
     There are tensors in one only of an embedding model, or with embeddings that override those of the text.
     """
@@ -142,11 +142,10 @@ def around_send_batch(send: Callable[..., Any]) -> Callable[..., Any]:
 
     @contextmanager
     def inside(manager: Any, requests: list[Any]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for request in filter(may_hold_tensors, requests):
-                stack.enter_context(sending(manager, request))
-                with offering(request):
-                    pass
+        with sending(manager, requests):
+            with ExitStack() as stack:
+                for step in steps:
+                    stack.enter_context(step(requests))
             yield
 
     return _around(send, argument(send, "tokenized_objs"), has_tensors, inside)
@@ -183,7 +182,7 @@ def _around(
 
 
 class Sending:
-    """One request while it is sent: by which chain, and what was made for it.
+    """One request while it is sent, or a batch: by which chain, and what was made for it.
 
     shared: what the requests share that have the same tensors as this one, with n > 1.
     """
@@ -195,13 +194,17 @@ class Sending:
         self._made: list[Payload] = []
         self._offered = False
 
-    def offer_all(self, request: Any) -> None:
-        """Put what is to travel in the place of every CPU tensor of a request."""
-        there = own_places(request, is_sent)
+    def offer_all(self, requests: list[Any]) -> None:
+        """Put what is to travel in the place of every CPU tensor of the requests."""
+        there = [place for request in requests for place in own_places(request, is_sent)]
         self.samples.expect(sent_from(there))
         are_taken = bool(there) and engine_takes_pointers()
+        are_typed = bool(there) and speaks_msgpack()
         for place in there:
-            place.replace(self._sender(place, agreed=are_taken and place.is_wrapped_by_engine))
+            if are_typed and place.is_typed_as_tensor:
+                place.replace(lambda value: compact(value, self.samples) if is_sent(value) else value)
+            else:
+                place.replace(self._sender(place, agreed=are_taken and place.is_wrapped_by_engine))
         self._offered = True
 
     def _sender(self, place: Place, *, agreed: bool) -> Callable[[Any], Any]:
@@ -251,8 +254,9 @@ def sending(manager: Any, request: Any) -> Iterator[None]:
         current.release()
         raise
     finally:
-        slot.scope.reset(token)
         current.end()
+        with suppress(ValueError):  # the loop has closed this coroutine, in another context
+            slot.scope.reset(token)
 
 
 # --- its tensors are offered --------------------------------------------------------------------------------
@@ -271,19 +275,19 @@ def around_wrap(wrap: Callable[[Any], Any], steps: tuple[Wrapping, ...]) -> Call
             return wrap(obj)
         with ExitStack() as stack:
             for step in steps:
-                stack.enter_context(step(obj))
+                stack.enter_context(step([obj]))
             return wrap(obj)
 
     return wrap_shm_features
 
 
 @contextmanager
-def offering(request: Any) -> Iterator[None]:
+def offering(requests: list[Any]) -> Iterator[None]:
     """A step of `around_wrap`: every tensor goes by the transports, also what the engine would send inline."""
     current = slot.scope.get()
     with guarded("wrapping", "tensors of this request are sent inline, which is slower"):
         if current is not None and are_ours():
-            current.offer_all(request)
+            current.offer_all(requests)
     yield
 
 
