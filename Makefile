@@ -105,6 +105,7 @@ bench: $(BENCH)
 	$(RUN) -m bench.startup
 	$(RUN) -m bench.transport $(if $(QUICK),--quick)
 	$(RUN) -m bench.engine $(if $(QUICK),--quick)
+	$(RUN) -m bench.launches $(if $(QUICK),--rounds 1 --requests 4)
 	$(RUN) -m bench.text
 	$(RUN) -m bench.gpu $(if $(QUICK),--quick)
 	$(if $(QUICK),$(RUN) -m tools.ratios)
