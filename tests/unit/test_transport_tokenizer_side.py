@@ -539,7 +539,8 @@ def test_nothing_is_offered_once_another_plugin_has_the_engines_name(monkeypatch
         return around_wrap(wrap, (offering,))(tokenized_obj)
 
     made = around_send(send_one_request, (sending,))(None, request(an_item(feature=torch.ones(2))))
-    assert isinstance(items_of(made)[0].feature, Theirs)
+    pointer = items_of(made)[0].feature
+    assert isinstance(pointer, Theirs) and isinstance(pointer.tensor, torch.Tensor)
 
 
 # --- and compact, where they are sent inline ----------------------------------------------------------------
