@@ -531,6 +531,23 @@ def test_a_tensor_in_several_places_is_copied_once(opening: Opening, requests: i
     eventually(lambda: used(opening) == 0, "the release of all, without the end of the request")
 
 
+def test_a_copy_is_not_kept_for_a_request_that_went_another_way(opening: Opening) -> None:
+    """As the one does that warms the prefix, while the lane is not open."""
+    tensor = torch.arange(30_000)
+    together = Samples(3)
+    together.expect([tensor])
+    opening.begin()
+    opening.join()
+    tickets = []
+    for _ in range(2):
+        together.expect([tensor])
+        tickets.append(opening.send(tensor, together))
+    assert opening.lane.stats().copied_bytes == tensor.nbytes
+    for ticket in tickets:
+        opening.readers[0].discard(ticket)
+    eventually(lambda: used(opening) == 0, "the release of both, without the end of the request")
+
+
 def test_a_tensor_that_is_refilled_for_the_next_request_is_copied_again(opening: Opening) -> None:
     opening.begin()
     opening.join()

@@ -22,14 +22,17 @@ class Samples:
 
     def __init__(self, requests: int = 1) -> None:
         self._requests = requests
-        self._uses: Counter[int] = Counter()  # of each tensor in one request, by its id
+        # By a tensor's id: in how many places of this request it stands, and in how many requests it stood so far.
+        self._uses: Counter[int] = Counter()
+        self._seen: Counter[int] = Counter()
         # By how it was copied, the tensor's id, which it keeps from others, and what of it could be changed
         # without copying: the tensor, its copy, and how many uses are left.
         self._copies: dict[Any, tuple[torch.Tensor, Any, int]] = {}
 
     def expect(self, tensors: Iterable[torch.Tensor]) -> None:
-        """In each request there are these: one for each place where a tensor stands."""
+        """The next request has these: one for each place where a tensor stands."""
         self._uses = Counter(map(id, tensors))
+        self._seen.update(self._uses.keys())
 
     def put(self, lane: Lane, tensor: torch.Tensor) -> bytes | Refused:
         """A ticket on the one copy of a tensor."""
@@ -43,7 +46,9 @@ class Samples:
         key = copy_of, id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         kept = self._copies.pop(key, None)
         copy: Copy = copy_of(tensor) if kept is None else kept[1]
-        left = self._requests * max(self._uses[id(tensor)], 1) if kept is None else kept[2]
+        # Those before it may have gone another way, as the first does while the lane is not open.
+        requests = self._requests - max(self._seen[id(tensor)], 1) + 1
+        left = requests * max(self._uses[id(tensor)], 1) if kept is None else kept[2]
         if left > 1 and not isinstance(copy, Refused):
             self._copies[key] = tensor, copy, left - 1
         return copy
