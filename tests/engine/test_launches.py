@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from devkit.checkpoint import tiny_qwen2_5_vl
 from devkit.client import Reply, data_url
 from devkit.images import jpeg
 from devkit.server import EngineServer, dies_with_us, free_port
+from devkit.sharedmemory import can_be_private, privately
 from tests.engine import asking, looking
 from tests.engine.test_topologies import MODES, modes
 from tests.engine.transcripts import Transcripts
@@ -126,16 +129,19 @@ def test_a_node_for_each_pipeline_stage(release: str, plugin_wheel: Path, transc
 
 @contextmanager
 def other_node(server: EngineServer) -> Iterator[None]:
-    """The launch of the second node, which ends with the block."""
-    command = [*server._command(free_port()), "--node-rank", "1"]
+    """The launch of the second node, with a /dev/shm of its own; it ends with the block."""
+    command = [*dies_with_us(), *server._command(free_port()), "--node-rank", "1"]
+    if can_be_private():
+        command = privately(command, 8 << 30)
     process = subprocess.Popen(
-        [*dies_with_us(), *command],
+        command,
         env=server._environ(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         yield
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # its children have its group
         process.wait(60)
