@@ -67,8 +67,9 @@ def all_by_lane(server: WatchedServer, release: str, images: int) -> Iterator[No
     before = looking.lane(server)
     yield
     after = looking.lane(server)
-    # 0.5.9 sends the images of a request as one feature.
-    assert after.puts - before.puts == (images if Version(release) >= DEFERRED else 1)
+    # 0.5.9 sends the images of a request as one feature. The positions of a long prompt go by lane as well.
+    features = images if Version(release) >= DEFERRED else 1
+    assert after.puts - before.puts in (features, features + 1)
     assert after.fallbacks == before.fallbacks
 
 
