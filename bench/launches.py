@@ -31,7 +31,7 @@ from bench.engine.cases import Case
 from bench.engine.measuring import ask, order, per_request, read_notes
 from bench.engine.probe import sitecustomize as probe
 from bench.machine import facts, processor
-from devkit.client import data_url
+from devkit.client import IMAGE_SLOT, data_url
 from devkit.demo import build_wheel
 from devkit.environment import engine_environment
 from devkit.images import jpeg
@@ -97,7 +97,7 @@ def _body(launch: Launch, pictures: Sequence[str], number: int) -> dict[str, Any
     if launch.by_tokens:
         prompt: dict[str, Any] = {"input_ids": IMAGE_TOKENS * IMAGES + word}
     else:
-        prompt = {"text": "<|vision_start|><|image_pad|><|vision_end|>" * IMAGES + f"What is this? ({number})"}
+        prompt = {"text": IMAGE_SLOT * IMAGES + f"What is this? ({number})"}
     return {
         **prompt,
         "image_data": list(pictures),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mmlane.engine.requests import own_places
+from mmlane.engine.requests import Place, own_places
 from mmlane.log import guarded
 from mmlane.transport.inline import compact, is_compact, is_sent, sent_from
 from mmlane.transport.pointer import slot
@@ -29,4 +29,9 @@ def compact_all(requests: list[Any]) -> None:
     there = [place for places in spread for place in places]
     samples.expect(sent_from(there))
     for place in there:
-        place.replace(lambda value: compact(value, samples) if is_sent(value) else value)
+        compact_in(place, samples)
+
+
+def compact_in(place: Place, samples: Samples) -> None:
+    """Put compact copies in the place of the CPU tensors that stand in one."""
+    place.replace(lambda value: compact(value, samples) if is_sent(value) else value)

@@ -24,7 +24,8 @@ from mmlane.lane import Lane, memory
 from mmlane.log import guarded, logger
 from mmlane.transport.base import Here, Payload, Tokenizer
 from mmlane.transport.chain import Chain
-from mmlane.transport.inline import Inline, compact, is_sent, sent_from
+from mmlane.transport.compacting import compact_in
+from mmlane.transport.inline import Inline, is_sent, sent_from
 from mmlane.transport.lane import LaneTransport, Producer
 from mmlane.transport.pointer import are_ours, slot
 from mmlane.transport.samples import Samples
@@ -202,7 +203,7 @@ class Sending:
         are_typed = bool(there) and speaks_msgpack()
         for place in there:
             if are_typed and place.is_typed_as_tensor:
-                place.replace(lambda value: compact(value, self.samples) if is_sent(value) else value)
+                compact_in(place, self.samples)
             else:
                 place.replace(self._sender(place, agreed=are_taken and place.is_wrapped_by_engine))
         self._offered = True
