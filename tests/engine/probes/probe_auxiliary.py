@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from probe_digests import _ranks as ranks
 from when_made import SCHEDULER, TOKENIZER, when_made
 
 BYTES = 2 << 20  # of an item's auxiliary tensors together
@@ -89,7 +89,7 @@ def handling(handle: Callable[..., Any]) -> Callable[..., Any]:
             overrides = getattr(recv_req, "positional_embed_overrides", None)
             note = {
                 "rid": recv_req.rid,
-                "stage": _ranks(self).pp_rank,
+                "stage": ranks(self).pp_rank,
                 "digests": [
                     [
                         digest(value)
@@ -106,14 +106,6 @@ def handling(handle: Callable[..., Any]) -> Callable[..., Any]:
         return handle(self, recv_req, *args, **kwargs)
 
     return handle_request
-
-
-def _ranks(scheduler: Any) -> Any:
-    if hasattr(scheduler, "tp_rank"):
-        return scheduler
-    if hasattr(scheduler, "ps"):
-        return scheduler.ps
-    return sys.modules["sglang.srt.runtime_context"].get_parallel()
 
 
 def write(kind: str, note: dict[str, Any]) -> None:
