@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmlane.lane import Mode, Refused
+from mmlane.lane import Mode, Refused, UnknownLane
 from mmlane.lane.ticket import read
 from tests.lane.harness.payloads import MODES, SHAPE, random, same
 from tests.lane.harness.programs import run_beside_a_lane
@@ -225,3 +225,18 @@ def test_discarding_releases_a_ticket_untaken(pair: Together) -> None:
     pair.discard(pair.put(random(SHAPE)))
     stats = pair.lane.stats()
     assert (stats.tickets, stats.used_bytes, stats.lost_tickets) == (0, 0, 0)
+
+
+def test_a_reader_knows_how_much_it_holds() -> None:
+    with together() as pair:
+        whole = pair.lane.stats().capacity_bytes
+        assert pair.reader.held_share(pair.lane.name) == 0
+        first, second = (pair.reader.take(pair.put(random((PAGE,), torch.float32))) for _ in range(2))
+        view = first[1:]
+        assert pair.reader.held_share(pair.lane.name) == 2 * 4 * PAGE / whole
+        del first, second
+        assert pair.reader.held_share(pair.lane.name) == 4 * PAGE / whole
+        del view
+        assert pair.reader.held_share(pair.lane.name) == 0
+        with pytest.raises(UnknownLane):
+            pair.reader.held_share("mmlane-of-nobody")

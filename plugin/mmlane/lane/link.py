@@ -109,6 +109,7 @@ class Link:
         self._wake = wake
         # By slot: the last ticket that was taken here, or that this reader has promised not to take.
         self._seen: dict[int, _Watch | _Promise] = {}
+        self._held: dict[int, int] = {}  # by slot: bytes of the tickets that are held
         self.dropped: deque[_Watch] = deque()  # those of claims that are gone
         self._claiming = threading.RLock()  # also for a signal handler that takes
         self._outbox: dict[tuple[int, int, int], None] = {}  # what has not been sent for certain
@@ -154,7 +155,12 @@ class Link:
                 )
             assert claim.watch is not None
             self._seen[slot] = claim.watch  # from here on the claim owns it
+            self._held[slot] = content.nbytes
         return claim
+
+    def held_share(self) -> float:
+        """Which part of the lane is held here, from 0 on; what several tickets share counts for each."""
+        return sum(list(self._held.values())) / max(self.mapping.nbytes - self.base, 1)
 
     def promise(self, slot: int, serial: int) -> None:
         """Answer that a ticket was never seen here, and see to it that it never will be; no answer if it was."""
@@ -169,6 +175,7 @@ class Link:
     def let_go(self, watch: _Watch, mapping: memory.Mapping) -> None:
         """A claim is gone. Runs wherever Python lets the tensor go, so it waits for nothing."""
         if self._seen.get(watch.slot) is watch:  # not of a take that has not come so far
+            self._held.pop(watch.slot, None)
             if watch.is_lent and self.device is not None:
                 self.device.settle(watch, partial(self._release, watch, mapping))
             else:

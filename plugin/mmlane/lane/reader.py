@@ -240,6 +240,16 @@ class Reader:
         self._discarded.append(ticket)
         self._wake()
 
+    def held_share(self, name: str) -> float:
+        """Which part of a joined lane's memory this reader holds, from 0 on. Raises UnknownLane.
+
+        Bytes that several tickets share count for each of them.
+        """
+        link = self._links.get(name)
+        if link is None:
+            raise UnknownLane(f"lane {name} is not joined")
+        return link.held_share()
+
     def lanes(self) -> tuple[str, ...]:
         """Names of the lanes that are joined and alive."""
         return tuple(name for name, link in list(self._links.items()) if link.gone_at is None)

@@ -36,6 +36,7 @@ from mmlane.transport.base import Declined, Here, LostFeature, Ownership, Payloa
 from mmlane.transport.samples import Samples
 
 OPENING_S = 60.0  # after which a lane that has not opened is worth a line
+KEPT = 0.25  # of a lane, held by a rank; beyond that it copies what the engine keeps until a request has ended
 RETRY_S = 10.0  # before a rank tries again to join a lane that it could not join
 
 # How a tokenizer's lane is. off: this launch has none, or it was switched off; unused: no large feature has been
@@ -49,7 +50,6 @@ class Ticket(Payload):
     """A ticket for a tensor in a lane: made by a `Producer`, taken by a `Rank`, and passed on by anybody."""
 
     kind = "ticket"
-    lends = True
 
     def __init__(self, ticket: bytes, end: Producer | Rank | None) -> None:
         self.ticket = ticket
@@ -80,6 +80,9 @@ class Ticket(Payload):
 
     def peek(self) -> torch.Tensor | None:
         return self._taken
+
+    def may_be_kept(self) -> bool:
+        return not isinstance(self._end, Rank) or self._end.holds_little(self.ticket)
 
     def release(self) -> None:
         ownership, self.ownership = self.ownership, Ownership.DONE
@@ -310,6 +313,13 @@ class Rank:
             if name in self._next_try and name not in self._joined:
                 raise StaleHere(f"a ticket came before this rank had joined lane {name}") from error
             raise
+
+    def holds_little(self, ticket: bytes) -> bool:
+        """Whether there is room enough in a ticket's lane for this rank to keep the tensor as long as it likes."""
+        with suppress(LaneError):  # it ended meanwhile: nobody waits for its room
+            if self._reader is not None:
+                return self._reader.held_share(read(ticket).lane) <= KEPT
+        return True
 
     def release(self, ticket: bytes, *, sent: bool = False) -> None:
         """Release a ticket untaken. For finalizers, too."""

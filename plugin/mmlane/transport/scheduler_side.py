@@ -85,9 +85,8 @@ def _taker(place: Place, *, of: Callable[[Any], bool]) -> Callable[[Any], Any]:
         if not of(value):
             return value
         tensor = value.materialize()
-        # What the engine keeps until the request has ended would hold room in the lane for as long.
-        is_borrowed = value.payload.lends and not place.is_moved_to_device
-        return tensor.clone() if is_borrowed else tensor
+        is_kept_short = place.is_moved_to_device  # all else the engine keeps until the request has ended
+        return tensor if is_kept_short or value.payload.may_be_kept() else tensor.clone()
 
     return taken
 
