@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from devkit.cache import cache_root
 from devkit.checkpoint import tiny_qwen2_vl
 from devkit.client import Client
 from devkit.environment import engine_environment
 from devkit.images import jpeg
+from devkit.nodes import OnNodes
 from devkit.releases import VERSIONS
 from devkit.server import EngineServer, ServerDied
 from devkit.wheels import wheel_source
@@ -48,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("version", metavar="VERSION")
     serve.add_argument("--plugin", type=Path, metavar="WHEEL")
     serve.add_argument("--tp", type=int, default=2)
+    serve.add_argument("--nodes", type=int, default=1, help="network namespaces that the ranks are spread over")
     serve.add_argument("--shm-bytes", type=int, metavar="N", help="size of its private /dev/shm")
     ask = commands.add_parser("ask", help="send images to a running server")
     ask.add_argument("url", metavar="URL")
@@ -72,12 +75,13 @@ def _env(versions: Sequence[str], plugin: Path | None) -> int:
 def _serve(options: argparse.Namespace, engine_args: Sequence[str]) -> int:
     # An orderly end for SIGTERM as well: the servers are in sessions of their own and would stay.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    server = EngineServer(
-        options.version,
-        plugin=options.plugin,
-        args=engine_args,
-        tp=options.tp,
-        shm_bytes=options.shm_bytes,
+    given: dict[str, Any] = {"plugin": options.plugin, "args": engine_args, "tp": options.tp}
+    given["shm_bytes"] = options.shm_bytes
+    several = options.nodes > 1
+    server = (
+        OnNodes(options.version, nodes=options.nodes, **given)
+        if several
+        else EngineServer(options.version, **given)
     )
     try:
         with server:

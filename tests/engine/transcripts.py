@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 DIRECTORY = HERE / "transcripts"
 DEVKIT = HERE.parents[1] / "devkit"
 # Parts of the devkit that start no engine for a test.
-_OTHERS = {"__main__.py", "container.py", "demo.py"}
+_OTHERS = {"__main__.py", "container.py", "demo.py", "nodes.py"}
 # What every scenario does is said here, too.
 _COMMON = (
     "asking.py", "faults.py", "forks.py", "watching.py", "probes/probe_digests.py", "probes/sitecustomize.py",
