@@ -92,6 +92,12 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
         f"{_MSGPACK}._encode_shm_pointer_mm_data",
         f"{_MSGPACK}._decode_shm_pointer_mm_data",
         f"{_TOKENIZER}._handle_batch_request",
+        "sglang.srt.managers.scheduler_input_blocker.SchedulerInputBlocker.handle",
+        "sglang.srt.managers.scheduler.Scheduler.init_watch_dog_memory_saver_input_blocker",
+        "sglang.srt.managers.scheduler.IdleSleeper",
+        "sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper",
+        "sglang.srt.managers.scheduler.SenderWrapper.send_output",
+        "sglang.srt.managers.scheduler_components.output_sender.SenderWrapper.send_output",
         *_RECEIVE,
     ),
     "ipc_redirect": (

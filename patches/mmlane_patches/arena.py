@@ -59,8 +59,15 @@ def _scheduler(init: Callable[..., None]) -> Callable[..., None]:
         with guarded("start", "this rank joins no lane: features go by shared-memory segments"):
             from mmlane.transport import scheduler_side
 
+            wanted = settings.read(os.environ)
             given = signature.bind(self, *args, **kwargs).arguments
-            scheduler_side.start(given["server_args"], place_of(given), pinned=settings.read(os.environ).pinned)
+            scheduler_side.start(
+                self,
+                given["server_args"],
+                place_of(given),
+                capacity=wanted.capacity,
+                pinned=wanted.pinned_of_one(1),
+            )
 
     return __init__
 

@@ -142,6 +142,15 @@ def pid_namespace() -> int | None:
         return None
 
 
+def lane_scope() -> str:
+    """Where processes can share a lane, as a word: this start of the machine, and this network namespace."""
+    try:
+        network = Path("/proc/self/ns/net").stat().st_ino
+    except OSError:
+        network = 0
+    return f"{_text(Path('/proc/sys/kernel/random/boot_id')).strip()}:{network}"
+
+
 @dataclass(frozen=True)
 class Process:
     """A process as its /proc/PID/stat tells: its command's name, its state, and its start in ticks since boot."""

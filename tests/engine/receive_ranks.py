@@ -422,7 +422,7 @@ def run_lane_rank(rank: int, groups: str, directory: str, over: Event, results: 
         from mmlane.engine.topology import RankPlace
         from mmlane.transport import scheduler_side
 
-        scheduler_side.start(settings(groups), RankPlace(None, 0, rank), pinned=None)
+        scheduler_side.start(None, settings(groups), RankPlace(None, 0, rank), capacity=None, pinned=1 << 30)
         waits = counted_collectives()
         for _ in ("opening", by_lane, mixed, tampered, overflow):
             waits.clear()

@@ -42,6 +42,9 @@ def context(monkeypatch: pytest.MonkeyPatch, **names: Any) -> None:
         ),
         ({"tp_size": 4, "dp_size": 1, "enable_dp_attention": True}, {"dp0": 4}),
         ({"tp_size": 2, "pp_size": 2}, {"dp0": 2}),  # the second stage is sent nothing by the tokenizer
+        ({"tp_size": 4, "nnodes": 2}, {"dp0": 2}),  # those on the first node
+        ({"tp_size": 4, "nnodes": 4, "pp_size": 2}, {"dp0": 2}),
+        ({"tp_size": 4, "nnodes": 2, "pp_size": 2}, {"dp0": 4}),
     ],
 )
 def test_which_readers_are_expected(options: dict[str, Any], wanted: dict[str, int]) -> None:
@@ -57,6 +60,62 @@ def test_which_readers_are_expected(options: dict[str, Any], wanted: dict[str, i
 def test_which_group_a_rank_is_of(dp_size: int, dp_rank: int | None, group: str) -> None:
     """Behind a router every engine is of size 1, and has a number all the same."""
     assert topology.group_of(launched(dp_size=dp_size), dp_rank) == group
+
+
+# Launches, and for each rank of the first pipeline stage its node, its number there, and its peers.
+ON_NODES: list[tuple[dict[str, Any], list[int], list[int], list[list[int]]]] = [
+    ({}, [0], [0], [[0]]),
+    ({"tp_size": 4}, [0] * 4, [0, 1, 2, 3], [[0, 1, 2, 3]] * 4),
+    ({"tp_size": 4, "nnodes": 2}, [0, 0, 1, 1], [0, 1, 0, 1], [[0, 1, 2, 3]] * 4),
+    ({"tp_size": 4, "nnodes": 4}, [0, 1, 2, 3], [0] * 4, [[0, 1, 2, 3]] * 4),
+    ({"tp_size": 4, "nnodes": 4, "pp_size": 2}, [0, 0, 1, 1], [0, 1, 0, 1], [[0, 1, 2, 3]] * 4),
+    ({"tp_size": 4, "nnodes": 2, "pp_size": 2}, [0] * 4, [0, 1, 2, 3], [[0, 1, 2, 3]] * 4),
+    ({"tp_size": 4, "nnodes": 2, "pp_size": 4}, [0] * 4, [0, 1, 2, 3], [[0, 1, 2, 3]] * 4),  # two stages a node
+    (
+        {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True},
+        [0] * 4,
+        [0, 1, 0, 1],
+        [[0, 1], [0, 1], [2, 3], [2, 3]],
+    ),
+    (
+        {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "nnodes": 2},
+        [0, 0, 1, 1],
+        [0, 1, 0, 1],
+        [[0, 1], [0, 1], [2, 3], [2, 3]],
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "nodes", "numbers", "peers"), ON_NODES)
+def test_which_node_a_rank_is_on_and_with_whom(
+    options: dict[str, Any], nodes: list[int], numbers: list[int], peers: list[list[int]]
+) -> None:
+    server_args = launched(**options)
+    places = [RankPlace(None, 0, rank) for rank in range(server_args.tp_size)]
+    assert [topology.node_of(server_args, place) for place in places] == nodes
+    assert [topology.number_of(server_args, place) for place in places] == numbers
+    assert [topology.peers_of(server_args, place) for place in places] == peers
+    if not topology.without_lane(server_args):  # the ranks of the first node are a lane's readers
+        expected = [n for count in topology.readers_of(server_args).values() for n in range(count)]
+        assert [number for number, node in zip(numbers, nodes, strict=True) if node == 0] == expected
+    for stage in range(1, server_args.pp_size):
+        assert [topology.number_of(server_args, place._replace(pp_rank=stage)) for place in places] == (
+            [None] * len(places)
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes"),
+    [
+        ({}, 1),
+        ({"nnodes": 2}, 2),
+        ({"nnodes": 4, "pp_size": 2}, 2),
+        ({"nnodes": 2, "pp_size": 2}, 1),
+        ({"nnodes": 2, "pp_size": 4}, 1),
+    ],
+)
+def test_how_many_nodes_a_stage_is_on(options: dict[str, Any], nodes: int) -> None:
+    assert topology.nodes_of_a_stage(launched(**options)) == nodes
 
 
 PARALLEL = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "num_dp_ranks": 2, "attn_dp_size": 2}
@@ -160,8 +219,8 @@ def test_where_a_scheduler_stands(dp_rank: int | None, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"nnodes": 2}, "2 nodes"),
-        ({"nnodes": 4, "pp_size": 2}, "4 nodes"),
+        ({**DP_ATTENTION, "nnodes": 2}, "DP-attention over 2 nodes"),
+        ({**DP_ATTENTION, "nnodes": 4, "pp_size": 2}, "DP-attention over 4 nodes"),
         ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
     ],
 )
@@ -169,9 +228,21 @@ def test_what_is_in_the_way(options: dict[str, Any], named: str) -> None:
     assert named in topology.without_lane(launched(**options))
 
 
-@pytest.mark.parametrize("options", [{}, {"skip_tokenizer_init": True}, {"nnodes": 2, "pp_size": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"skip_tokenizer_init": True},
+        {"nnodes": 2, "tp_size": 4},
+        {"nnodes": 2, "pp_size": 2},
+        {"nnodes": 4, "pp_size": 2, "tp_size": 4},
+        DP_ATTENTION,
+        {**DP_ATTENTION, "nnodes": 2, "pp_size": 2},
+        {**DP_ATTENTION, "nnodes": 2, "dp_size": 1},
+    ],
+)
 def test_nothing_is_in_the_way(options: dict[str, Any]) -> None:
-    """Of a pipeline over several nodes, too, the first stage is on one."""
+    """With DP-attention over several nodes, too, where each stage of the pipeline is on one."""
     assert topology.without_lane(launched(**options)) == ""
     older = launched()
     del older.elastic_ep_backend  # which releases below 0.5.10 do not have

@@ -68,10 +68,10 @@ def producer_of(manager: Manager) -> Producer:
 
 
 def become_rank(
-    server_args: Any, dp_rank: int | None, pp_rank: int, tp_rank: int, *, pinned: int | None = None
+    server_args: Any, dp_rank: int | None, pp_rank: int, tp_rank: int, *, pinned: int = 1 << 30
 ) -> Rank:
     """What a scheduler's process does once it is made; the rank that it then is."""
-    scheduler_side.start(server_args, RankPlace(dp_rank, pp_rank, tp_rank), pinned=pinned)
+    scheduler_side.start(None, server_args, RankPlace(dp_rank, pp_rank, tp_rank), capacity=None, pinned=pinned)
     return this_rank()
 
 
@@ -200,7 +200,7 @@ def test_one_rank_says_that_the_rust_server_has_no_lane(
 
 
 OBSTACLES = [
-    ({"nnodes": 2}, "2 nodes"),
+    ({"nnodes": 2, "tp_size": 4, "dp_size": 2, "enable_dp_attention": True}, "DP-attention over 2 nodes"),
     ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
 ]
 
@@ -298,14 +298,14 @@ def test_a_process_that_cannot_be_given_its_side_goes_on(
     assert line.startswith("mmlane: start failed: ZeroDivisionError: mine; this tokenizer has no lane")
 
 
-@pytest.mark.parametrize(("pinned", "writable"), [(None, False), (64 * MIB, False), (0, True)])
-def test_a_rank_on_cuda(pinned: int | None, writable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("pinned", "writable"), [(64 * MIB, False), (0, True)])
+def test_a_rank_on_cuda(pinned: int, writable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes views, on the device that its scheduler has set; without pinned memory, what can be written to."""
     gpu = FakeGpu()
     monkeypatch.setattr(cuda, "Cuda", gpu)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     rank = become_rank(launched(device="cuda"), None, 0, 0, pinned=pinned)
-    producer = Producer(Tokenizer({"dp0": 1}, 8 * MIB, pinned=4 * MIB if pinned is None else pinned))
+    producer = Producer(Tokenizer({"dp0": 1}, 8 * MIB, pinned=pinned))
     answer = producer.put(torch.ones(9))
     assert isinstance(answer, Declined) and answer.invitation is not None
     slot.chain.join(answer.invitation)
@@ -787,7 +787,10 @@ def test_trying_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert held() <= before
 
 
-@pytest.mark.parametrize(("options", "state"), [({}, "unused"), ({"nnodes": 2}, "off")])
+@pytest.mark.parametrize(
+    ("options", "state"),
+    [({}, "unused"), ({"nnodes": 2, "tp_size": 2}, "unused"), ({"elastic_ep_backend": "nixl"}, "off")],
+)
 def test_metrics_begin_at_start(options: dict[str, Any], state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmlane.transport.metrics import Meter
 

@@ -156,6 +156,7 @@ def test_each_number_of_a_lane_has_a_metric_of_the_same_name() -> None:
         "mmlane_info",
         "mmlane_lanes",
         "mmlane_failures",
+        "mmlane_node_bytes",
     }
 
 
@@ -165,6 +166,7 @@ def test_the_documentation_lists_all_metrics_and_what_they_were_called() -> None
         assert f"`mmlane_{name}`" in section
     for name in metrics.TOTALS:
         assert f"`mmlane_{name}_total`" in section
+    assert "`mmlane_node_bytes_total{direction}`" in section
     rows = [line for line in section.splitlines() if line.startswith("|")]
     for name, was in FORMER.items():
         metric = f'`{was.metric}{{kind="{was.kind}"}}`' if was.kind else f"`{was.metric}`"

@@ -22,29 +22,52 @@ def group_of(server_args: Any, dp_rank: int | None) -> str:
 
 
 def number_of(server_args: Any, place: RankPlace) -> int | None:
-    """A rank's number in its group; None for a later pipeline stage, which the tokenizer sends nothing."""
+    """A rank's number among those of its group and node; None for a later pipeline stage."""
     if place.pp_rank:
         return None
-    return place.tp_rank % _groups(server_args)[1]  # ranks of an attention group are neighbours
+    return place.tp_rank % _groups(server_args)[1] % _of_a_node(server_args)
+
+
+def node_of(server_args: Any, place: RankPlace) -> int:
+    """The number of the node that a rank of the first pipeline stage is on, as the engine lays them out."""
+    return place.tp_rank // _of_a_node(server_args)
+
+
+def peers_of(server_args: Any, place: RankPlace) -> list[int]:
+    """The ranks of the first pipeline stage that receive what this one does, by their numbers in the engine."""
+    size = _groups(server_args)[1]  # ranks of an attention group are neighbours
+    first = place.tp_rank - place.tp_rank % size
+    return list(range(first, first + size))
+
+
+def _of_a_node(server_args: Any) -> int:
+    """How many ranks of one pipeline stage are on one node."""
+    return int(_given(server_args).tp_size) // nodes_of_a_stage(server_args)
 
 
 def readers_of(server_args: Any) -> dict[str, int]:
-    """Reader group -> its number of ranks: those of the first pipeline stage, which receive from the tokenizer."""
+    """Reader group -> its number of ranks on the first node, where tokenizers are; of the first pipeline stage."""
     count, size = _groups(server_args)
-    return {group_of(server_args, dp_rank): size for dp_rank in range(count)}
+    return {group_of(server_args, dp_rank): min(size, _of_a_node(server_args)) for dp_rank in range(count)}
 
 
 def _groups(server_args: Any) -> tuple[int, int]:
-    """How many reader groups there are, and the ranks in each.
-
-    From 0.5.19 on `server_args` is what the user typed, and the context what the engine made of it.
-    """
-    context: Any = sys.modules.get("sglang.srt.runtime_context")
-    if hasattr(context, "num_dp_ranks_of"):  # from 0.5.22 on: replicas and attention groups are counted apart
-        parallel = context.get_parallel()
-        return parallel.num_dp_ranks, parallel.tp_size // parallel.attn_dp_size
-    given = context.get_parallel() if hasattr(context, "derive_attention_widths") else server_args
+    """How many reader groups there are, and the ranks in each."""
+    given = _given(server_args)
+    if hasattr(_context(), "num_dp_ranks_of"):  # from 0.5.22 on: replicas and attention groups are counted apart
+        return given.num_dp_ranks, given.tp_size // given.attn_dp_size
     return given.dp_size, given.tp_size // given.dp_size if given.enable_dp_attention else given.tp_size
+
+
+def _given(server_args: Any) -> Any:
+    """What knows sizes: from 0.5.19 on the context has what the engine made of the arguments that were typed."""
+    context = _context()
+    has_them = hasattr(context, "num_dp_ranks_of") or hasattr(context, "derive_attention_widths")
+    return context.get_parallel() if has_them else server_args
+
+
+def _context() -> Any:
+    return sys.modules.get("sglang.srt.runtime_context")
 
 
 def place_of(given: dict[str, Any]) -> RankPlace:
@@ -68,8 +91,8 @@ def on_cuda(server_args: Any) -> bool:
 
 def without_lane(server_args: Any) -> str:
     """Why an engine launched like this goes without a lane; "" when nothing is in the way."""
-    if nodes_of_a_stage(server_args) > 1:
-        return f"{server_args.nnodes} nodes, and a lane is one machine's memory"
+    if nodes_of_a_stage(server_args) > 1 and _groups(server_args)[0] > 1:
+        return f"DP-attention over {server_args.nnodes} nodes, where requests may go to ranks of any"
     if getattr(server_args, "elastic_ep_backend", None):
         return "--elastic-ep-backend, where ranks may come later"
     return ""

@@ -7,7 +7,8 @@ while the others run on. It costs nothing for requests without pointers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from http import HTTPStatus
@@ -50,6 +51,36 @@ def arrivals(requests: Sequence[Any]) -> list[Arrival]:
             if arrival.pointers():
                 found.append(arrival)
     return found
+
+
+def taker(place: Place, *, of: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """What takes the pointers that stand in a place, of one kind; all else stays."""
+
+    def taken(value: Any) -> Any:
+        if not of(value):
+            return value
+        tensor = value.materialize()
+        is_kept_short = place.is_moved_to_device  # all else the engine keeps until the request has ended
+        return tensor if is_kept_short or value.payload.may_be_kept() else tensor.clone()
+
+    return taken
+
+
+@contextmanager
+def or_end() -> Iterator[None]:
+    """What a rank does here it does as its peers do, or it ends: they would wait for it, or go on without it.
+
+    The engine ends what raises in a scheduler, and itself with it.
+    """
+    try:
+        yield
+    except Exception as error:
+        logger.critical(
+            "mmlane: this rank ends, and the engine with it, because it could not do what its peers do:"
+            " %s: %s; start the engine again, with MMLANE=off if this comes back, and please report it",
+            *(type(error).__name__, error),
+        )
+        raise
 
 
 @dataclass(frozen=True)
@@ -130,16 +161,21 @@ def refuse_lost(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any
         lost = getattr(recv_req, "mm_inputs", None)
         if not isinstance(lost, RefusedInputs):
             return original(self, recv_req)
-        from sglang.srt.managers.io_struct import AbortReq
-
-        return AbortReq(
-            rid=recv_req.rid,
-            finished_reason={
-                "type": "abort",
-                "message": lost.message,
-                "status_code": HTTPStatus.INTERNAL_SERVER_ERROR,
-                "err_type": "InternalServerError",
-            },
-        )
+        return aborted(recv_req, lost.message)
 
     return handle
+
+
+def aborted(request: Any, message: str) -> Any:
+    """What tells a tokenizer that a request of its has failed, with an HTTP 500."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    return AbortReq(
+        rid=request.rid,
+        finished_reason={
+            "type": "abort",
+            "message": message,
+            "status_code": HTTPStatus.INTERNAL_SERVER_ERROR,
+            "err_type": "InternalServerError",
+        },
+    )

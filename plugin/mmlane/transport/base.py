@@ -101,10 +101,12 @@ def lost_message(payloads: Sequence[Payload], cause: str) -> str:
 class Here:
     """The process for which transports are made: by itself, one that has no lane.
 
-    engines: the engine's own pointer class, where segments are left to it.
+    engines: the engine's own pointer class, where segments are left to it. node: this process's, in a rank whose
+    peers are on several nodes.
     """
 
     engines: type[Any] | None = field(default=None, kw_only=True)
+    node: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,10 @@ class Tokenizer(Here):
 class Scheduler(Here):
     """A rank of a launch that has a lane.
 
-    group, number: its place among the ranks that receive the same requests; number None for a later pipeline
-    stage, which receives no pointers. device: the CUDA device that it copies features to, if any. writable:
-    whether features can be written to all the same, at the price of a private mapping, which cannot be pinned; on
-    a CPU they always can.
+    group, number: its place among the ranks of its node that receive the same requests; number None for a later
+    pipeline stage, which receives no pointers. device: the CUDA device that it copies features to, if any.
+    writable: whether features can be written to all the same, at the price of a private mapping, which cannot be
+    pinned; on a CPU they always can.
     """
 
     group: str

@@ -9,13 +9,20 @@ import torch
 
 from mmlane.log import failed
 from mmlane.transport.base import Declined, Here, LostFeature, Payload, Transport, lost_message
+from mmlane.transport.hand import HandTransport
 from mmlane.transport.inline import Inline, InlineTransport, SmallInlineTransport
 from mmlane.transport.lane import LaneTransport
 from mmlane.transport.samples import Samples
 from mmlane.transport.segment import SegmentTransport
 
 # The first that does not decline carries the tensor. Each kind of payload has one class.
-CHAIN: tuple[type[Transport], ...] = (SmallInlineTransport, LaneTransport, SegmentTransport, InlineTransport)
+CHAIN: tuple[type[Transport], ...] = (
+    SmallInlineTransport,
+    LaneTransport,
+    SegmentTransport,
+    HandTransport,
+    InlineTransport,
+)
 
 KIND = "payload"  # where a pointer's state has the kind of its payload
 

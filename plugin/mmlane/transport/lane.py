@@ -33,7 +33,7 @@ from mmlane.lane import (
 from mmlane.lane.ticket import read
 from mmlane.log import failed, guarded, logger
 from mmlane.transport.base import Declined, Here, LostFeature, Ownership, Payload, Scheduler, Tokenizer, Transport
-from mmlane.transport.samples import Samples
+from mmlane.transport.samples import Samples, Shared
 
 OPENING_S = 60.0  # after which a lane that has not opened is worth a line
 KEPT = 0.25  # of a lane, held by a rank; beyond that it copies what the engine keeps until a request has ended
@@ -51,8 +51,10 @@ class Ticket(Payload):
 
     kind = "ticket"
 
-    def __init__(self, ticket: bytes, end: Producer | Rank | None) -> None:
+    def __init__(self, ticket: bytes, end: Producer | Rank | None, shared: Shared | None = None) -> None:
+        """shared: what is known of the copy that it is for, where there are more tickets on it."""
         self.ticket = ticket
+        self.shared = shared
         self._end = end
         self._taken: torch.Tensor | None = None
         self.ownership = Ownership.DONE if end is None else Ownership.OURS
@@ -60,7 +62,7 @@ class Ticket(Payload):
     def state(self) -> dict[str, Any]:
         if self.ownership is Ownership.OURS and isinstance(self._end, Producer):
             self.ownership = Ownership.SENT  # a rank owes it, whatever it passes on to its peers
-        return {"ticket": self.ticket}
+        return {"ticket": self.ticket, **(self.shared._asdict() if self.shared else {})}
 
     def take(self) -> torch.Tensor:
         """As `Rank.take`, whose `TicketError` becomes a `LostFeature` unless it is `StaleHere`."""
@@ -113,7 +115,8 @@ class LaneTransport(Transport):
         return Declined("no lane") if self.producer is None else self.producer.put(tensor, samples)
 
     def receive(self, state: Mapping[str, Any]) -> Ticket:
-        return Ticket(state["ticket"], self.rank)
+        shared = Shared(state["copy"], state["more"]) if "copy" in state else None
+        return Ticket(state["ticket"], self.rank, shared)
 
     def join(self, invitation: bytes) -> None:
         if self.rank is not None:
@@ -136,10 +139,10 @@ class Producer:
         lane = self._lane if self._tried else self._open()
         if lane is None or os.getpid() != self._pid:
             return Declined("unavailable")
-        ticket = lane.put(tensor) if samples is None else samples.put(lane, tensor)
+        ticket, shared = (lane.put(tensor), None) if samples is None else samples.put(lane, tensor)
         if isinstance(ticket, bytes):
             try:
-                return Ticket(ticket, self)
+                return Ticket(ticket, self, shared)
             except BaseException:
                 self.release(ticket, sent=False)
                 raise

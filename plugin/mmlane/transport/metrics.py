@@ -4,7 +4,8 @@ The engine collects from all of its processes through files (prometheus_client's
 written here as they are, once a second; nothing can be asked for at the moment of a scrape.
 
 Imported when the tokenizer manager or the scheduler is there: the engine has set PROMETHEUS_MULTIPROC_DIR by then,
-and has itself imported prometheus_client, which looks for that variable once. A rank counts failures only.
+and has itself imported prometheus_client, which looks for that variable once. A rank counts failures and what it
+exchanges with other nodes.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ LANES = Gauge(
     registry=REGISTRY,
 )
 FAILURES = Counter("mmlane_failures", "Failures of mmlane itself, by where", ["where"], registry=REGISTRY)
+NODE_BYTES = Counter(
+    "mmlane_node_bytes", "Bytes of features between nodes, by direction", ["direction"], registry=REGISTRY
+)
 FALLBACKS = Counter("mmlane_fallbacks", "Features that went another way, by cause", ["cause"], registry=REGISTRY)
 # By the figure's name in LaneStats, of which the metric's is made.
 GAUGES = {
@@ -86,6 +90,12 @@ def _former() -> dict[str, Gauge]:
 FORMER_GAUGES = _former()
 
 log.count_with(lambda where, count: FAILURES.labels(where).inc(count))
+
+
+def count_node_bytes(direction: str, count: int) -> None:
+    """Add to what this rank has "sent" to another node, or "received" from one."""
+    NODE_BYTES.labels(direction).inc(count)
+
 
 _meters: set[Meter] = set()
 _writing = threading.Lock()

@@ -4,7 +4,8 @@ One class on every release. What it carries, its payload, says how the feature t
 follows the engine's rules: it can be made without arguments, by the codec and by pickle; made of a tensor it may
 be that tensor itself, since the engine waits for its ranks wherever it sees a pointer; its state is flat, of
 builtins, and without a kind where it is a segment, as the engine's own pointers are and those of its Rust server;
-and it never raises while it is unpickled, in the middle of a collective.
+and it never raises while it is unpickled, in the middle of a collective. From rank to rank, over several nodes, it
+has such a state for each node.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 
 from mmlane.log import guarded
-from mmlane.transport.base import Here, Payload
+from mmlane.transport.base import Here, LostFeature, Payload
 from mmlane.transport.chain import KIND, Chain, Unreadable
 from mmlane.transport.inline import Inline
 
@@ -64,6 +65,8 @@ class ShmPointerMMData:
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.uint8
     precomputed_hash: int | None = None
+    by_node: dict[str, dict[str, Any]] | None = None  # what it is on each node, where ranks are on several
+    lost: str = ""  # why no rank can take it, as one says whose word holds for all
 
     def __new__(cls, tensor: torch.Tensor | None = None, precomputed_hash: int | None = None) -> Any:
         """Send a tensor on its way: a pointer, or the tensor where it is to be sent inside its request.
@@ -96,8 +99,11 @@ class ShmPointerMMData:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {"shape": self.shape, "dtype": self.dtype, **self.payload.state()}
-        state["precomputed_hash"] = self.precomputed_hash
+        looks: dict[str, Any] = {"shape": self.shape, "dtype": self.dtype}
+        own = {"precomputed_hash": self.precomputed_hash, **({"lost": self.lost} if self.lost else {})}
+        if self.by_node is not None:
+            return {**looks, **own, "by_node": self.by_node}
+        state = {**looks, **self.payload.state(), **own}
         if self.payload.kind:
             state.setdefault(KIND, self.payload.kind)
         if self.invitation is not None:
@@ -107,9 +113,13 @@ class ShmPointerMMData:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Never raises: what cannot be read is told when the feature is taken."""
         kept: dict[str, Any] = {}
-        invitation = None
+        invitation = route = None
         try:
             kept = dict(state)
+            self.lost = kept.pop("lost", "")
+            self.by_node = kept.pop("by_node", None)  # for ranks that this one passes it on to
+            kept.update((self.by_node or {}).get(slot.chain.here.node, {}))
+            route = kept.pop("route", None)
             invitation = kept.pop("invitation", None)
             self.shape, self.dtype = kept.get("shape", ()), kept.get("dtype", torch.uint8)
             self.precomputed_hash = kept.get("precomputed_hash")
@@ -121,6 +131,9 @@ class ShmPointerMMData:
         if invitation is not None:
             with guarded("join", "this rank is sent features by shared-memory segments"):
                 slot.chain.join(invitation)
+        if route is not None and slot.scheduler is not None:
+            with guarded("nodes", "this node is sent features inside of their requests, each rank by itself"):
+                slot.scheduler.land(route)
 
     @property
     def tensor(self) -> torch.Tensor | None:
@@ -129,6 +142,8 @@ class ShmPointerMMData:
 
     def materialize(self) -> torch.Tensor:
         """Take the feature: a tensor on the CPU. Raises `LostFeature`, or what the payload's class says."""
+        if self.lost:
+            raise LostFeature(self.lost)
         return self.payload.take()
 
     def close_and_unlink(self) -> None:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
-from mmlane.lane import Lane, Refused
+from mmlane.lane import Lane, Refused, Reservation
+from mmlane.lane.ticket import read
 
 Copy = TypeVar("Copy")
+
+
+class Shared(NamedTuple):
+    """What a ticket is for: a copy, by its first ticket's serial number; and how many more will come."""
+
+    copy: int
+    more: int
 
 
 class Samples:
@@ -29,20 +38,29 @@ class Samples:
         # without copying: the tensor, its copy, and how many uses are left.
         self._copies: dict[Any, tuple[torch.Tensor, Any, int]] = {}
 
+        self._serials: WeakKeyDictionary[Reservation, int] = WeakKeyDictionary()  # of the first ticket on a copy
+
     def expect(self, tensors: Iterable[torch.Tensor]) -> None:
         """The next request has these: one for each place where a tensor stands."""
         self._uses = Counter(map(id, tensors))
         self._seen.update(self._uses.keys())
 
-    def put(self, lane: Lane, tensor: torch.Tensor) -> bytes | Refused:
-        """A ticket on the one copy of a tensor."""
+    def put(self, lane: Lane, tensor: torch.Tensor) -> tuple[bytes | Refused, Shared | None]:
+        """A ticket on the one copy of a tensor, and what is to be known of that if others come."""
         if self._requests == 1 and self._uses[id(tensor)] <= 1:
-            return lane.put(tensor)
-        copy = self.copied(tensor, lane.copy)
-        return copy if isinstance(copy, Refused) else copy.publish()
+            return lane.put(tensor), None
+        copy, more = self._use(tensor, lane.copy)
+        ticket = copy if isinstance(copy, Refused) else copy.publish()
+        if isinstance(copy, Refused) or isinstance(ticket, Refused):
+            return ticket, None
+        return ticket, Shared(self._serials.setdefault(copy, read(ticket).serial), more)
 
     def copied(self, tensor: torch.Tensor, copy_of: Callable[[torch.Tensor], Copy]) -> Copy:
         """The one copy of a tensor that `copy_of` makes; a `Refused` is none, and is not kept."""
+        return self._use(tensor, copy_of)[0]
+
+    def _use(self, tensor: torch.Tensor, copy_of: Callable[[torch.Tensor], Copy]) -> tuple[Copy, int]:
+        """The copy, and how many more uses of it are to come."""
         key = copy_of, id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         kept = self._copies.pop(key, None)
         copy: Copy = copy_of(tensor) if kept is None else kept[1]
@@ -51,7 +69,7 @@ class Samples:
         left = requests * max(self._uses[id(tensor)], 1) if kept is None else kept[2]
         if left > 1 and not isinstance(copy, Refused):
             self._copies[key] = tensor, copy, left - 1
-        return copy
+        return copy, left - 1
 
     def close(self) -> None:
         """The request has ended, whether it sent all of them or not."""

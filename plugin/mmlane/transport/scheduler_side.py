@@ -22,14 +22,39 @@ from typing import Any
 import torch
 
 from mmlane.engine.requests import Place, items, items_of, own_items, places_of, refuse
-from mmlane.engine.topology import RankPlace, carrying_groups, group_of, number_of, on_cuda, rust_server
+from mmlane.engine.topology import (
+    RankPlace,
+    carrying_groups,
+    group_of,
+    node_of,
+    nodes_of_a_stage,
+    number_of,
+    on_cuda,
+    peers_of,
+    rust_server,
+    without_lane,
+)
+from mmlane.lane import Lane, memory
 from mmlane.lane.cuda import watch_streams
 from mmlane.log import guarded, logger
-from mmlane.transport.agreement import Arrival, RefusedInputs, agree, arrivals, move_out_of_batches
+from mmlane.transport.agreement import (
+    Arrival,
+    RefusedInputs,
+    aborted,
+    agree,
+    arrivals,
+    move_out_of_batches,
+    or_end,
+    taker,
+)
 from mmlane.transport.base import LostFeature, Scheduler
 from mmlane.transport.chain import Chain
+from mmlane.transport.hand import HandTransport
 from mmlane.transport.inline import SMALL, is_sent
+from mmlane.transport.link import Landing
+from mmlane.transport.nodes import Gate, Route, announce, name_of
 from mmlane.transport.pointer import are_ours, is_pointer, slot
+from mmlane.transport.wire import TorchWire
 
 # --- the side of a scheduler process ------------------------------------------------------------------------
 
@@ -38,11 +63,36 @@ class SchedulerSide:
     """A process with a rank of the engine.
 
     receiving: whether the engine's function runs that would wait and take by itself, on releases where it would.
+    count_bytes: told what went to other nodes, or came from them. capacity, pinned: bytes of the lane that a node
+    without a tokenizer has for what comes from others; capacity None: the machine's share.
     """
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, *, capacity: int | None = None, pinned: int = 0) -> None:
         self.chain = chain
         self.receiving = False
+        self.count_bytes: Callable[[str, int], None] = lambda direction, count: None
+        self._capacity, self._pinned = capacity, pinned
+        self._landing: Landing | None = None
+
+    def land(self, route: Route) -> None:
+        """The rank that receives requests says where all are: if this one leads its node, it has a lane for it."""
+        here, me = self.chain.here, torch.distributed.get_rank()
+        hand = self.chain.find(HandTransport)
+        assert isinstance(here, Scheduler) and isinstance(hand, HandTransport)
+        leaders = [node.ranks[0] for node in route]
+        if self._landing is not None or me not in leaders[1:]:
+            return
+        end = leaders.index(me)
+        readers = {here.group: len(route[end].ranks)}
+        capacity = self._capacity or memory.default_capacity()
+        self._landing = Landing(
+            end,
+            len(leaders),
+            lambda: TorchWire(leaders),
+            lambda: Lane(readers, capacity=capacity, pinned=min(self._pinned, capacity)),
+            hand.kept,
+            self.count_bytes,
+        )
 
     def take(self, requests: list[Any], groups: Callable[[], list[Any]] | None) -> list[tuple[Any, str]]:
         """Put tensors in the place of pointers; which requests have lost a feature instead, and why.
@@ -59,7 +109,7 @@ class SchedulerSide:
             for arrival in waiting:
                 if not arrival.lost:
                     for place in arrival.places:
-                        place.replace(_taker(place, of=is_pointer))
+                        place.replace(taker(place, of=is_pointer))
         return [(arrival.request, arrival.lost) for arrival in arrived if arrival.lost]
 
 
@@ -67,8 +117,11 @@ def _take_alone(arrival: Arrival) -> None:
     """Take what needs no agreement: every rank comes to the same end without asking the others."""
     try:
         for place in arrival.places:
-            place.replace(_taker(place, of=_is_taken_alone))
+            place.replace(taker(place, of=_is_taken_alone))
     except LostFeature as error:
+        if slot.chain.here.node and not any(pointer.lost for pointer in arrival.pointers()):
+            # The rank that received it could take it, and other nodes may, too.
+            raise RuntimeError(f"features of a request are lost on this node alone: {error}") from error
         arrival.lost = str(error)
         logger.error("mmlane: request %s: %s", getattr(arrival.request, "rid", None), arrival.lost)
         arrival.release()
@@ -78,23 +131,11 @@ def _is_taken_alone(value: Any) -> bool:
     return is_pointer(value) and not value.payload.needs_agreement
 
 
-def _taker(place: Place, *, of: Callable[[Any], bool]) -> Callable[[Any], Any]:
-    """What takes the pointers that stand in a place, of one kind; all else stays."""
-
-    def taken(value: Any) -> Any:
-        if not of(value):
-            return value
-        tensor = value.materialize()
-        is_kept_short = place.is_moved_to_device  # all else the engine keeps until the request has ended
-        return tensor if is_kept_short or value.payload.may_be_kept() else tensor.clone()
-
-    return taken
-
-
-def start(server_args: Any, place: RankPlace, *, pinned: int | None) -> None:
+def start(scheduler: Any, server_args: Any, place: RankPlace, *, capacity: int | None, pinned: int) -> None:
     """Make this process a rank that can join lanes. Called in the thread of a scheduler that has set its device.
 
-    pinned: bytes of a lane that the user wants registered with CUDA; 0: none, features can then be written to.
+    capacity: bytes of a lane, None: the machine's share. pinned: bytes of it that ranks on CUDA register; 0: none,
+    features can then be written to.
     """
     device = None
     if on_cuda(server_args):
@@ -106,16 +147,47 @@ def start(server_args: Any, place: RankPlace, *, pinned: int | None) -> None:
         device,
         writable=pinned == 0,
         engines=slot.chain.here.engines,
+        node=name_of(node_of(server_args, place)) if _is_on_several_nodes(server_args, place) else "",
     )
-    _become(SchedulerSide(Chain(here)))
+    this = SchedulerSide(Chain(here), capacity=capacity, pinned=pinned if device is not None else 0)
     with guarded("metrics", "failures of this rank are not counted in /metrics"):
         if server_args.enable_metrics:
-            from mmlane.transport import metrics  # noqa: F401 - it counts them
+            from mmlane.transport import metrics  # which counts them
+
+            this.count_bytes = metrics.count_node_bytes
+    if here.node:
+        _take_part(scheduler, server_args, place, this)  # if that fails, this rank joins no lane
+    _become(this)
     if rust_server() and not any(place):
         logger.warning(
             "mmlane: no lane with SGLANG_RUST_SERVER, which makes its segments itself; features travel as they do"
             " without it; MMLANE=backport silences this"
         )
+
+
+def _is_on_several_nodes(server_args: Any, place: RankPlace) -> bool:
+    """Whether a rank receives what ranks of other nodes receive, too, in a launch that has a lane."""
+    return nodes_of_a_stage(server_args) > 1 and not place.pp_rank and not without_lane(server_args)
+
+
+def _take_part(scheduler: Any, server_args: Any, place: RankPlace, this: SchedulerSide) -> None:
+    """Announce this rank to those on other nodes; where it is the first of them, open the gate."""
+    import zmq
+
+    ranks = peers_of(server_args, place)
+    if ranks[0] == place.tp_rank:
+        # From 0.5.13 on the engine receives with an object of its own.
+        receiver = getattr(scheduler, "request_receiver", scheduler)
+
+        def answer(request: Any, message: str) -> None:
+            channels = getattr(scheduler, "ipc_channels", scheduler)
+            channels.send_to_tokenizer.send_output(aborted(request, message), request)
+
+        gate = Gate(ranks, this.chain.here.node, receiver.input_blocker, answer, this.count_bytes)
+        object.__setattr__(receiver, "input_blocker", gate)  # it is frozen
+        if getattr(scheduler, "idle_sleeper", None) is not None:  # --sleep-on-idle
+            scheduler.idle_sleeper.poller.register(gate.bell, zmq.POLLIN)
+    announce(this.chain.here.node)
 
 
 def _become(side: SchedulerSide) -> SchedulerSide:
@@ -126,23 +198,6 @@ def _become(side: SchedulerSide) -> SchedulerSide:
 def side() -> SchedulerSide:
     """This process's side; made now where no lane is wanted, so that `start` was not called."""
     return slot.scheduler or _become(SchedulerSide(slot.chain))
-
-
-@contextmanager
-def or_end() -> Iterator[None]:
-    """What a rank does here it does as its peers do, or it ends: they would wait for it, or go on without it.
-
-    The engine ends what raises in a scheduler, and itself with it.
-    """
-    try:
-        yield
-    except Exception as error:
-        logger.critical(
-            "mmlane: this rank ends, and the engine with it, because it could not take what its peers take:"
-            " %s: %s; start the engine again, with MMLANE=off if this comes back, and please report it",
-            *(type(error).__name__, error),
-        )
-        raise
 
 
 # --- requests are received ----------------------------------------------------------------------------------
