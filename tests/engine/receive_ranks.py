@@ -144,6 +144,8 @@ def settings(groups: str, **parallel: Any) -> Any:
         "enable_metrics": False,
         "is_ep_scale_joiner": False,
         "moe": SimpleNamespace(is_ep_scale_joiner=False),
+        "nnodes": 1,
+        "pp_size": 1,
         "tp_size": len(RANKS),
         "dp_size": 1,
         "num_dp_ranks": 1,

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from devkit.checkpoint import tiny_qwen2_5_vl
-from mmlane.transport.lane import KEPT
 from tests.engine import asking, looking
 from tests.engine.unpatched.stages import ENV
 from tests.engine.watching import WatchedServer
@@ -28,7 +27,6 @@ BYTES = 2 << 20  # of what an item gets
 DECODING, AT_A_TIME = 100, 8  # requests, and how many of them are on their way
 NEW, TOKENS = 2000, 1 << 18  # of each, so many that none ends soon; and room for those of all
 STILL = 75  # of them decode when the last has begun to: enough to fill the lane, were it not for the copies
-FEATURE = 2 << 20  # bytes that the feature of an `asking.image` takes in the lane, at most
 LANE_MIB = 256  # which has room for their features, and not for the auxiliary tensors, too
 
 
@@ -50,8 +48,8 @@ def all_arrived(server: WatchedServer, *, answers: int) -> None:
 
 
 @pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.10", "0.5.15", "0.5.18", "0.5.19", "0.5.21", "0.5.23")
-def test_they_travel_by_the_lane_and_hold_little_room(release: str, plugin_wheel: Path) -> None:
-    """The engine keeps them until a request has ended: past a share of the lane they are copies when taken."""
+def test_they_travel_by_the_lane_and_hold_no_room(release: str, plugin_wheel: Path) -> None:
+    """The engine keeps them until a request has ended: what a rank takes is a copy, so that others find room."""
     wire = {"SGLANG_USE_PICKLE_IPC": "0"} if release in BY_MESSAGES else {}
     env = {"MMLANE_CAPACITY_MB": str(LANE_MIB), **wire}
     args = ["--max-total-tokens", str(TOKENS)]
@@ -78,10 +76,8 @@ def test_they_travel_by_the_lane_and_hold_little_room(release: str, plugin_wheel
                 list(pool.map(decoding, range(DECODING)))
             during = looking.lane(server)
             assert during.fallbacks == before.fallbacks
-            # The features, which a CPU keeps as well, of those that have not come to their end yet, and of the
-            # others what a rank may hold.
-            assert during.extents >= STILL, during
-            assert during.used_bytes <= KEPT * (LANE_MIB << 20) + DECODING * FEATURE, during
+            # The features, which a CPU keeps as well, of those that have not come to their end yet.
+            assert STILL <= during.extents <= DECODING + 1, during
         looking.wait_for_baseline(server)
         all_arrived(server, answers=DECODING + 8)
         assert looking.features(server) == []

@@ -114,6 +114,11 @@ class Place(NamedTuple):
         return self.field == "feature" and not isinstance(self.holder, dict)
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether the engine keeps what stands here until the request has ended, and no longer."""
+        return self.field == "precomputed_embeddings" and not isinstance(self.holder, dict)
+
+    @property
     def value(self) -> Any:
         return self.holder[self.field] if isinstance(self.holder, dict) else getattr(self.holder, self.field)
 

@@ -60,8 +60,10 @@ def taker(place: Place, *, of: Callable[[Any], bool]) -> Callable[[Any], Any]:
         if not of(value):
             return value
         tensor = value.materialize()
-        is_kept_short = place.is_moved_to_device  # all else the engine keeps until the request has ended
-        return tensor if is_kept_short or value.payload.may_be_kept() else tensor.clone()
+        if place.is_moved_to_device or not value.payload.lends:
+            return tensor
+        # The engine keeps embeddings until the request has ended, and what is beside them perhaps longer.
+        return tensor if place.is_embedding and value.payload.may_be_kept() else tensor.clone()
 
     return taken
 

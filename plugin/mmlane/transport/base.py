@@ -49,10 +49,13 @@ class Payload(ABC):
     one takes it: up to 0.5.18 we ask each for `prepare`, and `take` succeeds after that; from 0.5.19 on the engine
     waits for all ranks, calls `take`, and refuses the request on all of them if it raised on any. Without it, each
     rank takes by itself, and `take` has to come to the same end on all.
+    lends: whether `take` gives memory that others wait for. It has to come back soon, so where the engine keeps a
+    tensor for long, a copy stands in its place.
     """
 
     kind: ClassVar[str]
     needs_agreement: ClassVar[bool] = False
+    lends: ClassVar[bool] = False
     what: ClassVar[str] = "the feature"  # for people: what cannot be read when it is lost
     advice: ClassVar[str] = ""  # and what they can do
     name: str = ""  # by which people find it
@@ -75,7 +78,7 @@ class Payload(ABC):
         """Let go of the feature without taking it, pickled or not. Never raises, nor the second time."""
 
     def may_be_kept(self) -> bool:
-        """Whether what `take` has given may be held until the request has ended; else a copy is held instead."""
+        """Whether what `take` has lent may be held until the request has ended; else a copy is held instead."""
         return True
 
     def prepare(self) -> str | None:

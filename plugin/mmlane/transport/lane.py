@@ -50,6 +50,7 @@ class Ticket(Payload):
     """A ticket for a tensor in a lane: made by a `Producer`, taken by a `Rank`, and passed on by anybody."""
 
     kind = "ticket"
+    lends = True
 
     def __init__(self, ticket: bytes, end: Producer | Rank | None, shared: Shared | None = None) -> None:
         """shared: what is known of the copy that it is for, where there are more tickets on it."""

@@ -1,0 +1,204 @@
+"""Features between nodes, without an engine: python -m bench.crossing
+
+Nodes are network namespaces of this machine. On the first, a rank sends tensors; on each other one, a leader
+receives them into a lane with so many readers, each a process. Columns, in milliseconds, medians:
+
+crossing: from the first rank's `Departure.send` until all leaders have answered with tickets.
+read: from there until every reader of every node has taken the tensor and looked at each page.
+direct: a send to each other node at the same time, by `torch.distributed`, as a peer: no chain and no lane.
+broadcast: `torch.distributed.broadcast` of as many bytes to one process of each node, as the engine broadcasts.
+
+All nodes share this machine's cores. With --rate each link is as slow as that (`tc`, such as 2gbit), so that
+the link limits, as between machines, and not the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.machine import facts, processor
+from devkit.nodes import LINK, Network
+from devkit.server import dies_with_us, free_port
+
+NODES = (2, 3, 4, 8)
+READERS = 4
+COLUMNS = ("crossing", "read", "direct", "broadcast")
+PAGE = 4096
+
+
+def measured(nodes: int, readers: int, nbytes: int, times: int, rate: str | None) -> dict[str, list[float]]:
+    """Seconds of each column."""
+    with Network(nodes, rate) as network, ExitStack() as ending:
+        address = f"tcp://{network.address(0)}:{free_port()}"
+        ends = []
+        for rank in range(nodes):
+            words = ["--end", str(rank), str(nodes), str(readers), str(nbytes), str(times), address]
+            command = network.inside(rank, [sys.executable, "-m", "bench.crossing", *words])
+            end = subprocess.Popen(
+                [*dies_with_us(), *command],
+                env={**os.environ, "GLOO_SOCKET_IFNAME": LINK, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+            )
+            ending.callback(end.kill)
+            ends.append(end)
+        said = [end.communicate()[0] for end in ends]
+        if any(end.returncode for end in ends):
+            raise RuntimeError(f"an end failed: {[end.returncode for end in ends]}")
+    found: dict[str, list[float]] = json.loads(said[0].splitlines()[-1])
+    return found
+
+
+def end_of_link(rank: int, nodes: int, readers: int, nbytes: int, times: int, address: str) -> None:
+    """One node: the first rank, or a leader with its readers."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=nodes)
+    node: Any = First(nodes) if rank == 0 else Leader(rank, nodes, readers)
+    payload = torch.ones(nbytes, dtype=torch.uint8)
+    taken: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    for _ in range(times + 1):
+        dist.barrier()
+        began = time.perf_counter()
+        landed: list[Any] = [node.crossed(payload) if rank == 0 else None]
+        crossed = time.perf_counter()
+        dist.broadcast_object_list(landed)
+        if rank:
+            node.read(landed[0][str(rank)][0])
+        dist.barrier()
+        taken["read"].append(time.perf_counter() - crossed)
+        taken["crossing"].append(crossed - began)
+        began = time.perf_counter()
+        if rank:
+            dist.recv(payload, 0)
+        else:
+            for moving in [dist.isend(payload, other) for other in range(1, nodes)]:
+                assert moving is not None
+                moving.wait()
+        dist.barrier()
+        taken["direct"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        dist.broadcast(payload, 0)
+        dist.barrier()
+        taken["broadcast"].append(time.perf_counter() - began)
+    print(json.dumps({name: values[1:] for name, values in taken.items()}), flush=True)
+    os._exit(0)  # threads of the link wait for messages that will not come
+
+
+class First:
+    """The first rank's end."""
+
+    def __init__(self, nodes: int) -> None:
+        from mmlane.transport.link import Departure
+        from mmlane.transport.wire import TorchWire
+
+        self._over = threading.Event()
+        names = [str(rank) for rank in range(1, nodes)]
+        ranks = list(range(nodes))
+        self._departure = Departure(names, lambda: TorchWire(ranks), self._over.set, lambda *_: None)
+        while self._departure.state == "opening":
+            time.sleep(0.01)
+
+    def crossed(self, payload: Any) -> Any:
+        """The tickets, by node."""
+        from mmlane.transport.link import Crossing, Piece
+
+        crossing = Crossing([Piece(0, payload.dtype, tuple(payload.shape), True, False)], [payload])
+        self._over.clear()
+        self._departure.send(crossing)
+        while not crossing.is_over:
+            self._over.wait()
+            self._over.clear()
+        return crossing.landed
+
+
+class Leader:
+    """A leader's end, and the readers of its node."""
+
+    def __init__(self, rank: int, nodes: int, readers: int) -> None:
+        from mmlane.lane import Lane
+        from mmlane.transport.link import Landing
+        from mmlane.transport.wire import TorchWire
+
+        made = Lane({"node": readers})
+        words = [sys.executable, "-m", "bench.crossing", "--reader", bytes(made.invitation).hex()]
+        self._readers = [
+            subprocess.Popen(
+                [*dies_with_us(), *words, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for number in range(readers)
+        ]
+        ranks = list(range(nodes))
+        self._landing = Landing(rank, nodes, lambda: TorchWire(ranks), lambda: made, {}, lambda *_: None)
+
+    def read(self, ticket: bytes) -> None:
+        """Have all readers take it, and wait until they have looked at it."""
+        for reader in self._readers:
+            assert reader.stdin is not None
+            reader.stdin.write(ticket.hex() + "\n")
+            reader.stdin.flush()
+        for reader in self._readers:
+            assert reader.stdout is not None
+            reader.stdout.readline()
+
+
+def reader(invitation: str, number: int) -> None:
+    """Takes the tickets that come on standard input, and says when it has looked at each page."""
+    from mmlane.lane import Invitation, Reader
+
+    with Reader("node", number) as this:
+        this.join(Invitation.parse(bytes.fromhex(invitation)))
+        for line in sys.stdin:
+            tensor = this.take(bytes.fromhex(line), "view")
+            assert int(tensor[::PAGE].sum()) == len(tensor[::PAGE])
+            del tensor
+            print(flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.crossing", description=(__doc__ or "").partition(":")[0]
+    )
+    parser.add_argument("--nodes", type=int, nargs="+", default=NODES, metavar="N")
+    parser.add_argument("--readers", type=int, default=READERS, help="on each node but the first (4)")
+    parser.add_argument("--mib", type=int, default=64, help="payload (64)")
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--rate", help="of each node's link, such as 2gbit; without it what the machine can do")
+    parser.add_argument("--end", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--reader", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.end:
+        rank, nodes, readers, nbytes, times, address = options.end
+        end_of_link(int(rank), int(nodes), int(readers), int(nbytes), int(times), address)
+    elif options.reader:
+        reader(options.reader[0], int(options.reader[1]))
+    else:
+        table = Table("nodes", *(f"{name}, ms" for name in COLUMNS), box=None)
+        first: dict[str, float] = {}
+        for nodes in options.nodes:
+            found = measured(nodes, options.readers, options.mib << 20, options.times, options.rate)
+            middle = {name: statistics.median(found[name]) for name in COLUMNS}
+            first = first or middle
+            cells = [f"{middle[name] * 1e3:.0f} ({middle[name] / first[name]:.1f} x)" for name in COLUMNS]
+            table.add_row(str(nodes), *cells)
+        console = Console(highlight=False)
+        rate = options.rate or "as fast as the machine"
+        console.print(f"{facts()['cores']} cores ({processor()}), mmlane {facts()['commit']}")
+        console.print(f"{options.mib} MiB, {options.readers} readers a node, links: {rate}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
