@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mmlane.transport.base import Declined, Here, Payload, Transport
 from mmlane.transport.samples import Samples
+from mmlane.transport.wire import bytes_of
 
 _TAG = 0x6D6D  # apart from what the engine sends from rank to rank
 
@@ -40,11 +41,11 @@ class InHand(Payload):
             if dist.get_rank() == leader:
                 tensor = self._kept.pop(self._state["key"])
                 send: Any = dist.isend
-                for moving in [send(_bytes_of(tensor), rank, tag=_TAG, group=_group()) for rank in others]:
+                for moving in [send(bytes_of(tensor), rank, tag=_TAG, group=_group()) for rank in others]:
                     moving.wait()
             else:
                 tensor = torch.empty(self._state["shape"], dtype=self._state["dtype"], device="cpu")
-                dist.recv(_bytes_of(tensor), leader, tag=_TAG, group=_group())
+                dist.recv(bytes_of(tensor), leader, tag=_TAG, group=_group())
             self._taken = tensor
         return self._taken
 
@@ -53,10 +54,6 @@ class InHand(Payload):
 
     def peek(self) -> torch.Tensor | None:
         return self._taken
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1).view(torch.uint8)
 
 
 def _group() -> Any:

@@ -238,22 +238,28 @@ def _see_it_open(lane: Lane, watch: Callable[[Lane], None] | None) -> None:
 def _wait(lane: Lane) -> None:
     ranks = " + ".join(str(count) for count in lane.expected.values())
     began = time.monotonic()
-    late = False
+    late = (
+        "mmlane: the lane has not opened within %.0f s, because not all of its %s ranks have joined it;"
+        " features go by shared-memory segments until it does; `mmlane status` tells who is missing, the"
+        " log of that rank why, and MMLANE=backport silences this"
+    )
+    if wait_open(lane, late, OPENING_S, ranks):
+        logger.info(
+            "mmlane: the lane is open: %s ranks, %.1f GiB of room, %.1f s after the first feature",
+            *(ranks, lane.stats().capacity_bytes / 2**30, time.monotonic() - began),
+        )
+
+
+def wait_open(lane: Lane, late: str, *args: object) -> bool:
+    """Whether a lane has opened, or has ended before that; `late` is the line to log, once, if it takes long."""
+    said = False
     while not lane.wait_open(OPENING_S):
         if lane.is_closed:
-            return
-        if not late and lane.state != "off":
-            late = True
-            logger.warning(
-                "mmlane: the lane has not opened within %.0f s, because not all of its %s ranks have joined it;"
-                " features go by shared-memory segments until it does; `mmlane status` tells who is missing, the"
-                " log of that rank why, and MMLANE=backport silences this",
-                *(OPENING_S, ranks),
-            )
-    logger.info(
-        "mmlane: the lane is open: %s ranks, %.1f GiB of room, %.1f s after the first feature",
-        *(ranks, lane.stats().capacity_bytes / 2**30, time.monotonic() - began),
-    )
+            return False
+        if not said and lane.state != "off":
+            said = True
+            logger.warning(late, *args)
+    return True
 
 
 class Rank:

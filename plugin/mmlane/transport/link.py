@@ -31,13 +31,18 @@ import torch
 from mmlane.lane import Lane, LaneUnavailable, Refused
 from mmlane.lane.reservation import Reservation
 from mmlane.log import failed, guarded, logger
-from mmlane.transport.wire import ANY_TIME, PATIENCE, Moving, Wire
+from mmlane.transport.lane import OPENING_S, wait_open
+from mmlane.transport.wire import ANY_TIME, PATIENCE, Moving, Wire, bytes_of
 
 CHUNK = 4 << 20  # bytes that a leader has received before it passes them on
 AHEAD = 4  # chunks that may be on their way to a leader, and from it
 HEARTBEAT_S = 30.0  # between two messages, at most
-OPENING_S = 60.0  # after which a lane that has not opened is worth a line
 OPEN = "open"
+_LATE = (
+    "mmlane: the lane for features from another node has not opened within %.0f s, because not all of its ranks"
+    " have joined it: features go to all nodes inside of their requests until it does; `mmlane status` on this"
+    " node tells which rank is missing, the log of that rank why"
+)
 
 Room = Reservation | torch.Tensor | None  # where a leader receives a piece; nowhere for want of memory
 Landed = bytes | int | None  # where it is then: a ticket, its number in the leader's hand, or lost there
@@ -134,8 +139,7 @@ class Departure:
 
     def _carry(self, wire: Wire, crossing: Crossing) -> None:
         try:
-            landed = self._landed(wire, crossing)
-            crossing.landed = landed
+            crossing.landed = self._landed(wire, crossing)
         finally:
             crossing.is_over = True
             self._wake()
@@ -144,7 +148,7 @@ class Departure:
         ends = dict(enumerate(self.nodes, start=1))
         for end in ends:
             wire.tell(end, (crossing.pieces, crossing.let_go))
-        chunks = [chunk for tensor in crossing.tensors for chunk in _chunks(tensor.nbytes, _bytes_of(tensor))]
+        chunks = [chunk for tensor in crossing.tensors for chunk in _chunks(tensor.nbytes, bytes_of(tensor))]
         for moving in [wire.send(1, chunk) for chunk in chunks]:
             moving.wait(PATIENCE)
         with guarded("metrics", "bytes between nodes are missing in /metrics"):
@@ -201,7 +205,7 @@ class Landing:
             # The first rank listens to one end after the other.
             wire.tell(0, None if self._lane is None else bytes(self._lane.invitation), ANY_TIME)
             if self._lane is not None:
-                _wait_for(self._lane)
+                wait_open(self._lane, _LATE, OPENING_S)
             wire.tell(0, OPEN, ANY_TIME)
             while True:
                 pieces, let_go = wire.hear(0)
@@ -242,7 +246,7 @@ class Landing:
         """Fill them, and pass their bytes on to the next leader meanwhile."""
         coming: deque[tuple[torch.Tensor, Moving]] = deque()
         leaving: deque[tuple[torch.Tensor, Moving]] = deque()
-        chunks = (chunk for nbytes, room in rooms for chunk in _chunks(nbytes, _bytes_of(room)))
+        chunks = (chunk for nbytes, room in rooms for chunk in _chunks(nbytes, _bytes_in(room)))
         is_last = self._end + 1 == self._ends
         for chunk in chain(chunks, [None] * AHEAD):
             if chunk is not None:
@@ -283,20 +287,6 @@ class Landing:
         return number
 
 
-def _wait_for(lane: Lane) -> None:
-    """Return when all ranks of the node have joined, or the lane has ended."""
-    late = False
-    while not lane.wait_open(OPENING_S) and not lane.is_closed:
-        if not late:
-            late = True
-            logger.warning(
-                "mmlane: the lane for features from another node has not opened within %.0f s, because not all of"
-                " its ranks have joined it: features go to all nodes inside of their requests until it does;"
-                " `mmlane status` on this node tells which rank is missing, the log of that rank why",
-                OPENING_S,
-            )
-
-
 def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
     try:
         return torch.empty(shape, dtype=dtype, device="cpu")
@@ -304,9 +294,9 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         return None
 
 
-def _bytes_of(room: Room) -> torch.Tensor | None:
+def _bytes_in(room: Room) -> torch.Tensor | None:
     tensor = room.tensor if isinstance(room, Reservation) else room
-    return None if tensor is None else tensor.view(-1).view(torch.uint8)
+    return None if tensor is None else bytes_of(tensor)
 
 
 def _chunks(nbytes: int, data: torch.Tensor | None) -> Iterator[torch.Tensor]:

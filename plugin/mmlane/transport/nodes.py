@@ -226,16 +226,12 @@ class Gate:
             lane = read(ticket.ticket).lane
             key, more = (lane, ticket.shared.copy, tensor.dtype, tensor.shape), ticket.shared.more
         known = self._known.pop(key, None)
+        number = next(self._numbers) if known is None else known.number
         if known is None:
-            known = Known(next(self._numbers), 0.0)
             tensors.append(tensor)
-            comes = True
-        else:
-            comes = False
         if more:
-            known.until = time.monotonic() + KEPT_S
-            self._known[key] = known
-        return Piece(known.number, tensor.dtype, tuple(tensor.shape), comes, more > 0)
+            self._known[key] = Known(number, time.monotonic() + KEPT_S)
+        return Piece(number, tensor.dtype, tuple(tensor.shape), comes=known is None, is_kept=more > 0)
 
     def _let_go(self, keys: list[Any]) -> None:
         numbers = [self._known.pop(key).number for key in keys]

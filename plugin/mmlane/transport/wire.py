@@ -19,6 +19,11 @@ _LOOK_S = 0.02  # between two looks after ranks that have not come
 _SIZE = 8  # bytes of the number that goes before a message
 
 
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor: 1-dim uint8, the same memory."""
+    return tensor.view(-1).view(torch.uint8)
+
+
 class Moving(Protocol):
     """Bytes on their way."""
 
