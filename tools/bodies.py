@@ -24,6 +24,7 @@ _MM = "sglang.srt.managers.mm_utils"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 _REQUEST = "sglang.srt.managers.io_struct.GenerateReqInput"
 _MSGPACK = "sglang.srt.utils.msgpack_utils"
 _IPC = "sglang.srt.utils.cuda_ipc_transport_utils"
@@ -92,6 +93,13 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
         f"{_MSGPACK}._encode_shm_pointer_mm_data",
         f"{_MSGPACK}._decode_shm_pointer_mm_data",
         f"{_TOKENIZER}._handle_batch_request",
+        f"{_CONTROLLER}.launch_dp_attention_schedulers",
+        f"{_CONTROLLER}.dispatching_with_trace",
+        f"{_CONTROLLER}.round_robin_scheduler",
+        f"{_CONTROLLER}.total_requests_scheduler",
+        f"{_CONTROLLER}.total_tokens_scheduler",
+        f"{_CONTROLLER}.follow_bootstrap_room_scheduler",
+        f"{_CONTROLLER}.maybe_external_dp_rank_routing",
         "sglang.srt.managers.scheduler_input_blocker.SchedulerInputBlocker.handle",
         "sglang.srt.managers.scheduler.Scheduler.init_watch_dog_memory_saver_input_blocker",
         "sglang.srt.managers.scheduler.IdleSleeper",

@@ -6,10 +6,10 @@ Upstream: none.
 How: the engine's own conditions decide of which tensors it makes a `ShmPointerMMData`. That class is ours
 (`mmlane.transport.pointer`): up to 0.5.20 by `shm_pointer`, from 0.5.21 on by this patch, with the engine's own
 class for segments. `TokenizerManager.__init__` and `Scheduler.__init__` make the two sides, `tokenizer_side` and
-`scheduler_side` in `mmlane.transport`. Ranks take tickets just before they agree on segments, so that a request
-whose features all came by lane has nothing left to agree on: up to 0.5.18 where `tp_barrier` and `shm_pointer`
-take, from 0.5.19 on before the engine's own function. With pipeline stages, the first takes, and sends the others
-what they need.
+`scheduler_side` in `mmlane.transport`; the controller of replicas has one as well, where some are on other nodes.
+Ranks take tickets just before they agree on segments, so that a request whose features all came by lane has
+nothing left to agree on: up to 0.5.18 where `tp_barrier` and `shm_pointer` take, from 0.5.19 on before the
+engine's own function. With pipeline stages, the first takes, and sends the others what they need.
 When it can go: when a release has a transport of its own that needs neither.
 """
 
@@ -68,6 +68,20 @@ def _scheduler(init: Callable[..., None]) -> Callable[..., None]:
                 capacity=wanted.capacity,
                 pinned=wanted.pinned_of_one(1),
             )
+
+    return __init__
+
+
+def _controller(init: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        with guarded("start", "the lane does not open, and features travel inside of their requests"):
+            from mmlane.transport import controller_side
+
+            controller_side.start(self, signature.bind(self, *args, **kwargs).arguments["server_args"])
 
     return __init__
 
@@ -133,6 +147,22 @@ SPEC = matrix().spec(
                 "(self, server_args, port_args)",
             ),
             replace=_scheduler,
+        ),
+        Target(
+            module="sglang.srt.managers.data_parallel_controller",
+            name="DataParallelController.__init__",
+            signature=(
+                "(self, server_args, port_args, run_scheduler_process_func)",
+                "(self, server_args, port_args, run_scheduler_process_func, prelaunched_schedulers=)",
+            ),
+            replace=_controller,
+        ),
+        Target(
+            module="sglang.srt.managers.io_struct",
+            name="sock_send",
+            signature="(socket, obj, flags=)",
+            replace="mmlane.transport.controller_side:sending_tensors",
+            since="0.5.15",
         ),
         Target(
             module="sglang.srt.managers.scheduler_components.request_receiver",

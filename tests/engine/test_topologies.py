@@ -15,6 +15,8 @@ from devkit.images import jpeg
 from tests.engine import asking, looking
 from tests.engine.asking import image
 from tests.engine.racing import AT_ONCE
+from tests.engine.test_auxiliary import all_arrived
+from tests.engine.test_failures import failing
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched import embeddings, sessions, small_memory
 from tests.engine.watching import WatchedServer
@@ -72,6 +74,23 @@ def test_data_parallel(release: str, mode: str, plugin_wheel: Path) -> None:
         modes(server, mode, 1)
         assert roles(server) == ["detokenizer", "dp_controller", "main", "scheduler", "scheduler"]
         assert mode == "backport" or looking.lane(server).joined == {"dp0": [0], "dp1": [0]}
+
+
+@pytest.mark.releases("0.5.23", "0.5.9", "0.5.12.post1", "0.5.18")
+def test_a_replica_on_another_node(release: str, plugin_wheel: Path) -> None:
+    """The controller takes what goes there, and sends it inside of the request; all else it passes on."""
+    probes = ["elsewhere", "auxiliary", "failures"]
+    with WatchedServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], probes=probes) as server:
+        goes_by_lane(server, 1)
+        assert looking.lane(server).joined == {"dp0": [0], "controller": [0]}
+        all_arrived(server, answers=24)
+        assert len(list(server.notes.glob("*.auxiliary"))) == 2  # of both replicas
+        server.loses()
+        with failing(server, "mmlane.lane.reader:Reader.take StaleTicket sglang::data_parallel_controller"):
+            replies = [server.generate([asking.image(seed)], asking.TEXT) for seed in (1, 2)]
+        assert sorted(reply.status for reply in replies) == [200, 500]
+        everything_is_answered(server)
+        looking.wait_for_baseline(server)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -26,6 +26,8 @@ def context(monkeypatch: pytest.MonkeyPatch, **names: Any) -> None:
     monkeypatch.setitem(sys.modules, RUNTIME, module)
 
 
+DP_ATTENTION = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}
+
 # --- who is expected ----------------------------------------------------------------------------------------
 
 
@@ -45,12 +47,19 @@ def context(monkeypatch: pytest.MonkeyPatch, **names: Any) -> None:
         ({"tp_size": 4, "nnodes": 2}, {"dp0": 2}),  # those on the first node
         ({"tp_size": 4, "nnodes": 4, "pp_size": 2}, {"dp0": 2}),
         ({"tp_size": 4, "nnodes": 2, "pp_size": 2}, {"dp0": 4}),
+        ({**DP_ATTENTION, "nnodes": 2}, {"dp0": 2, "controller": 1}),
+        ({**DP_ATTENTION, "dp_size": 4, "nnodes": 2}, {"dp0": 1, "dp1": 1, "controller": 1}),
+        ({**DP_ATTENTION, "nnodes": 4}, {"dp0": 1, "controller": 1}),
+        ({**DP_ATTENTION, "nnodes": 4, "pp_size": 2}, {"dp0": 2, "controller": 1}),
+        ({**DP_ATTENTION, "nnodes": 2, "pp_size": 2}, {"dp0": 2, "dp1": 2}),
     ],
 )
 def test_which_readers_are_expected(options: dict[str, Any], wanted: dict[str, int]) -> None:
     server_args = launched(**options)
     assert topology.readers_of(server_args) == wanted
-    assert {topology.group_of(server_args, rank) for rank in range(server_args.dp_size)} == wanted.keys()
+    elsewhere = topology.replicas_elsewhere(server_args)
+    here = [replica for replica in range(server_args.dp_size) if replica not in elsewhere]
+    assert {topology.group_of(server_args, rank) for rank in here} == wanted.keys() - {topology.CONTROLLER}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +92,24 @@ ON_NODES: list[tuple[dict[str, Any], list[int], list[int], list[list[int]]]] = [
         [0, 1, 0, 1],
         [[0, 1], [0, 1], [2, 3], [2, 3]],
     ),
+    (
+        {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "nnodes": 4},
+        [0, 1, 2, 3],
+        [0, 0, 0, 0],
+        [[0, 1], [0, 1], [2, 3], [2, 3]],
+    ),
+    (
+        {"tp_size": 6, "dp_size": 2, "enable_dp_attention": True, "nnodes": 3},
+        [0, 0, 1, 1, 2, 2],
+        [0, 1, 0, 0, 0, 1],
+        [[0, 1, 2]] * 3 + [[3, 4, 5]] * 3,
+    ),
+    (
+        {"tp_size": 6, "dp_size": 2, "enable_dp_attention": True, "nnodes": 2, "pp_size": 2},
+        [0] * 6,
+        [0, 1, 2] * 2,
+        [[0, 1, 2]] * 3 + [[3, 4, 5]] * 3,
+    ),
 ]
 
 
@@ -95,9 +122,15 @@ def test_which_node_a_rank_is_on_and_with_whom(
     assert [topology.node_of(server_args, place) for place in places] == nodes
     assert [topology.number_of(server_args, place) for place in places] == numbers
     assert [topology.peers_of(server_args, place) for place in places] == peers
-    if not topology.without_lane(server_args):  # the ranks of the first node are a lane's readers
-        expected = [n for count in topology.readers_of(server_args).values() for n in range(count)]
-        assert [number for number, node in zip(numbers, nodes, strict=True) if node == 0] == expected
+    # The ranks of the first node are a lane's readers, and the controller, if it passes requests on to others.
+    readers = topology.readers_of(server_args)
+    sends_elsewhere = bool(topology.replicas_elsewhere(server_args))
+    assert readers.pop(topology.CONTROLLER, 0) == sends_elsewhere
+    assert sends_elsewhere == any(nodes[ranks[0]] for ranks in peers)
+    expected = [n for count in readers.values() for n in range(count)]
+    assert [number for number, node in zip(numbers, nodes, strict=True) if node == 0] == expected
+    for place, ranks in zip(places, peers, strict=True):
+        assert topology.is_on_several_nodes(server_args, place) == (len({nodes[rank] for rank in ranks}) > 1)
     for stage in range(1, server_args.pp_size):
         assert [topology.number_of(server_args, place._replace(pp_rank=stage)) for place in places] == (
             [None] * len(places)
@@ -143,9 +176,6 @@ RanksPlace = tuple[str, int | None]  # group and number
 def called(server_args: Any, place: RankPlace) -> RanksPlace:
     """How a scheduler is called in the lanes."""
     return topology.group_of(server_args, place.dp_rank), topology.number_of(server_args, place)
-
-
-DP_ATTENTION = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}
 
 
 @pytest.mark.parametrize(
@@ -216,16 +246,8 @@ def test_where_a_scheduler_stands(dp_rank: int | None, monkeypatch: pytest.Monke
 # --- what a launch can do -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({**DP_ATTENTION, "nnodes": 2}, "DP-attention over 2 nodes"),
-        ({**DP_ATTENTION, "nnodes": 4, "pp_size": 2}, "DP-attention over 4 nodes"),
-        ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
-    ],
-)
-def test_what_is_in_the_way(options: dict[str, Any], named: str) -> None:
-    assert named in topology.without_lane(launched(**options))
+def test_what_is_in_the_way() -> None:
+    assert "--elastic-ep-backend" in topology.without_lane(launched(elastic_ep_backend="mooncake"))
 
 
 @pytest.mark.parametrize(
@@ -237,12 +259,11 @@ def test_what_is_in_the_way(options: dict[str, Any], named: str) -> None:
         {"nnodes": 2, "pp_size": 2},
         {"nnodes": 4, "pp_size": 2, "tp_size": 4},
         DP_ATTENTION,
-        {**DP_ATTENTION, "nnodes": 2, "pp_size": 2},
+        {**DP_ATTENTION, "nnodes": 2},
         {**DP_ATTENTION, "nnodes": 2, "dp_size": 1},
     ],
 )
 def test_nothing_is_in_the_way(options: dict[str, Any]) -> None:
-    """With DP-attention over several nodes, too, where each stage of the pipeline is on one."""
     assert topology.without_lane(launched(**options)) == ""
     older = launched()
     del older.elastic_ep_backend  # which releases below 0.5.10 do not have

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any, NamedTuple
 
+CONTROLLER = "controller"  # the reader group of the process that passes requests on to replicas
+
 
 class RankPlace(NamedTuple):
     """Where a scheduler stands: its data-parallel replica, its pipeline stage, its rank among the TP ranks."""
@@ -25,7 +27,8 @@ def number_of(server_args: Any, place: RankPlace) -> int | None:
     """A rank's number among those of its group and node; None for a later pipeline stage."""
     if place.pp_rank:
         return None
-    return place.tp_rank % _groups(server_args)[1] % _of_a_node(server_args)
+    of_a_node = _of_a_node(server_args)
+    return place.tp_rank - max(peers_of(server_args, place)[0], place.tp_rank - place.tp_rank % of_a_node)
 
 
 def node_of(server_args: Any, place: RankPlace) -> int:
@@ -40,15 +43,40 @@ def peers_of(server_args: Any, place: RankPlace) -> list[int]:
     return list(range(first, first + size))
 
 
+def is_on_several_nodes(server_args: Any, place: RankPlace) -> bool:
+    """Whether the ranks that receive what this one does are on several nodes."""
+    peers = peers_of(server_args, place)
+    return len({peer // _of_a_node(server_args) for peer in peers}) > 1
+
+
 def _of_a_node(server_args: Any) -> int:
     """How many ranks of one pipeline stage are on one node."""
     return int(_given(server_args).tp_size) // nodes_of_a_stage(server_args)
 
 
 def readers_of(server_args: Any) -> dict[str, int]:
-    """Reader group -> its number of ranks on the first node, where tokenizers are; of the first pipeline stage."""
+    """Reader group -> its number of readers on the first node, where tokenizers are.
+
+    Those are ranks of the first pipeline stage; and the controller, if it passes requests on to other nodes.
+    """
     count, size = _groups(server_args)
-    return {group_of(server_args, dp_rank): min(size, _of_a_node(server_args)) for dp_rank in range(count)}
+    elsewhere = replicas_elsewhere(server_args)
+    readers = {}
+    for replica in filter(lambda replica: replica not in elsewhere, range(count)):
+        first = _first_of(server_args, replica)
+        readers[group_of(server_args, replica)] = min(first + size, _of_a_node(server_args)) - first
+    return {**readers, CONTROLLER: 1} if elsewhere else readers
+
+
+def replicas_elsewhere(server_args: Any) -> list[int]:
+    """The data-parallel replicas whose requests the controller sends to other nodes (DP-attention)."""
+    count, _ = _groups(server_args)
+    return [replica for replica in range(count) if _first_of(server_args, replica) >= _of_a_node(server_args)]
+
+
+def _first_of(server_args: Any, replica: int) -> int:
+    """The TP rank that receives a replica's requests."""
+    return int(replica * _groups(server_args)[1] % _given(server_args).tp_size)  # 0: TP groups of their own
 
 
 def _groups(server_args: Any) -> tuple[int, int]:
@@ -91,8 +119,6 @@ def on_cuda(server_args: Any) -> bool:
 
 def without_lane(server_args: Any) -> str:
     """Why an engine launched like this goes without a lane; "" when nothing is in the way."""
-    if nodes_of_a_stage(server_args) > 1 and _groups(server_args)[0] > 1:
-        return f"DP-attention over {server_args.nnodes} nodes, where requests may go to ranks of any"
     if getattr(server_args, "elastic_ep_backend", None):
         return "--elastic-ep-backend, where ranks may come later"
     return ""

@@ -127,19 +127,28 @@ class Tokenizer(Here):
 
 
 @dataclass(frozen=True)
-class Scheduler(Here):
-    """A rank of a launch that has a lane.
+class Receiver(Here):
+    """A process of a launch that has a lane, which joins it and takes features from it.
 
-    group, number: its place among the ranks of its node that receive the same requests; number None for a later
-    pipeline stage, which receives no pointers. device: the CUDA device that it copies features to, if any.
-    writable: whether features can be written to all the same, at the price of a private mapping, which cannot be
-    pinned; on a CPU they always can.
+    group, number: its place among the lane's readers; number None if no pointers are sent to it. device: the CUDA
+    device that it copies features to, if any. writable: whether features can be written to all the same, at the
+    price of a private mapping, which cannot be pinned; on a CPU they always can.
     """
 
     group: str
     number: int | None
     device: torch.device | None = None
     writable: bool = False
+
+
+@dataclass(frozen=True)
+class Scheduler(Receiver):
+    """A rank, with a number among those of its node that receive the same requests; None in a later stage."""
+
+
+@dataclass(frozen=True)
+class Controller(Receiver):
+    """The controller of replicas: passes pointers on, and takes those for replicas on other nodes."""
 
 
 class Transport(ABC):

@@ -32,7 +32,17 @@ from mmlane.lane import (
 )
 from mmlane.lane.ticket import read
 from mmlane.log import failed, guarded, logger
-from mmlane.transport.base import Declined, Here, LostFeature, Ownership, Payload, Scheduler, Tokenizer, Transport
+from mmlane.transport.base import (
+    Controller,
+    Declined,
+    Here,
+    LostFeature,
+    Ownership,
+    Payload,
+    Receiver,
+    Tokenizer,
+    Transport,
+)
 from mmlane.transport.samples import Samples, Shared
 
 OPENING_S = 60.0  # after which a lane that has not opened is worth a line
@@ -58,7 +68,8 @@ class Ticket(Payload):
         self.shared = shared
         self._end = end
         self._taken: torch.Tensor | None = None
-        self.ownership = Ownership.DONE if end is None else Ownership.OURS
+        is_passed_on = end is None or (isinstance(end, Rank) and end.passes_on)
+        self.ownership = Ownership.DONE if is_passed_on else Ownership.OURS
 
     def state(self) -> dict[str, Any]:
         if self.ownership is Ownership.OURS and isinstance(self._end, Producer):
@@ -110,7 +121,7 @@ class LaneTransport(Transport):
 
     def __init__(self, here: Here) -> None:
         self.producer = Producer(here) if isinstance(here, Tokenizer) else None
-        self.rank = Rank(here) if isinstance(here, Scheduler) else None
+        self.rank = Rank(here) if isinstance(here, Receiver) else None
 
     def offer(self, tensor: torch.Tensor, samples: Samples | None = None) -> Ticket | Declined:
         return Declined("no lane") if self.producer is None else self.producer.put(tensor, samples)
@@ -263,10 +274,14 @@ def wait_open(lane: Lane, late: str, *args: object) -> bool:
 
 
 class Rank:
-    """A scheduler process as a reader: joins the lanes that invite it, and takes tickets."""
+    """A scheduler process as a reader: joins the lanes that invite it, and takes tickets.
 
-    def __init__(self, here: Scheduler) -> None:
+    passes_on: whether it is the controller, which leaves to the ranks what it does not take.
+    """
+
+    def __init__(self, here: Receiver) -> None:
         self._here = here
+        self.passes_on = isinstance(here, Controller)
         self._mode: Mode | None = "cow" if here.writable else None
         self._pid = os.getpid()
         self._reader: Reader | None = None

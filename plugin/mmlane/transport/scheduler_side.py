@@ -26,8 +26,8 @@ from mmlane.engine.topology import (
     RankPlace,
     carrying_groups,
     group_of,
+    is_on_several_nodes,
     node_of,
-    nodes_of_a_stage,
     number_of,
     on_cuda,
     peers_of,
@@ -147,7 +147,7 @@ def start(scheduler: Any, server_args: Any, place: RankPlace, *, capacity: int |
         device,
         writable=pinned == 0,
         engines=slot.chain.here.engines,
-        node=name_of(node_of(server_args, place)) if _is_on_several_nodes(server_args, place) else "",
+        node=name_of(node_of(server_args, place)) if _takes_part(server_args, place) else "",
     )
     this = SchedulerSide(Chain(here), capacity=capacity, pinned=pinned if device is not None else 0)
     with guarded("metrics", "failures of this rank are not counted in /metrics"):
@@ -165,9 +165,9 @@ def start(scheduler: Any, server_args: Any, place: RankPlace, *, capacity: int |
         )
 
 
-def _is_on_several_nodes(server_args: Any, place: RankPlace) -> bool:
+def _takes_part(server_args: Any, place: RankPlace) -> bool:
     """Whether a rank receives what ranks of other nodes receive, too, in a launch that has a lane."""
-    return nodes_of_a_stage(server_args) > 1 and not place.pp_rank and not without_lane(server_args)
+    return is_on_several_nodes(server_args, place) and not place.pp_rank and not without_lane(server_args)
 
 
 def _take_part(scheduler: Any, server_args: Any, place: RankPlace, this: SchedulerSide) -> None:
