@@ -40,7 +40,7 @@ from devkit.server import EngineServer, free_port
 IMAGES = 5
 INLINE = 32
 IMAGE_TOKENS, WORD = [265, 268, 266], list(b"What is this?")  # of the devkit's checkpoints
-MODES = ("off", "arena")
+MODES = ("off", "lane")
 INLINE_RELEASES = ("0.5.12.post1", "0.5.23")
 
 

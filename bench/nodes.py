@@ -40,7 +40,7 @@ from devkit.images import jpeg
 from devkit.nodes import LINK, Network, OnNodes
 from devkit.server import dies_with_us, free_port
 
-MODES = ("off", "arena")
+MODES = ("off", "lane")
 RELEASES = ("0.5.12.post1", "0.5.23")
 RANKS = 4
 UNCOUNTED = 4  # requests to each server before those that count: the model is cold, and the lanes are closed
@@ -167,7 +167,7 @@ def main() -> None:
                     measure(release, images, mode, wheel, options.requests, found[mode])
                 for mode, figures in found.items():
                     table.add_row(f"{release}, {images}", mode, *_cells(figures, found["off"], mode))
-                payload = found["arena"].payload
+                payload = found["lane"].payload
                 table.add_row("", f"bare, {payload >> 20} MiB", "", f"{bare(payload) * 1e3:.0f}")
     console.print(f"{facts()['cores']} cores ({processor()}), mmlane {facts()['commit']}")
     console.print(table)

@@ -80,7 +80,7 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
         f"{_MM}._wrap_tensor_or_list",
         f"{_MM}._wrap_shm_or_inline",
     ),
-    "arena": (
+    "lane": (
         f"{_MM}.wrap_shm_features",
         f"{_MM}._wrap_tensor_or_list",
         f"{_MM}._wrap_shm_or_inline",

@@ -411,7 +411,7 @@ def _is_call_of(step: Step, dotted: str) -> bool:
     return ast.unparse(step.call.func) == dotted
 
 
-# --- arena: how each feature travels ------------------------------------------------------------------------
+# --- lane: how each feature travels ------------------------------------------------------------------------
 
 
 def a_segment_each(source: EngineSource) -> bool:
@@ -462,7 +462,7 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("no_barrier", "no barrier", no_barrier),
         Fault("barrier_on_tp_only", "a barrier on the TP group only", barrier_on_tp_only),
     ),
-    "arena": (Fault("a_segment_each", "a segment for each tensor", a_segment_each),),
+    "lane": (Fault("a_segment_each", "a segment for each tensor", a_segment_each),),
     "fan_out": (Fault("shares_items", "their items are shared", shares_items),),
     "fan_out_images": (
         Fault("images_as_batch", "400 for several images with n > 1", images_as_batch),

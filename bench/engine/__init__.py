@@ -1,6 +1,6 @@
 """What the engine's transport of features costs in the engine itself, with mmlane in each mode and without it.
 
-    python -m bench.engine [--quick] [--releases 0.5.12.post1 ...] [--modes off backport arena]
+    python -m bench.engine [--quick] [--releases 0.5.12.post1 ...] [--modes off backport lane]
 
 The real engine on this machine's CPU (devkit), TP 2, one server at a time. `off`: the plugin is not installed;
 any other mode: installed, with `MMLANE=<mode>`. Each release has a server per mode and round, in the order of the

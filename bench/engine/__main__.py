@@ -25,7 +25,7 @@ from devkit.server import ServerDied
 
 OUT = Path(__file__).resolve().parent.parent / "out"
 RELEASES = ("0.5.9", "0.5.12.post1", "0.5.23")
-MODES = ("off", "backport", "arena")
+MODES = ("off", "backport", "lane")
 KINDS = get_args(Kind)
 ROUNDS, QUICK_ROUNDS = 2, 1
 _WIDTH = 140
@@ -112,7 +112,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--quick", action="store_true", help="fewer cases and requests, one round")
     parser.add_argument("--releases", nargs="+", default=RELEASES, metavar="VERSION", help=", ".join(RELEASES))
-    parser.add_argument("--modes", nargs="+", default=MODES, metavar="MODE", help="off backport arena")
+    parser.add_argument("--modes", nargs="+", default=MODES, metavar="MODE", help="off backport lane")
     parser.add_argument("--only", nargs="+", default=KINDS, choices=KINDS, help="kinds of requests (all)")
     parser.add_argument(
         "--rounds", type=int, help=f"servers for each release and mode ({ROUNDS}, quick {QUICK_ROUNDS})"

@@ -15,7 +15,7 @@ from bench.engine.cases import Case
 from bench.engine.records import CALLS, LATENCY, MEMORY, Measure, Results, median
 from bench.engine.tables import number
 
-_COLOURS = {"off": "#a50f15", "backport": "#9ecae1", "arena": "#08519c"}
+_COLOURS = {"off": "#a50f15", "backport": "#9ecae1", "lane": "#08519c"}
 _BY_KEY = {measure.key: measure for measure in (*CALLS, LATENCY, *MEMORY)}
 
 

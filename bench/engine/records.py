@@ -116,8 +116,8 @@ def ratios(results: Results) -> dict[str, Spread | None]:
     for release in results.releases:
         for case in results.cases(release):
             for measure in (LATENCY, CALLS[0])[: 2 if case.concurrency == 1 else 1]:
-                ours, theirs = (values(results.of(release, mode, case), measure) for mode in ("arena", "off"))
+                ours, theirs = (values(results.of(release, mode, case), measure) for mode in ("lane", "off"))
                 if ours and theirs and case.n == 1:
-                    name = f"{release}, {case}: {measure.name}, arena over off"
+                    name = f"{release}, {case}: {measure.name}, lane over off"
                     found[name] = quartiles(ours).over(quartiles(theirs))
     return found

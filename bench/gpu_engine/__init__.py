@@ -1,6 +1,6 @@
 """The engine with its rank on a real GPU, with mmlane and without it.
 
-    python -m bench.gpu_engine [--modes off arena] [--model DIR] [--out DIR]
+    python -m bench.gpu_engine [--modes off lane] [--model DIR] [--out DIR]
 
 It runs in a checkout, with the Python of an environment that has torch for CUDA, sglang 0.5.16 and this plugin
 (`pip install .`). Where one of these or the GPU is missing, it says so and ends. `--again` makes the table from

@@ -23,7 +23,7 @@ from devkit.server import ServerDied
 from mmlane.cli.status import look
 
 OUT = Path(__file__).resolve().parent.parent / "out"
-MODES = ("off", "arena")
+MODES = ("off", "lane")
 ROUNDS = 6
 _UNCOUNTED = 2
 _WRITER = Path(__file__).resolve().parents[2] / "devkit" / "checkpoint_writer.py"
@@ -135,7 +135,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_engine", description=(__doc__ or "").partition(":")[0]
     )
-    parser.add_argument("--modes", nargs="+", default=MODES, metavar="MODE", help="off backport arena (off arena)")
+    parser.add_argument("--modes", nargs="+", default=MODES, metavar="MODE", help="off backport lane (off lane)")
     parser.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint (the devkit's tiny Qwen2-VL)")
     parser.add_argument("--out", type=Path, default=OUT, help="directory for results and logs (bench/out)")
     parser.add_argument("--again", action="store_true", help="the table from the results that are there")

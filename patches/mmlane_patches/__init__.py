@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from mmlane.hookspecs import hookimpl
 from mmlane.patching import PatchSpec
 from mmlane_patches import (
-    arena,
     deferred_unwrap,
     fan_out,
     fan_out_images,
@@ -19,6 +18,7 @@ from mmlane_patches import (
     ipc_lock,
     ipc_pool_budget,
     ipc_redirect,
+    lane,
     one_node,
     shm_pointer,
     shm_sweep,
@@ -40,6 +40,6 @@ def mmlane_patches() -> Sequence[PatchSpec]:
         ipc_lock.SPEC,
         one_node.SPEC,
         inline_views.SPEC,
-        arena.SPEC,
+        lane.SPEC,
         shm_sweep.SPEC,
     ]

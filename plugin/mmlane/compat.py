@@ -52,7 +52,7 @@ class Matrix:
             roles=frozenset(row["roles"]),
             cells=tuple(cells),
             targets=targets,
-            modes=frozenset(row.get("modes", ("arena", "backport"))),
+            modes=frozenset(row.get("modes", ("lane", "backport"))),
             needs=frozenset(row.get("needs", ())),
         )
 

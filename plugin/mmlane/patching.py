@@ -118,7 +118,7 @@ class PatchSpec:
     roles: frozenset[str]
     cells: tuple[Cell, ...]
     targets: tuple[Target, ...]
-    modes: frozenset[str] = frozenset({"arena", "backport"})
+    modes: frozenset[str] = frozenset({"lane", "backport"})
     needs: frozenset[str] = frozenset()
 
     def cell(self, version: Version) -> Cell | None:

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from mmlane import __version__
 from mmlane.patching import Decision
-from mmlane.settings import Settings, misspelt
+from mmlane.settings import Settings, misspelt, renamed
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,12 @@ class Report:
 
     def attention(self) -> list[str]:
         """What a person should look at: the trouble, and what stops nothing, also with MMLANE_STRICT=1."""
-        unknown = self.settings.unknown
-        return self.trouble() + ([misspelt(unknown)] if unknown else [])
+        lines = self.trouble()
+        if self.settings.unknown:
+            lines.append(misspelt(self.settings.unknown))
+        if self.settings.former:
+            lines.append(renamed(self.settings.former))
+        return lines
 
     def trouble(self) -> list[str]:
         """One line for each group that is skipped and each problem: what, why, what follows, how to silence it.

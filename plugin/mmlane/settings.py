@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-Mode = Literal["arena", "backport", "off"]
+Mode = Literal["lane", "backport", "off"]
 Log = Literal["debug", "info", "warning"]
 Sweep = Literal["0", "1", "private"]
 
@@ -34,6 +34,7 @@ OF_FIELD = {
     "sweep": "MMLANE_SWEEP",
 }
 VARIABLES = tuple(OF_FIELD.values())
+FORMER = {"arena": "lane"}  # former names of a mode and of a patch, which are accepted until 0.2.0
 # What mmlane tells its own children, and where it keeps what it made: variables, but no settings.
 _OTHERS = ("MMLANE_IPC_LOCK", "MMLANE_CACHE")
 
@@ -58,7 +59,7 @@ class Flag:
 
 
 FLAGS = (
-    Flag("--mmlane", "MMLANE", "{" + ",".join(MODES) + "}", "What mmlane does (default: arena)."),
+    Flag("--mmlane", "MMLANE", "{" + ",".join(MODES) + "}", "What mmlane does (default: lane)."),
     Flag("--mmlane-disable", "MMLANE_DISABLE", "ID[,ID...]", "Patches that are not to be applied.", is_list=True),
     Flag(
         "--mmlane-strict",
@@ -82,11 +83,11 @@ class Settings:
     word that no other container uses that /dev/shm.
     log "info": one block at engine start, and whatever needs attention; "warning": only the latter;
     "debug": also one line from every process of the engine.
-    unknown: MMLANE_* variables that are set and that nobody reads.
+    unknown: MMLANE_* variables that are set and that nobody reads. former: what was said by a former name.
     typed: for variables that a flag has set in this process, what the user typed in front of the value.
     """
 
-    mode: Mode = "arena"
+    mode: Mode = "lane"
     disable: frozenset[str] = frozenset()
     strict: bool = False
     log: Log = "info"
@@ -94,6 +95,7 @@ class Settings:
     pinned: int | None = None
     sweep: Sweep = "1"
     unknown: tuple[str, ...] = ()
+    former: tuple[str, ...] = ()
     typed: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def as_typed(self, variable: str, value: str) -> str:
@@ -118,13 +120,16 @@ def read(environ: Mapping[str, str], typed: Mapping[str, str] | None = None) -> 
     typed: which of the variables a flag has set, as `take_flags` returns it; errors name the flag then.
     """
     variables, typed = OF_FIELD, typed or {}
-    mode = _one_of(variables["mode"], environ, MODES, "arena", typed)
+    mode = _one_of(variables["mode"], environ, (*MODES, *FORMER), "lane", typed)
     log = _one_of(variables["log"], environ, LOGS, "info", typed)
     strict = _one_of(variables["strict"], environ, ("0", "1"), "0", typed)
     sweep = _one_of(variables["sweep"], environ, SWEEPS, "1", typed)
+    disable = _listed(environ.get(variables["disable"], ""))
+    former = [_as_typed(variables["mode"], mode, typed)] if mode in FORMER else []
+    former += [_as_typed(variables["disable"], patch, typed) for patch in disable if patch in FORMER]
     return Settings(
-        mode=cast(Mode, mode),
-        disable=frozenset(_listed(environ.get(variables["disable"], ""))),
+        mode=cast(Mode, FORMER.get(mode, mode)),
+        disable=frozenset(FORMER.get(patch, patch) for patch in disable),
         strict=strict == "1",
         log=cast(Log, log),
         capacity=_mebibytes(variables["capacity"], environ, least=1),
@@ -133,8 +138,15 @@ def read(environ: Mapping[str, str], typed: Mapping[str, str] | None = None) -> 
         unknown=tuple(
             sorted(name for name in environ if name.startswith("MMLANE_") and name not in (*VARIABLES, *_OTHERS))
         ),
+        former=tuple(former),
         typed=typed,
     )
+
+
+def renamed(former: Iterable[str]) -> str:
+    """What to say of settings that were given by former names."""
+    names = ", ".join(f"{old} is called {new}" for old, new in FORMER.items())
+    return f"{', '.join(former)}: {names} now, and the former name is accepted until 0.2.0 only"
 
 
 def misspelt(unknown: Iterable[str]) -> str:
@@ -168,7 +180,7 @@ def _one_of(
     value = environ.get(variable, "").strip().lower() or default
     if value not in right:
         wrong = _as_typed(variable, environ[variable], typed)
-        raise SettingsError(f"{wrong} is not one of: {', '.join(right)}")
+        raise SettingsError(f"{wrong} is not one of: {', '.join(word for word in right if word not in FORMER)}")
     return value
 
 

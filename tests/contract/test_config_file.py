@@ -79,7 +79,7 @@ def test_our_keys_hold_and_the_engine_gets_the_others(merger: Any, name: str, tm
     file = tmp_path / "launch.yaml"
     file.write_text(CONFIG)
     argv = ["--config", str(file), "--mmlane-disable", "tp_barrier", "--tp", "4"]
-    environ = {"MMLANE": "arena"}
+    environ = {"MMLANE": "lane"}
     take_flags(argv, environ, flags_in_config(argv))
     assert environ == {"MMLANE": "off", "MMLANE_DISABLE": "tp_barrier", "MMLANE_STRICT": "1"}
     assert "--mmlane" in merger.merge_config_with_args(argv)  # so without us it would refuse its file

@@ -15,8 +15,8 @@ from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
 
 # The modes with a server for each release, in the order in which they have theirs, and who uses it in which order.
-MODES = ("backport", "arena")
-ON_A_SERVER = ("test_release", "test_release_backport", "test_release_arena", "test_soak", "test_the_end")
+MODES = ("backport", "lane")
+ON_A_SERVER = ("test_release", "test_release_backport", "test_release_lane", "test_soak", "test_the_end")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +43,7 @@ def _place(item: pytest.Item) -> tuple[int, ...]:
     if parameters.get("version") not in releases:  # none, or one is skipped because none was chosen
         return (0,)
     release = releases.index(parameters["version"])
-    mode = parameters.get("mode") or next((mode for mode in MODES if mode in item.fixturenames), None)
+    mode = parameters.get("mode") or next((mode for mode in MODES if f"{mode}_server" in item.fixturenames), None)
     if mode is None:
         return (1, release, 0)
     if item.path.stem not in ON_A_SERVER:
@@ -63,7 +63,7 @@ def unpatched(version: str, transcripts: Transcripts) -> Any:
 
 
 @pytest.fixture(scope="session")
-def backport(
+def backport_server(
     version: str, unpatched: Any, plugin_wheel: Path, request: pytest.FixtureRequest
 ) -> Iterator[WatchedServer]:
     """A release with the back-ports alone."""
@@ -77,7 +77,7 @@ def backport(
 
 
 @pytest.fixture(scope="session")
-def arena(version: str, unpatched: Any, plugin_wheel: Path) -> Iterator[WatchedServer]:
+def lane_server(version: str, unpatched: Any, plugin_wheel: Path) -> Iterator[WatchedServer]:
     """A release as a user has it, with the plugin installed and no mode chosen."""
     end_the_one_before()
     with WatchedServer(
@@ -94,7 +94,7 @@ def arena(version: str, unpatched: Any, plugin_wheel: Path) -> Iterator[WatchedS
 @pytest.fixture
 def server(version: str, mode: str, request: pytest.FixtureRequest) -> WatchedServer:
     """That of a mode."""
-    found: WatchedServer = request.getfixturevalue(mode)
+    found: WatchedServer = request.getfixturevalue(f"{mode}_server")
     return found
 
 

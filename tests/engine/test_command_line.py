@@ -73,7 +73,7 @@ def test_the_engines_help_shows_the_flags(started: dict[str, Ended], command: st
 
 def shows_the_flags(shown: Ended) -> None:
     assert shown.returncode == 0, shown.stderr[-3000:]
-    for flag in ("--mmlane {arena,backport,off}", "--mmlane-disable ID[,ID...]", "--mmlane-strict"):
+    for flag in ("--mmlane {lane,backport,off}", "--mmlane-disable ID[,ID...]", "--mmlane-strict"):
         assert flag in shown.stdout
 
 
@@ -81,7 +81,7 @@ def shows_the_flags(shown: Ended) -> None:
 def test_a_wrong_value_is_refused_with_the_right_ones(started: dict[str, Ended], command: str) -> None:
     refused = started[f"{command} --mmlane on"]
     assert refused.returncode == 1
-    assert "--mmlane on is not one of: arena, backport, off" in refused.stderr
+    assert "--mmlane on is not one of: lane, backport, off" in refused.stderr
 
 
 def test_undo_restores_the_engines_own_objects(version: str, plugin_wheel: Path) -> None:

@@ -1,6 +1,6 @@
 """What users of SGLang have reported, asked of one server: odd images, and many of them.
 
-Reports that other tests have on every release: users who hang up on several samples are in test_release_arena.py.
+Reports that other tests have on every release: users who hang up on several samples are in test_release_lane.py.
 """
 
 from __future__ import annotations

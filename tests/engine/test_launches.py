@@ -78,7 +78,7 @@ def test_without_a_tokenizer_and_without_the_lane(release: str, plugin_wheel: Pa
     """By no segment, which nobody would take: inline, each image at its own size."""
     env = {"MMLANE_CAPACITY_MB": "1"}  # smaller than a feature
     five = [asking.image(seed) for seed in range(5)]
-    for mode in ("arena", "backport"):
+    for mode in ("lane", "backport"):
         with WatchedServer(
             release, plugin=plugin_wheel, args=["--skip-tokenizer-init"], env={**env, "MMLANE": mode}
         ) as server:
@@ -105,7 +105,7 @@ def test_inputs_made_ready_by_one_rank(release: str, mode: str, plugin_wheel: Pa
     with WatchedServer(release, plugin=plugin_wheel, args=arguments, env={"MMLANE": mode}) as server:
         modes(server, mode, 1)
         crossing = asking.bytes_between_ranks(server)
-        assert (crossing < asking.TENSOR) is (mode == "arena"), crossing
+        assert (crossing < asking.TENSOR) is (mode == "lane"), crossing
 
 
 @pytest.mark.matrix

@@ -110,7 +110,7 @@ def test_a_node_that_does_not_take_part(release: str, how: str, plugin_wheel: Pa
 
         def is_said() -> bool:
             assert server.generate([asking.image()], asking.TEXT).status == 200
-            return "not all ranks run mmlane in mode arena" in server.log()
+            return "not all ranks run mmlane in mode lane" in server.log()
 
         asking.wait_for(is_said, "the line", 2 * asking.WAIT_S)
         still_answers(server)

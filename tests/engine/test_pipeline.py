@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 def test_two_stages(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     unpatched = transcripts.of(release, stages)
     assert unpatched["tensors cross twice"]
-    with two_stages(release, plugin_wheel, "arena") as server:
+    with two_stages(release, plugin_wheel, "lane") as server:
         before = set(asking.segments(server))
         looking.open_lanes(server)  # of the first stage: the other has no use for it
         assert looking.lane(server).joined == {"dp0": [0, 1]}

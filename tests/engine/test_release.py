@@ -25,8 +25,8 @@ both = pytest.mark.parametrize("mode", MODES)
 
 @contextmanager
 def by_its_way(server: WatchedServer, mode: str, *, images: bool = True) -> Iterator[None]:
-    """With arena: images that are asked about inside go by lane, and nothing goes another way."""
-    if mode != "arena":
+    """With the lane: images that are asked about inside go by lane, and nothing goes another way."""
+    if mode != "lane":
         yield
         return
     looking.open_lanes(server)
@@ -37,17 +37,17 @@ def by_its_way(server: WatchedServer, mode: str, *, images: bool = True) -> Iter
     assert after.fallbacks == before.fallbacks
 
 
-def test_metrics_before_the_first_image(arena: WatchedServer) -> None:
+def test_metrics_before_the_first_image(lane_server: WatchedServer) -> None:
     """Who runs, and that no image has come yet. The first test on this server: others send some."""
-    found = looking.metrics(arena)
-    assert found[f'mmlane_info{{mode="arena",version="{__version__}"}}'] == 1
-    assert looking.states(arena) == {"unused": 1}
+    found = looking.metrics(lane_server)
+    assert found[f'mmlane_info{{mode="lane",version="{__version__}"}}'] == 1
+    assert looking.states(lane_server) == {"unused": 1}
     assert found["mmlane_capacity_bytes"] == found["mmlane_puts_total"] == 0
 
 
 @both
 def test_a_lost_segment_fails_its_own_request(mode: str, server: WatchedServer) -> None:
-    """With arena, too: the first feature goes by segment, and the ranks agree on it as they do without a lane."""
+    """With the lane, too: the first feature goes by segment, and the ranks agree on it as without a lane."""
     reply = asking.ask_and_lose_the_segment(server)
     assert reply.status == 500, reply.body
     assert "segment" in str(reply.body) or "shared-memory" in str(reply.body)
@@ -110,14 +110,14 @@ def test_concurrent_requests_of_every_kind(mode: str, unpatched: Any, server: Wa
 
 def on_its_way(server: WatchedServer, mode: str, before: dict[str, int]) -> None:
     """Wait until the only request is between the tokenizer and the schedulers. before: the segments until then."""
-    if mode == "arena":
+    if mode == "lane":
         asking.wait_for(lambda: looking.lane(server).tickets == 1, "the ticket")
     else:
         asking.wait_for(lambda: bool(asking.segments(server).keys() - before), "the segment")
 
 
 def nothing_under_way(server: WatchedServer, mode: str) -> None:
-    if mode == "arena":
+    if mode == "lane":
         looking.wait_for_baseline(server)
     looking.wait_for_no_features(server)
 
@@ -125,7 +125,7 @@ def nothing_under_way(server: WatchedServer, mode: str) -> None:
 @both
 def test_hanging_up_in_mid_flight(mode: str, server: WatchedServer) -> None:
     """A user who goes away at the first token, and one whose request is aborted on its way to the schedulers."""
-    if mode == "arena":
+    if mode == "lane":
         looking.open_lanes(server)
     nothing_under_way(server, mode)
     events = server.stream([asking.image(9)], asking.TEXT, max_new_tokens=200)

@@ -44,10 +44,11 @@ def test_unpatched_lost_segment(version: str, unpatched: Any) -> None:
 # --- with the plugin ---
 
 
-def test_the_report_agrees_with_the_table(version: str, backport: WatchedServer) -> None:
+def test_the_report_agrees_with_the_table(version: str, backport_server: WatchedServer) -> None:
     specs, problems = compat.contributed(mmlane_patches)
     decisions = compat.plan(specs, Engine(Version(version), None), Settings(mode="backport"))
-    block = [line.partition("mmlane: ")[2] for line in backport.log().splitlines() if line.startswith("mmlane: ")]
+    lines = backport_server.log().splitlines()
+    block = [line.partition("mmlane: ")[2] for line in lines if line.startswith("mmlane: ")]
     (applied,) = [line for line in block if line.startswith("  applied:")]
     (native,) = [line for line in block if line.startswith("  native:")]
     assert applied == "  applied: " + ", ".join(i for i, d in decisions.items() if d.state == "planned")
@@ -56,27 +57,27 @@ def test_the_report_agrees_with_the_table(version: str, backport: WatchedServer)
     assert problems == ()
 
 
-def test_every_process_reports(version: str, backport: WatchedServer) -> None:
-    lines = re.findall(r"mmlane: \[(\d+)\] (\w+): sglang (\S+), .*?; skipped (\w+)", backport.log())
+def test_every_process_reports(version: str, backport_server: WatchedServer) -> None:
+    lines = re.findall(r"mmlane: \[(\d+)\] (\w+): sglang (\S+), .*?; skipped (\w+)", backport_server.log())
     roles = sorted(role for _, role, _, _ in lines)
     assert roles == ["detokenizer", "main", "scheduler", "scheduler"]
-    assert {(found, skipped) for _, _, found, skipped in lines} == {(version, "arena")}  # not of this mode
+    assert {(found, skipped) for _, _, found, skipped in lines} == {(version, "lane")}  # not of this mode
     pids = {int(pid) for pid, *_ in lines}
-    assert pids <= {process.pid for process in backport.processes()}
+    assert pids <= {process.pid for process in backport_server.processes()}
 
 
-def test_a_lost_segment_fails_a_streamed_request_too(backport: WatchedServer) -> None:
-    backport.loses()
-    with asking.schedulers_stopped(backport):
-        before = asking.segments(backport)
-        events = asking.in_background(lambda: list(backport.stream([asking.image(8)], asking.TEXT)))
-        asking.wait_for(lambda: bool(set(asking.segments(backport)) - set(before)), "the segment")
-        for name in set(asking.segments(backport)) - set(before):
-            Path("/proc", str(backport.pid), "root/dev/shm", name).unlink()
+def test_a_lost_segment_fails_a_streamed_request_too(backport_server: WatchedServer) -> None:
+    backport_server.loses()
+    with asking.schedulers_stopped(backport_server):
+        before = asking.segments(backport_server)
+        events = asking.in_background(lambda: list(backport_server.stream([asking.image(8)], asking.TEXT)))
+        asking.wait_for(lambda: bool(set(asking.segments(backport_server)) - set(before)), "the segment")
+        for name in set(asking.segments(backport_server)) - set(before):
+            Path("/proc", str(backport_server.pid), "root/dev/shm", name).unlink()
     try:
         last = events.result(asking.WAIT_S)[-1]
     except RuntimeError as error:  # a status instead of a stream
         assert str(error).startswith("500")
     else:
         assert "500" in str(last)
-    assert asking.ANSWERED["text only"](backport).status == 200
+    assert asking.ANSWERED["text only"](backport_server).status == 200

@@ -47,7 +47,7 @@ def test_one_that_came_before(release: str, plugin_wheel: Path, transcripts: Tra
         answers_by_segment(server, release, transcripts)
         lines = re.findall(rf"mmlane: +skipped (\S+): {TARGET} is already replaced by {THEIRS};", server.log())
         skipped = {patch for patches in lines for patch in patches.split(",")}
-        assert skipped >= ({"shm_pointer", "arena"} if Version(release) < OWN_POINTER else {"arena"})
+        assert skipped >= ({"shm_pointer", "lane"} if Version(release) < OWN_POINTER else {"lane"})
 
 
 @on("0.5.23", since="0.5.11")  # older engines have no hooks

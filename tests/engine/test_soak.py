@@ -67,22 +67,22 @@ def anonymous_memory(server: WatchedServer) -> dict[int, int]:
 
 
 @pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
-def test_a_thousand_requests(version: str, arena: WatchedServer) -> None:
+def test_a_thousand_requests(version: str, lane_server: WatchedServer) -> None:
     """Of all kinds, with random aborts: the lane is empty after it, and no process has grown by what passed."""
     chance = random.Random(SEED)
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        looking.open_lanes(arena)
+        looking.open_lanes(lane_server)
 
         def some(count: int) -> Counter[str]:
             seeds = [chance.randrange(1 << 30) for _ in range(count)]
-            return Counter(pool.map(lambda seed: one_of_many(arena, seed, random.Random(seed)), seeds))
+            return Counter(pool.map(lambda seed: one_of_many(lane_server, seed, random.Random(seed)), seeds))
 
         outcomes = some(REQUESTS * 3 // 10)  # caches fill
-        before = anonymous_memory(arena)
+        before = anonymous_memory(lane_server)
         outcomes += some(REQUESTS * 7 // 10)
-        after = anonymous_memory(arena)
-    looking.wait_for_baseline(arena)
+        after = anonymous_memory(lane_server)
+    looking.wait_for_baseline(lane_server)
     grown = {pid: after[pid] - before[pid] for pid in before if after[pid] - before[pid] > GROWTH}
-    assert not grown, f"{grown}, with {looking.lane(arena).copied_bytes} bytes copied, {outcomes}"
-    assert looking.features(arena) == []
-    assert arena.generate([asking.image()], asking.TEXT).status == 200
+    assert not grown, f"{grown}, with {looking.lane(lane_server).copied_bytes} bytes copied, {outcomes}"
+    assert looking.features(lane_server) == []
+    assert lane_server.generate([asking.image()], asking.TEXT).status == 200

@@ -88,25 +88,25 @@ def ends_in_a_burst(server: WatchedServer, end: Callable[[WatchedServer], None])
     assert looking.names(pids) == []
 
 
-def test_nothing_is_left_of_what_was_asked(arena: WatchedServer) -> None:
+def test_nothing_is_left_of_what_was_asked(lane_server: WatchedServer) -> None:
     """After everything that other tests have asked of this server."""
-    looking.open_lanes(arena)
-    looking.wait_for_baseline(arena)
-    assert looking.lane(arena).lost_tickets == looking.lane(arena).malformed_messages == 0
-    assert list(looking.lane(arena).fallbacks) == ["not_open"]
-    assert looking.features(arena) == []
+    looking.open_lanes(lane_server)
+    looking.wait_for_baseline(lane_server)
+    assert looking.lane(lane_server).lost_tickets == looking.lane(lane_server).malformed_messages == 0
+    assert list(looking.lane(lane_server).fallbacks) == ["not_open"]
+    assert looking.features(lane_server) == []
 
 
-def test_nothing_is_left_of_the_server(version: str, arena: WatchedServer) -> None:
-    ends_in_a_burst(arena, end_of(version))
+def test_nothing_is_left_of_the_server(version: str, lane_server: WatchedServer) -> None:
+    ends_in_a_burst(lane_server, end_of(version))
 
 
-def test_nothing_is_left_by_the_backports(backport: WatchedServer) -> None:
+def test_nothing_is_left_by_the_backports(backport_server: WatchedServer) -> None:
     """After everything that other tests have asked of this server, while it still runs and when it has ended."""
-    looking.wait_for_no_features(backport)
-    backport.stop()
-    assert looking.features(backport) == []
-    assert backport.processes() == []
+    looking.wait_for_no_features(backport_server)
+    backport_server.stop()
+    assert looking.features(backport_server) == []
+    assert backport_server.processes() == []
 
 
 @pytest.mark.matrix

@@ -24,7 +24,7 @@ from tests.engine.watching import WatchedServer
 pytestmark = pytest.mark.engine
 
 DEBUG = {"MMLANE_LOG": "debug"}
-MODES = ["arena", pytest.param("backport", marks=pytest.mark.matrix)]
+MODES = ["lane", pytest.param("backport", marks=pytest.mark.matrix)]
 
 
 def roles(server: WatchedServer) -> list[str]:
@@ -59,7 +59,7 @@ def survives_a_lost_segment(server: WatchedServer) -> None:
 
 
 def modes(server: WatchedServer, mode: str, producers: int) -> None:
-    if mode == "arena":
+    if mode == "lane":
         goes_by_lane(server, producers)
     else:
         survives_a_lost_segment(server)
@@ -105,7 +105,7 @@ def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> N
         asking.wait_for(lambda: roles(server).count("tokenizer") == 2, lambda: f"both workers: {roles(server)}")
         modes(server, mode, 2)
         assert {"main", "scheduler", "detokenizer"} <= set(roles(server))
-        if mode == "arena" and Version(release) >= Version("0.5.18"):
+        if mode == "lane" and Version(release) >= Version("0.5.18"):
             a_worker_is_killed(server)
 
 

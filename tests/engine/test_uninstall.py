@@ -45,7 +45,7 @@ def upgrade(environment: Environment) -> None:
 
 
 CHANGES = [uninstall, pytest.param(upgrade, marks=pytest.mark.matrix)]
-MODES = ["arena", pytest.param("backport", marks=pytest.mark.matrix)]
+MODES = ["lane", pytest.param("backport", marks=pytest.mark.matrix)]
 
 
 def answers(server: WatchedServer) -> list[list[list[int]]]:
@@ -91,7 +91,7 @@ def test_under_a_running_engine(
     with started(release, environment, MMLANE=mode) as server:
         change(environment)  # before the first request: what that makes a process import is imported after this
         as_ever(server)
-        if mode == "arena":
+        if mode == "lane":
             looking.open_lanes(server, 2 if "--tokenizer-worker-num" in TOPOLOGY.get(release, ()) else 1)
         before = looking.lanes(server)
         with ThreadPoolExecutor(4) as pool:

@@ -436,7 +436,7 @@ def test_no_lane_is_no_error(lane: Lane, words: tuple[str, ...]) -> None:
         assert json.loads(said) == []
     else:
         said = " ".join(said.split())
-        assert said.startswith("No lane runs") and "mode arena" in said and "image" in said
+        assert said.startswith("No lane runs") and "mode lane" in said and "image" in said
         assert "in its log at start, in a line with 'no lane'" in said
 
 

@@ -128,7 +128,7 @@ def test_calls_are_summed_for_each_request() -> None:
 
 
 def test_every_other_round_goes_backwards() -> None:
-    assert list(order(["off", "arena"], 2)) == [(0, "off"), (0, "arena"), (1, "arena"), (1, "off")]
+    assert list(order(["off", "lane"], 2)) == [(0, "off"), (0, "lane"), (1, "lane"), (1, "off")]
 
 
 def test_what_ends_an_engine_comes_last() -> None:
@@ -141,7 +141,7 @@ def test_results_come_back_and_make_tables(tmp_path: Path) -> None:
     case = Case("image", 1)
     records = [
         Record("0.5.9", "off", 0, case, requests=2, figures={"latency_s": [0.1, 0.1], "send_s": [0.02, 0.02]}),
-        Record("0.5.9", "arena", 0, case, requests=2, figures={"latency_s": [0.05, 0.05], "send_s": [0.01, 0.01]}),
+        Record("0.5.9", "lane", 0, case, requests=2, figures={"latency_s": [0.05, 0.05], "send_s": [0.01, 0.01]}),
         Record("0.5.9", "off", 0, Case("image", 1, n=8), status="died", reason="no answer"),
     ]
     results = Results({"cores": 4}, records, [])

@@ -36,16 +36,16 @@ def made_up() -> Results:
     records = [
         Record("off", "1 image", [0.2, 0.1, 0.3], [["a"], ["b"], ["c"]]),
         Record("off", "2 images", [0.2], [["a"]]),
-        Record("arena", "1 image", [0.1, 0.1, 0.1], [["a"], ["b"], ["c"]]),
-        Record("arena", "2 images", [0.2], [["x"]]),
+        Record("lane", "1 image", [0.1, 0.1, 0.1], [["a"], ["b"], ["c"]]),
+        Record("lane", "2 images", [0.2], [["x"]]),
     ]
-    lanes: dict[str, list[dict[str, Any]]] = {"off": [], "arena": [{"stats": {"tickets": 0}, "problem": None}]}
-    return Results(machine, records, lanes, {"off": [], "arena": ["something"]})
+    lanes: dict[str, list[dict[str, Any]]] = {"off": [], "lane": [{"stats": {"tickets": 0}, "problem": None}]}
+    return Results(machine, records, lanes, {"off": [], "lane": ["something"]})
 
 
 def test_the_table_has_medians_ratios_and_whether_texts_are_the_same() -> None:
     grid = table(made_up())
-    assert grid.headings == ["request", "off, ms", "arena, ms", "arena / off", "texts"]
+    assert grid.headings == ["request", "off, ms", "lane, ms", "lane / off", "texts"]
     assert grid.rows == [
         ["1 image", "200.0", "100.0", "0.50", "the same"],
         ["2 images", "200.0", "200.0", "1.00", "DIFFERENT"],
@@ -65,7 +65,7 @@ def test_the_table_again_from_results_that_are_there(tmp_path: Path, capsys: pyt
     assert "| 1 image | 200.0 | 100.0 | 0.50 | the same |" in report
     for text in (report, capsys.readouterr().out):
         assert "a GPU, driver 1" in text and "pure-torch" in text
-        assert "arena, new in /dev/shm afterwards: something." in text
+        assert "lane, new in /dev/shm afterwards: something." in text
         assert "off, new in /dev/shm afterwards: nothing." in text
     assert about(Results.load(tmp_path / "gpu-engine.json")) in report
 

@@ -144,7 +144,7 @@ def test_every_setting_is_shown_for_programs() -> None:
     found = doctor(code=3)
     quarter = host.memory().lane_capacity()
     assert found["settings"] == {
-        "mode": "arena",
+        "mode": "lane",
         "disable": [],
         "strict": False,
         "log": "info",
@@ -187,7 +187,7 @@ def test_every_setting_is_shown_for_a_person() -> None:
     quarter = host.memory().lane_capacity()
     shown = " ".join(mmlane("doctor", COLUMNS="200").stdout.split())
     for text in (
-        "mode arena (default)",
+        "mode lane (default)",
         "turned off none (default)",
         "strict no (default)",
         "log info (default)",
@@ -217,7 +217,7 @@ def test_a_capacity_that_cannot_be_had_is_a_problem(count: str) -> None:
 
 
 def test_in_other_modes_nobody_asks_for_a_lane() -> None:
-    environs: tuple[dict[str, Any], ...] = ({"MMLANE": "backport"}, {"MMLANE_DISABLE": "arena"})
+    environs: tuple[dict[str, Any], ...] = ({"MMLANE": "backport"}, {"MMLANE_DISABLE": "lane"})
     for environ in environs:
         found = doctor(code=3, MMLANE_CAPACITY_MB="99999999999", **environ)
         assert not [line for line in found["problems"] + found["notes"] if "CAPACITY" in line]
@@ -274,7 +274,7 @@ def test_sizes_are_compared_with_the_machine(
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("MMLANE", "on", "MMLANE=on is not one of: arena, backport, off"),
+        ("MMLANE", "on", "MMLANE=on is not one of: lane, backport, off"),
         ("MMLANE_STRICT", "yes", "MMLANE_STRICT=yes is not one of: 0, 1"),
         ("MMLANE_LOG", "loud", "MMLANE_LOG=loud is not one of: debug, info, warning"),
         ("MMLANE_DISABLE", "nonsense", "MMLANE_DISABLE=nonsense: no such patch; there are: shm_pointer"),
@@ -289,7 +289,7 @@ def test_a_wrong_setting_is_refused_with_the_right_ones(variable: str, value: st
 def test_a_wrong_setting_is_refused_where_an_engine_is_installed(tmp_path: Path) -> None:
     done = mmlane("doctor", path=stand_in(tmp_path, "0.5.12"), MMLANE="on")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.strip() == "mmlane: MMLANE=on is not one of: arena, backport, off"
+    assert done.stderr.strip() == "mmlane: MMLANE=on is not one of: lane, backport, off"
 
 
 def test_a_word_that_is_no_version_is_refused() -> None:
@@ -300,7 +300,7 @@ def test_a_word_that_is_no_version_is_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "environ", "code", "error"),
     [
-        ((), {"MMLANE": "on"}, 2, "MMLANE=on is not one of: arena, backport, off"),
+        ((), {"MMLANE": "on"}, 2, "MMLANE=on is not one of: lane, backport, off"),
         (("--engine", "0.5.12"), {"MMLANE_DISABLE": "x"}, 2, "MMLANE_DISABLE=x: no such patch; there are: "),
         (("--engine", "newest"), {}, 2, "'newest' is not a version"),
         (("--engine",), {}, 2, "requires an argument"),
@@ -430,7 +430,7 @@ def about_shm(found: dict[str, Any], key: str) -> list[str]:
         (64, {}, ""),
         (8, {}, "features that the lane cannot carry, and that do not fit, travel inline"),
         (64, {"MMLANE": "backport"}, "features that do not fit travel inline"),
-        (64, {"MMLANE_DISABLE": "arena"}, "features that do not fit travel inline"),
+        (64, {"MMLANE_DISABLE": "lane"}, "features that do not fit travel inline"),
         (64, {"MMLANE": "off"}, "when it is full, without mmlane the engine may refuse image requests, or end"),
         (300, {"MMLANE": "backport"}, ""),
         (300, {"MMLANE": "off"}, ""),
@@ -479,7 +479,7 @@ def test_what_carries_features_on_a_release() -> None:
         return examine(Version(release), environ).carrier()
 
     assert carrier("0.5.12") == carrier("0.5.23") == "lane"
-    assert carrier("0.5.12", MMLANE="backport") == carrier("0.5.23", MMLANE_DISABLE="arena") == "segments"
+    assert carrier("0.5.12", MMLANE="backport") == carrier("0.5.23", MMLANE_DISABLE="lane") == "segments"
     assert carrier("0.5.12", MMLANE="off") == carrier("0.5.12", MMLANE_DISABLE="shm_pointer") == "engine"
 
 

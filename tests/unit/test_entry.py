@@ -118,7 +118,7 @@ def test_off_by_variable_with_the_entry_point(stand_in: Path) -> None:
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"MMLANE": "on"}, "MMLANE=on is not one of: arena, backport, off"),
+        ({"MMLANE": "on"}, "MMLANE=on is not one of: lane, backport, off"),
         ({"MMLANE_DISABLE": "nonsense"}, "MMLANE_DISABLE=nonsense: no such patch; there are: shm_pointer"),
     ],
 )
@@ -140,7 +140,7 @@ def typing(*words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--mmlane", "on"), "mmlane: --mmlane on is not one of: arena, backport, off"),
+        (("--mmlane", "on"), "mmlane: --mmlane on is not one of: lane, backport, off"),
         (("--mmlane-disable=x,theirs,y",), "mmlane: --mmlane-disable=x,y: no such patch; there are: shm_pointer,"),
         (("--mmlane-disable", "x", "--mmlane-disable", "y"), "mmlane: --mmlane-disable x,y: no such patch; there"),
     ],
@@ -201,7 +201,7 @@ def test_the_engine_does_not_see_that_its_config_file_turns_mmlane_off(
 
 
 def test_nor_does_it_where_mmlane_gives_up(stand_in: Path, merging: str) -> None:
-    started = launching(stand_in, "tp: 2\nmmlane: arena\n")
+    started = launching(stand_in, "tp: 2\nmmlane: lane\n")
     result = run(stand_in, f"{started}{FAIL}{STEPS['pth']}\n{STEPS['engine']}{merging}")
     assert (result.returncode, result.stdout) == (0, "{'tp': 2}\n"), result.stderr
     assert "OSError: made to fail" in result.stderr
@@ -463,7 +463,7 @@ def test_the_flags_are_in_the_engines_help_and_refused_where_they_come_too_late(
     )
     shown = run(stand_in, code.replace("WORDS", "[]"))
     assert shown.returncode == 0, shown.stderr
-    for flag in ("--mmlane {arena,backport,off}", "--mmlane-disable ID[,ID...]", "--mmlane-strict"):
+    for flag in ("--mmlane {lane,backport,off}", "--mmlane-disable ID[,ID...]", "--mmlane-strict"):
         assert flag in shown.stdout
     late = run(stand_in, code.replace("WORDS", "['--mmlane', 'off']"))
     assert late.returncode == 2 and "set the variable MMLANE instead" in late.stderr

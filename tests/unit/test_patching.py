@@ -267,8 +267,8 @@ def refuse(original: Any) -> Any:
 
 
 def test_a_patch_is_for_its_modes_only(package: str, tmp_path: Path) -> None:
-    one = replace(spec("one", target(package, "function")), modes=frozenset({"arena"}))
-    for mode, state in (("arena", "planned"), ("backport", "skipped")):
+    one = replace(spec("one", target(package, "function")), modes=frozenset({"lane"}))
+    for mode, state in (("lane", "planned"), ("backport", "skipped")):
         decision = planned(package, tmp_path, one, settings=Settings(mode=mode)).decisions["one"]  # type: ignore[arg-type]
         assert (decision.state, decision.chosen) == (state, state == "skipped")
 

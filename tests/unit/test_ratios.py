@@ -183,11 +183,11 @@ def test_ratios_of_the_engine() -> None:
         return engine.Record("0.5.23", mode, 1, Case("image", 1, **case), figures=figures)
 
     cases: list[dict[str, int]] = [{}, {"concurrency": 8}, {"n": 8}]
-    records = [record(mode, figure, **case) for case in cases for mode, figure in (("off", 2), ("arena", 1))]
+    records = [record(mode, figure, **case) for case in cases for mode, figure in (("off", 2), ("lane", 1))]
     assert engine.ratios(engine.Results(records=records)) == {
-        "0.5.23, 1 image, 1 at a time: latency, arena over off": (0.5, 0.5, 0.5),
-        "0.5.23, 1 image, 1 at a time: blocked, arena over off": (0.5, 0.5, 0.5),
-        "0.5.23, 1 image, 8 at a time: latency, arena over off": (0.5, 0.5, 0.5),
+        "0.5.23, 1 image, 1 at a time: latency, lane over off": (0.5, 0.5, 0.5),
+        "0.5.23, 1 image, 1 at a time: blocked, lane over off": (0.5, 0.5, 0.5),
+        "0.5.23, 1 image, 8 at a time: latency, lane over off": (0.5, 0.5, 0.5),
     }
 
 

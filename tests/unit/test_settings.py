@@ -15,12 +15,13 @@ from mmlane.settings import (
     flags_in_config,
     misspelt,
     read,
+    renamed,
     take_flags,
 )
 
 
 def test_defaults() -> None:
-    assert read({}) == Settings(mode="arena", disable=frozenset(), strict=False, log="info")
+    assert read({}) == Settings(mode="lane", disable=frozenset(), strict=False, log="info")
 
 
 def test_every_variable() -> None:
@@ -36,7 +37,7 @@ def test_every_variable() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "right"),
     [
-        ("MMLANE", "on", "arena, backport, off"),
+        ("MMLANE", "on", "lane, backport, off"),
         ("MMLANE_STRICT", "yes", "0, 1"),
         ("MMLANE_LOG", "loud", "debug, info, warning"),
     ],
@@ -85,6 +86,17 @@ def test_variables_that_nobody_reads_are_named_with_the_nearest_that_is_read() -
     assert "MMLANE_MODE (did you mean MMLANE?)" in misspelt(["MMLANE_MODE"])
 
 
+def test_former_names_are_accepted_with_a_line() -> None:
+    chosen = read({"MMLANE": "Arena", "MMLANE_DISABLE": "fan_out,arena"}, {"MMLANE_DISABLE": "--mmlane-disable "})
+    assert chosen.mode == "lane" and chosen.disable == {"fan_out", "lane"}
+    assert chosen.former == ("MMLANE=arena", "--mmlane-disable arena")
+    assert renamed(chosen.former) == (
+        "MMLANE=arena, --mmlane-disable arena: arena is called lane now, and the former name is accepted until"
+        " 0.2.0 only"
+    )
+    assert read({"MMLANE": "lane", "MMLANE_DISABLE": "lane"}).former == ()
+
+
 # --- flags ---
 
 
@@ -114,13 +126,13 @@ def test_flags_are_taken_off_and_carried_as_variables() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--mmlane", "bogus"], "--mmlane bogus is not one of: arena, backport, off"),
-        (["--mmlane=bogus"], "--mmlane=bogus is not one of: arena, backport, off"),
-        (["--mmlane"], "--mmlane needs a value: {arena,backport,off}"),
-        (["--mmlane", "--tp"], "--mmlane needs a value: {arena,backport,off}"),
-        (["--mmlane="], "--mmlane needs a value: {arena,backport,off}"),
-        (["--mmlane", ""], "--mmlane needs a value: {arena,backport,off}"),
-        (["--mmlane", " "], "--mmlane needs a value: {arena,backport,off}"),
+        (["--mmlane", "bogus"], "--mmlane bogus is not one of: lane, backport, off"),
+        (["--mmlane=bogus"], "--mmlane=bogus is not one of: lane, backport, off"),
+        (["--mmlane"], "--mmlane needs a value: {lane,backport,off}"),
+        (["--mmlane", "--tp"], "--mmlane needs a value: {lane,backport,off}"),
+        (["--mmlane="], "--mmlane needs a value: {lane,backport,off}"),
+        (["--mmlane", ""], "--mmlane needs a value: {lane,backport,off}"),
+        (["--mmlane", " "], "--mmlane needs a value: {lane,backport,off}"),
         (["--mmlane-disable", ","], "--mmlane-disable needs a value: ID[,ID...]"),
         (["--mmlane-disable="], "--mmlane-disable needs a value: ID[,ID...]"),
         (["--mmlane-strict=1"], "--mmlane-strict takes no value, got '1'"),
@@ -156,7 +168,7 @@ def test_a_wrong_variable_is_named_as_such_beside_right_flags() -> None:
 
 
 def test_repeated_flags_of_a_list_add_up_in_order() -> None:
-    environ = {"MMLANE_DISABLE": "arena"}  # a flag still takes the place of its variable
+    environ = {"MMLANE_DISABLE": "lane"}  # a flag still takes the place of its variable
     take_flags(
         ["launch", "--mmlane-disable", "tp_barrier,fan_out", "--mmlane-disable= ipc_lock ,fan_out,"], environ
     )
@@ -168,8 +180,8 @@ def test_a_repeated_flag_says_the_same_thing_or_is_refused() -> None:
     take_flags(["launch", "--mmlane", "off", "--mmlane-strict", "--mmlane=Off", "--mmlane-strict"], environ)
     assert read(environ) == Settings("off", strict=True)
     with pytest.raises(SettingsError) as caught:
-        take_flags(["launch", "--mmlane", "off", "--mmlane=arena"], {})
-    assert str(caught.value) == "--mmlane off and --mmlane=arena contradict each other; give one of them"
+        take_flags(["launch", "--mmlane", "off", "--mmlane=lane"], {})
+    assert str(caught.value) == "--mmlane off and --mmlane=lane contradict each other; give one of them"
 
 
 # --- flags in the engine's config file ---
@@ -216,7 +228,7 @@ def test_a_config_file_gives_what_the_flags_give(text: str, environ: dict[str, s
 
 def test_a_flag_wins_over_the_config_file_and_that_over_a_variable(tmp_path: Path) -> None:
     argv = config(tmp_path, "mmlane: backport\nmmlane-strict: false\nmmlane-disable: fan_out")
-    environ = {"MMLANE": "arena", "MMLANE_STRICT": "1", "MMLANE_DISABLE": "arena"}
+    environ = {"MMLANE": "lane", "MMLANE_STRICT": "1", "MMLANE_DISABLE": "lane"}
     assert taken(list(argv), dict(environ)) == {
         "MMLANE": "backport",
         "MMLANE_STRICT": "0",
@@ -234,9 +246,9 @@ def test_a_config_file_behind_an_equals_sign(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mmlane: foo", ": mmlane: foo is not one of: arena, backport, off"),
-        ("mmlane: on", ": mmlane: on is not one of: arena, backport, off"),
-        ("mmlane:", ": mmlane needs a value: {arena,backport,off}"),
+        ("mmlane: foo", ": mmlane: foo is not one of: lane, backport, off"),
+        ("mmlane: on", ": mmlane: on is not one of: lane, backport, off"),
+        ("mmlane:", ": mmlane needs a value: {lane,backport,off}"),
         ("mmlane-disable: []", ": mmlane-disable needs a value: ID[,ID...]"),
         ("mmlane-strict: maybe", ": mmlane-strict: maybe is not one of: true, false"),
         (

@@ -235,7 +235,7 @@ def test_no_lane_is_one_line_that_says_what_would_make_one(monkeypatch: pytest.M
     done = CliRunner().invoke(app, ["status"], env={"COLUMNS": "300"})
     assert done.exit_code == 0
     (line,) = done.output.splitlines()
-    assert "No lane" in line and "MMLANE=arena" in line and "image" in line
+    assert "No lane" in line and "MMLANE=lane" in line and "image" in line
     done = CliRunner().invoke(app, ["status", "--json"])
     assert (done.exit_code, done.output) == (0, "[]\n")
 

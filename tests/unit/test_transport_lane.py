@@ -31,7 +31,7 @@ from mmlane.transport.pointer import slot  # noqa: E402
 from mmlane.transport.samples import Samples  # noqa: E402
 from mmlane.transport.segment import Segment  # noqa: E402
 from mmlane.transport.tokenizer_side import SIDE, TokenizerSide  # noqa: E402
-from mmlane_patches import arena  # noqa: E402
+from mmlane_patches import lane as patch  # noqa: E402
 from tests.lane.harness.child import run  # noqa: E402
 from tests.lane.harness.confinement import limit_address_space  # noqa: E402
 from tests.lane.harness.fake_cuda import FakeGpu  # noqa: E402
@@ -51,7 +51,7 @@ class Manager:
 
 def start(manager: Manager, server_args: Any, *, capacity: int | None = 8 * MIB, pinned: int = 0) -> TokenizerSide:
     """What a manager's process does once it is made."""
-    tokenizer_side.start(manager, server_args, capacity=capacity, pinned=pinned, mode="arena")
+    tokenizer_side.start(manager, server_args, capacity=capacity, pinned=pinned, mode="lane")
     return side(manager)
 
 
@@ -138,7 +138,7 @@ def test_a_scheduler_becomes_a_rank_however_it_is_told_which(
     by_name: bool, dp_rank: int, pp_rank: int, tp_rank: int, wanted: RanksPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server_args = launched(tp_size=2, dp_size=2)
-    init: Any = arena._scheduler(SchedulerOf0520.__init__)
+    init: Any = patch._scheduler(SchedulerOf0520.__init__)
     before = SchedulerOf0520.__new__(SchedulerOf0520)
     if by_name:
         ranks = {"tp_rank": tp_rank, "pp_rank": pp_rank, "dp_rank": dp_rank}
@@ -151,7 +151,7 @@ def test_a_scheduler_becomes_a_rank_however_it_is_told_which(
     parallel = SimpleNamespace(dp_rank=dp_rank, pp_rank=pp_rank, tp_rank=tp_rank)
     vars(context)["get_parallel"] = lambda: parallel
     monkeypatch.setitem(sys.modules, RUNTIME, context)
-    init = arena._scheduler(SchedulerOf0521.__init__)
+    init = patch._scheduler(SchedulerOf0521.__init__)
     init(SchedulerOf0521.__new__(SchedulerOf0521), server_args, None)
     assert place(this_rank()) == wanted
 
@@ -161,7 +161,7 @@ def test_a_scheduler_does_what_the_user_says_of_pinned_memory(
     said: str, writable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MMLANE_PINNED_MB", said)
-    init: Any = arena._scheduler(SchedulerOf0520.__init__)
+    init: Any = patch._scheduler(SchedulerOf0520.__init__)
     init(SchedulerOf0520.__new__(SchedulerOf0520), launched(), None, 7, 0, 7, 0, 7, 7, None)
     assert this_rank()._here.writable is writable
 
@@ -260,7 +260,7 @@ def test_what_a_lane_keeps_for_gpus(
     monkeypatch.setattr("mmlane.transport.lane.Lane", refuse)
     monkeypatch.setenv("MMLANE_PINNED_MB", "" if wish is None else str(wish))
     monkeypatch.setenv("MMLANE_CAPACITY_MB", "2400")
-    init: Any = arena._tokenizer(TokenizerManager.__init__)
+    init: Any = patch._tokenizer(TokenizerManager.__init__)
     manager = TokenizerManager.__new__(TokenizerManager)
     server_args = launched(device=device, tokenizer_worker_num=workers)
     if by_name:
@@ -279,10 +279,10 @@ def test_a_process_that_cannot_be_given_its_side_goes_on(
 
     before = log.failures["start"]
     monkeypatch.setattr(tokenizer_side, "start", fails)
-    init: Any = arena._tokenizer(TokenizerManager.__init__)
+    init: Any = patch._tokenizer(TokenizerManager.__init__)
     init(TokenizerManager.__new__(TokenizerManager), launched(), None)
     monkeypatch.setattr(scheduler_side, "start", fails)
-    init = arena._scheduler(SchedulerOf0521.__init__)
+    init = patch._scheduler(SchedulerOf0521.__init__)
     monkeypatch.setitem(sys.modules, RUNTIME, ModuleType(RUNTIME))
     vars(sys.modules[RUNTIME])["get_parallel"] = lambda: SimpleNamespace(dp_rank=None, pp_rank=0, tp_rank=0)
     init(SchedulerOf0521.__new__(SchedulerOf0521), launched(), None)
@@ -793,9 +793,9 @@ def test_metrics_begin_at_start(options: dict[str, Any], state: str, monkeypatch
     start(Manager(), launched(**options))
     assert found == []
     start(Manager(), launched(enable_metrics=True, **options))
-    assert found == [(state, "arena")]
+    assert found == [(state, "lane")]
     monkeypatch.setenv("MMLANE", "backport")
-    init: Any = arena._tokenizer(TokenizerManager.__init__)
+    init: Any = patch._tokenizer(TokenizerManager.__init__)
     init(TokenizerManager.__new__(TokenizerManager), launched(enable_metrics=True, **options), None)
     assert found[1:] == [(state, "backport")]
 

@@ -109,8 +109,8 @@ def test_lanes_are_added_up(by_hand: None) -> None:
 def test_who_runs_and_how_the_lane_is_can_be_seen_from_the_start_on(by_hand: None) -> None:
     owner, producer = Owner(), producing()
     meter = Meter(owner)
-    meter.begin(lambda: producer.state, "arena")
-    assert value("info", version=__version__, mode="arena") == 1
+    meter.begin(lambda: producer.state, "lane")
+    assert value("info", version=__version__, mode="lane") == 1
     assert states() == {"unused": 1}
     answer = producer.put(torch.ones(9))
     assert isinstance(answer, Declined) and answer.cause == "not_open"
@@ -142,7 +142,7 @@ def test_who_runs_and_how_the_lane_is_can_be_seen_from_the_start_on(by_hand: Non
 
 # --- names ---
 
-DOCS = (Path(__file__).parents[2] / "docs/arena.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[2] / "docs/engine.md").read_text(encoding="utf-8")
 NO_NUMBERS = {"name", "pid", "state", "degraded"}  # who it is, and what is said in words
 
 
@@ -221,20 +221,20 @@ def test_lost_tickets_are_counted(by_hand: None) -> None:
 def test_a_lane_that_cannot_be_had_has_failed(by_hand: None) -> None:
     owner, producer = Owner(), producing(capacity=1 << 62)
     producer.try_out()
-    Meter(owner).begin(lambda: producer.state, "arena")
+    Meter(owner).begin(lambda: producer.state, "lane")
     assert states() == {"failed": 1}
 
 
 def test_a_launch_without_a_lane_says_so(by_hand: None) -> None:
     owner = Owner()
-    Meter(owner).begin(lambda: "off", "arena")
+    Meter(owner).begin(lambda: "off", "lane")
     assert states() == {"off": 1}
 
 
 def test_the_tokenizers_of_a_process_are_counted_each_until_it_is_let_go(by_hand: None) -> None:
     one, other = Owner(), Owner()
-    Meter(one).begin(lambda: "unused", "arena")
-    Meter(other).begin(lambda: "unused", "arena")
+    Meter(one).begin(lambda: "unused", "lane")
+    Meter(other).begin(lambda: "unused", "lane")
     assert states() == {"unused": 2}
     del one
     metrics.write()
@@ -251,7 +251,7 @@ def test_a_tokenizer_that_was_let_go_is_held_by_nothing_here(by_hand: None) -> N
     lane = producer.lane
     assert lane is not None
     meter = Meter(owner)
-    meter.begin(partial(getattr, producer, "state"), "arena")
+    meter.begin(partial(getattr, producer, "state"), "lane")
     meter.watch(lane)
     gone = weakref.ref(owner), weakref.ref(producer)
     del owner, producer
@@ -265,7 +265,7 @@ def test_a_tokenizer_that_was_let_go_is_held_by_nothing_here(by_hand: None) -> N
 def test_a_lane_is_in_the_numbers_to_its_end_which_comes_after_its_tokenizers(by_hand: None) -> None:
     before, owner = numbers()["not_open"], Owner()
     meter = Meter(owner)
-    meter.begin(lambda: "opening", "arena")
+    meter.begin(lambda: "opening", "lane")
     with Lane({"dp0": 1}, capacity=8 * MIB) as lane:
         meter.watch(lane)
         del owner
@@ -283,7 +283,7 @@ def test_a_lane_whose_tokenizer_went_before_it_was_watched_is_counted(by_hand: N
     """A thread watches it, and may come late."""
     before, owner = numbers()["not_open"], Owner()
     meter = Meter(owner)
-    meter.begin(lambda: "opening", "arena")
+    meter.begin(lambda: "opening", "lane")
     with Lane({"dp0": 1}, capacity=8 * MIB) as lane:
         assert isinstance(lane.put(torch.ones(9)), Refused)
     del owner
@@ -308,7 +308,7 @@ def test_the_numbers_of_a_tokenizer_that_is_let_go_while_they_are_written_do_not
             extents.set(value)
 
     monkeypatch.setitem(metrics.GAUGES, "extents", LetGo())
-    Meter(owners[0]).begin(lambda: "unused", "arena")
+    Meter(owners[0]).begin(lambda: "unused", "lane")
     assert states() == {"unused": 1}
     eventually(lambda: not writing(), "the thread's end")
     assert owners == [] and states() == {}
@@ -317,7 +317,7 @@ def test_the_numbers_of_a_tokenizer_that_is_let_go_while_they_are_written_do_not
 def test_one_thread_writes_whatever_there_is(often: None) -> None:
     owner = Owner()
     meter = Meter(owner)
-    meter.begin(lambda: "unused", "arena")
+    meter.begin(lambda: "unused", "lane")
     with Lane({"dp0": 1}, capacity=8 * MIB) as one, Lane({"dp0": 1}, capacity=8 * MIB) as other:
         meter.watch(one)
         meter.watch(other)

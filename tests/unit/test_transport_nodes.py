@@ -614,7 +614,7 @@ def test_ranks_without_mmlane_get_tensors(
         assert plain.tolist() == [0.0] and url == "url"
         assert same(features(several.batch[1])[0], U)
         assert len(warnings(caplog)) == lines
-    assert "not all ranks run mmlane in mode arena" in warnings(caplog)[0]
+    assert "not all ranks run mmlane in mode lane" in warnings(caplog)[0]
     assert alone.answered == []
 
 

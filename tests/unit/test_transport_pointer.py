@@ -1281,5 +1281,5 @@ def test_the_segment_of_a_lost_request_goes_with_it(shut: Ends, wrap: Any) -> No
 
 
 def test_the_patch_file_brings_in_neither_torch_nor_the_engine() -> None:
-    code = "import sys, mmlane_patches.arena; sys.exit(bool({'torch', 'sglang'} & set(sys.modules)))"
+    code = "import sys, mmlane_patches.lane; sys.exit(bool({'torch', 'sglang'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

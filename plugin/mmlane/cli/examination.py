@@ -79,7 +79,7 @@ class Examination:
         if self.report is None:
             return "lane" if lane_size.has_lane(self.settings) else "segments"
         ours = self.report.ids("planned", "applied")
-        if "arena" in ours:
+        if "lane" in ours:
             return "lane"
         return "segments" if "shm_pointer" in [*ours, *self.report.ids("native")] else "engine"
 
@@ -99,6 +99,8 @@ class Examination:
             found.append(self._untested_note(self.report))
         if self.settings.unknown:
             found.append(settings.misspelt(self.settings.unknown))
+        if self.settings.former:
+            found.append(settings.renamed(self.settings.former))
         if self.here is not None:
             if self.here.triggers.entry_point is None:
                 found.append(

@@ -91,7 +91,7 @@ def _pinned_notes(chosen: Settings, memory: host.Memory, most: int, *, gpu: bool
 
 def has_lane(chosen: Settings) -> bool:
     """Whether the settings ask for a lane."""
-    return chosen.mode == "arena" and "arena" not in chosen.disable
+    return chosen.mode == "lane" and "lane" not in chosen.disable
 
 
 def _set(variable: str, nbytes: int) -> str:

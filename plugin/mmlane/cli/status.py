@@ -23,7 +23,7 @@ from mmlane.cli.units import size
 from mmlane.lane.status import LaneStats, OtherUser, StatusError, ask, running, switch
 
 NONE = (
-    "No lane runs in this network namespace. An engine in mode arena (MMLANE=arena, the default) makes one at its "
+    "No lane runs in this network namespace. An engine in mode lane (MMLANE=lane, the default) makes one at its "
     "first request with an image; one that cannot make one says so in its log at start, in a line with 'no lane'. "
     "Engines in other containers are not seen from here."
 )

@@ -32,7 +32,7 @@ class Former(NamedTuple):
     kind: str = ""
 
 
-# By the name of the figure. They stay beside the names of today until 0.2.0, and are listed in docs/arena.md.
+# By the name of the figure. They stay beside the names of today until 0.2.0, and are listed in docs/engine.md.
 FORMER: Final = {
     "capacity_bytes": Former(metric="mmlane_lane_bytes", kind="capacity"),
     "committed_bytes": Former(metric="mmlane_lane_bytes", kind="committed"),

@@ -11,7 +11,7 @@ from mmlane.engine.requests import Place
 from mmlane.transport.base import Declined, Here, Payload, Scheduler, Tokenizer, Transport
 from mmlane.transport.samples import Samples
 
-SMALL = 64 << 10  # bytes up to which this is the fastest way (docs/arena.md)
+SMALL = 64 << 10  # bytes up to which this is the fastest way (docs/engine.md)
 
 
 class Inline(Payload):

@@ -189,7 +189,7 @@ class Gate:
         route = look(self._ranks)
         if route is None:
             self._warn_if_late(
-                "not all ranks run mmlane in mode arena; install it on each node, with the same settings"
+                "not all ranks run mmlane in mode lane; install it on each node, with the same settings"
             )
             return
         self._route = route

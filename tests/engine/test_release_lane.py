@@ -26,66 +26,69 @@ pytestmark = pytest.mark.engine
 STATES = ("off", "unused", "opening", "open", "failed")
 
 
-def test_the_first_feature_opens_the_lane(version: str, arena: WatchedServer) -> None:
+def test_the_first_feature_opens_the_lane(version: str, lane_server: WatchedServer) -> None:
     specs, _ = compat.contributed(mmlane_patches)
     decisions = compat.plan(specs, Engine(Version(version), None), Settings())
-    looking.open_lanes(arena)
-    assert looking.lane(arena).joined == {"dp0": [0, 1]}
-    assert len(re.findall("the lane is open", arena.log())) == 1
-    (applied,) = re.findall("mmlane:   applied: (.*)", arena.log())
+    looking.open_lanes(lane_server)
+    assert looking.lane(lane_server).joined == {"dp0": [0, 1]}
+    assert len(re.findall("the lane is open", lane_server.log())) == 1
+    (applied,) = re.findall("mmlane:   applied: (.*)", lane_server.log())
     assert applied == ", ".join(i for i, d in decisions.items() if d.state == "planned")
-    assert "arena" in applied.split(", ")
+    assert "lane" in applied.split(", ")
 
 
-def test_ranks_wait_for_nothing(arena: WatchedServer) -> None:
+def test_ranks_wait_for_nothing(lane_server: WatchedServer) -> None:
     """Counted: the unpatched engine's ranks wait for each other at every image, ours at none that goes by lane."""
-    looking.open_lanes(arena)
-    before = arena.collectives()
+    looking.open_lanes(lane_server)
+    before = lane_server.collectives()
     for ask in (*ANSWERED.values(), asking.one_image_n3):
-        assert ask(arena).status == 200
-    assert arena.collectives() == before
+        assert ask(lane_server).status == 200
+    assert lane_server.collectives() == before
 
 
 @pytest.mark.parametrize("held", [False, True])
-def test_eight_samples_share_one_copy(held: bool, arena: WatchedServer) -> None:
+def test_eight_samples_share_one_copy(held: bool, lane_server: WatchedServer) -> None:
     """Also when each is sent only after all tickets before it, that of the warm-up first, have been released."""
-    looking.open_lanes(arena)
+    looking.open_lanes(lane_server)
     picture = jpeg(640, 480, seed=11 + held)
-    before = looking.lane(arena)
-    one = arena.generate([picture], asking.TEXT)
-    between = looking.lane(arena)
-    with looking.flag(arena, "hold") if held else nullcontext():
-        eight = arena.generate([picture], asking.TEXT, n=8)
-    after = looking.lane(arena)
+    before = looking.lane(lane_server)
+    one = lane_server.generate([picture], asking.TEXT)
+    between = looking.lane(lane_server)
+    with looking.flag(lane_server, "hold") if held else nullcontext():
+        eight = lane_server.generate([picture], asking.TEXT, n=8)
+    after = looking.lane(lane_server)
     assert asking.tokens(eight) == asking.tokens(one) * 8
     assert between.copied_bytes - before.copied_bytes >= 640 * 480 * 3 * 4
     assert after.copied_bytes - between.copied_bytes == between.copied_bytes - before.copied_bytes
     assert after.puts - between.puts == 9  # the request that warms the prefix is one, too
 
 
-def test_hanging_up_on_several_samples(arena: WatchedServer) -> None:
+def test_hanging_up_on_several_samples(lane_server: WatchedServer) -> None:
     """At the first token, and while the warm-up is under way: nothing is left, and no collector is waited for."""
-    looking.open_lanes(arena)
-    looking.wait_for_baseline(arena)
-    with looking.flag(arena, "uncollected"):
+    looking.open_lanes(lane_server)
+    looking.wait_for_baseline(lane_server)
+    with looking.flag(lane_server, "uncollected"):
         for seed in range(30, 33):
-            events = arena.stream([asking.image(seed)], asking.TEXT, n=3, max_new_tokens=50)
+            events = lane_server.stream([asking.image(seed)], asking.TEXT, n=3, max_new_tokens=50)
             next(events)
             events.close()  # type: ignore[attr-defined]
-        looking.wait_for_baseline(arena)
+        looking.wait_for_baseline(lane_server)
         for seed in range(33, 36):
-            with asking.schedulers_stopped(arena), looking.asked_and_left(arena, asking.image(seed), n=3):
-                asking.wait_for(lambda: looking.lane(arena).tickets == 1, "the ticket")
-            looking.wait_for_baseline(arena)
+            with (
+                asking.schedulers_stopped(lane_server),
+                looking.asked_and_left(lane_server, asking.image(seed), n=3),
+            ):
+                asking.wait_for(lambda: looking.lane(lane_server).tickets == 1, "the ticket")
+            looking.wait_for_baseline(lane_server)
 
 
-def test_metrics(arena: WatchedServer) -> None:
+def test_metrics(lane_server: WatchedServer) -> None:
     """In the engine's own /metrics, where numbers are written once a second."""
-    looking.open_lanes(arena)
-    assert asking.ANSWERED["one image"](arena).status == 200  # the first that surely goes by lane
+    looking.open_lanes(lane_server)
+    assert asking.ANSWERED["one image"](lane_server).status == 200  # the first that surely goes by lane
 
     def now() -> dict[str, float]:
-        stats = looking.lane(arena)
+        stats = looking.lane(lane_server)
         return {
             'mmlane_lane_bytes{kind="capacity"}': stats.capacity_bytes,
             'mmlane_lane_bytes{kind="committed"}': stats.committed_bytes,
@@ -101,7 +104,7 @@ def test_metrics(arena: WatchedServer) -> None:
             "mmlane_copy_seconds_total": stats.copy_seconds,
             "mmlane_lost_tickets_total": 0,
             'mmlane_fallbacks_total{cause="not_open"}': stats.fallbacks["not_open"],
-            f'mmlane_info{{mode="arena",version="{__version__}"}}': 1,
+            f'mmlane_info{{mode="lane",version="{__version__}"}}': 1,
             **{
                 f"mmlane_{name}": getattr(stats, name)
                 for name in ("capacity_bytes", "committed_bytes", "used_bytes", "extents", "tickets")
@@ -116,13 +119,13 @@ def test_metrics(arena: WatchedServer) -> None:
 
     assert now()["mmlane_puts_total"] > 0
     asking.wait_for(
-        lambda: looking.metrics(arena) == pytest.approx(now()),
-        lambda: f"{looking.metrics(arena)} to be {now()}",
+        lambda: looking.metrics(lane_server) == pytest.approx(now()),
+        lambda: f"{looking.metrics(lane_server)} to be {now()}",
     )
 
 
-def test_status(arena: WatchedServer) -> None:
+def test_status(lane_server: WatchedServer) -> None:
     command = [str(Path(sys.executable).with_name("mmlane")), "status", "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    (found,) = [told for told in json.loads(shown.stdout) if told["pid"] == looking.lane(arena).pid]
-    assert found["stats"] == json.loads(json.dumps(looking.lane(arena).as_dict()))
+    (found,) = [told for told in json.loads(shown.stdout) if told["pid"] == looking.lane(lane_server).pid]
+    assert found["stats"] == json.loads(json.dumps(looking.lane(lane_server).as_dict()))

@@ -1,4 +1,4 @@
-"""arena: features travel by the lane: one copy in, none out, no barrier, nothing to leak.
+"""lane: features travel by the lane: one copy in, none out, no barrier, nothing to leak.
 
 Why: on every release a feature costs a fresh segment, a page-faulting copy into it, a barrier and (from 0.5.19) an
 all-reduce, once for each of n samples; and a crash leaves its segments behind.
@@ -87,7 +87,7 @@ def _controller(init: Callable[..., None]) -> Callable[..., None]:
 
 
 SPEC = matrix().spec(
-    "arena",
+    "lane",
     targets=(
         Target(
             module="sglang.srt.managers.mm_utils",
