@@ -72,20 +72,6 @@ def _scheduler(init: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _controller(init: Callable[..., None]) -> Callable[..., None]:
-    signature = inspect.signature(init)
-
-    @wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        with guarded("start", "the lane does not open, and features travel inside of their requests"):
-            from mmlane.transport import controller_side
-
-            controller_side.start(self, signature.bind(self, *args, **kwargs).arguments["server_args"])
-
-    return __init__
-
-
 SPEC = matrix().spec(
     "lane",
     targets=(
@@ -155,7 +141,7 @@ SPEC = matrix().spec(
                 "(self, server_args, port_args, run_scheduler_process_func)",
                 "(self, server_args, port_args, run_scheduler_process_func, prelaunched_schedulers=)",
             ),
-            replace=_controller,
+            replace="mmlane.transport.controller_side:start_after",
         ),
         Target(
             module="sglang.srt.managers.io_struct",

@@ -37,6 +37,18 @@ class Elsewhere:
         return getattr(self.socket, name)
 
 
+def start_after(init: Callable[..., None]) -> Callable[..., None]:
+    """`DataParallelController.__init__`, by which it has its sockets."""
+
+    @wraps(init)
+    def __init__(self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, server_args, *args, **kwargs)
+        with guarded("start", "the lane does not open, and features travel inside of their requests"):
+            start(self, server_args)
+
+    return __init__
+
+
 def start(controller: Any, server_args: Any) -> None:
     """Give a controller that has just been made its side, if requests leave this node from it."""
     sockets = controller.workers
