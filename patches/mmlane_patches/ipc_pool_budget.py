@@ -11,7 +11,6 @@ When it can go: with the oldest supported engine at 0.5.11.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -19,10 +18,8 @@ from functools import wraps
 from typing import Any
 
 from mmlane.compat import matrix
-from mmlane.log import guarded
+from mmlane.log import guarded, logger
 from mmlane.patching import Target
-
-logger = logging.getLogger("mmlane")
 
 MODULE = "sglang.srt.utils.cuda_ipc_transport_utils"
 VARIABLE = "SGLANG_MM_FEATURE_CACHE_MB"
@@ -54,7 +51,7 @@ def _budget(memory_size: int, workers: int) -> int:
     total = memory_size if VARIABLE in os.environ else DEFAULT
     mine = share(total, workers)
     logger.info(
-        "mmlane: the pool of CUDA IPC features takes %.0f MiB of GPU memory in each of %d tokenizer "
+        "the pool of CUDA IPC features takes %.0f MiB of GPU memory in each of %d tokenizer "
         "workers (%s: %.0f MiB for all, each with 128 at least)",
         *(mine / MIB, workers, VARIABLE, total / MIB),
     )
@@ -71,7 +68,7 @@ def _workers(server_args: Callable[[], Any]) -> int:
 
 def _say_full(pool: Any, src_tensor: Any) -> None:
     logger.warning(
-        "mmlane: a feature of %.2f MiB found no room in the pool of CUDA IPC features, which has %.2f "
+        "a feature of %.2f MiB found no room in the pool of CUDA IPC features, which has %.2f "
         "MiB; so it goes by the CPU, through the lane or shared memory, which is slower; if features "
         "often do, raise %s; said once",
         src_tensor.numel() * src_tensor.element_size() / MIB,

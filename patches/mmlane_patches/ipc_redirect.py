@@ -12,16 +12,13 @@ When it can go: with the oldest supported engine at 0.5.11.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from mmlane.compat import matrix
-from mmlane.log import guarded
+from mmlane.log import guarded, logger
 from mmlane.patching import Target
-
-logger = logging.getLogger("mmlane")
 
 # A handle and the index of its device, for each way in which a tensor may have been shared.
 SHARED = (("pool_handle", "pool_device_index"), ("handle", "device_index"))
@@ -53,7 +50,7 @@ def reaches(device: int, producer: int) -> bool:
         _reach[pair] = not visible or torch.cuda.can_device_access_peer(device, producer)
         if not _reach[pair]:
             logger.warning(
-                "mmlane: wanted peer access from cuda:%d to cuda:%d, found none; so features are opened on "
+                "wanted peer access from cuda:%d to cuda:%d, found none; so features are opened on "
                 "cuda:%d, as the engine does it, which costs this process a CUDA context there, about 500 MiB; "
                 "silence this with MMLANE_DISABLE=ipc_redirect",
                 device,

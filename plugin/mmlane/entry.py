@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import mmlane_patches
-from mmlane import compat, engine, import_hook, settings
+from mmlane import PREFIX, compat, engine, import_hook, settings
 from mmlane.engine_help import HELP
 from mmlane.log import say
 from mmlane.patching import Decision, Failure, Patcher, Refusal, Replacement, Target, apply
@@ -27,7 +27,7 @@ HOOKS_MODULE = "sglang.srt.plugins.hook_registry"
 LAST_MODULE = "sglang.srt.entrypoints.engine"
 # The engine reads its `--config FILE` here; up to 0.5.18 in the former.
 CONFIG_MODULES = ("sglang.srt.server_args_config_parser", "sglang.srt.utils.server_args_config_parser")
-NOT_STARTED = "mmlane: MMLANE_STRICT=1 and the engine would run without the above: not started"
+NOT_STARTED = f"{PREFIX}MMLANE_STRICT=1 and the engine would run without the above: not started"
 
 
 class Session:
@@ -201,7 +201,7 @@ def start(trigger: str) -> None:
         session = Session(chosen, here, trigger)
         session.begin()
     except settings.SettingsError as error:
-        raise SystemExit(f"mmlane: {error}") from None
+        raise SystemExit(f"{PREFIX}{error}") from None
     except Exception as error:  # noqa: BLE001 - whatever it is
         give_up(error)
 

@@ -8,6 +8,8 @@ import os
 import sys
 from _thread import get_ident  # built in, unlike threading
 
+from mmlane import PREFIX
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,10 +87,10 @@ def give_up(error: Exception, *, child: bool) -> None:
     """
     cause = f"{type(error).__name__}: {error}"
     if os.environ.get("MMLANE_STRICT", "").strip() == "1" or "--mmlane-strict" in sys.argv:
-        raise SystemExit(f"mmlane: could not start: {cause}") from error
+        raise SystemExit(f"{PREFIX}could not start: {cause}") from error
     if child:
         where = "in this process, whose peers may count on it"
-        raise SystemExit(f"mmlane: could not start {where}: {cause}; start the engine anew") from error
+        raise SystemExit(f"{PREFIX}could not start {where}: {cause}; start the engine anew") from error
     os.environ["MMLANE"] = "off"
     advice = "reinstall it with pip, or report this; MMLANE=off silences it"
-    print(f"mmlane: is off, the engine runs without it: {cause}; {advice}", file=sys.stderr, flush=True)
+    print(f"{PREFIX}is off, the engine runs without it: {cause}; {advice}", file=sys.stderr, flush=True)

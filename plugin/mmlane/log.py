@@ -8,10 +8,21 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
-logger = logging.getLogger("mmlane")
+from mmlane import PREFIX
+
+
+class _Prefixed(logging.LoggerAdapter[logging.Logger]):
+    """Begins every line alike, so that a person finds them among those of the engine."""
+
+    def process(self, msg: object, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
+        return f"{PREFIX}{msg}", kwargs
+
+
+logger = _Prefixed(logging.getLogger("mmlane"))
 
 failures: Counter[str] = Counter()  # by seam, such as "put" or "metrics"; in /metrics as mmlane_failures_total
 _total: Callable[[str, int], None] | None = None  # told of each, once there are metrics
@@ -34,7 +45,7 @@ def failed(seam: str, error: BaseException, consequence: str) -> None:
         if cause not in _said:
             _said.add(cause)
             # Its text: a handler that keeps records would keep the error's traceback, and with that a lane.
-            logger.warning("mmlane: %s failed: %s: %s; %s", seam, kind, str(error), consequence)
+            logger.warning("%s failed: %s: %s; %s", seam, kind, str(error), consequence)
 
 
 def count_with(total: Callable[[str, int], None]) -> None:
@@ -56,4 +67,4 @@ def guarded(seam: str, consequence: str) -> Iterator[None]:
 
 def say(line: str) -> None:
     """One line on standard error, for what comes before the engine has set up logging."""
-    print(f"mmlane: {line}", file=sys.stderr, flush=True)
+    print(f"{PREFIX}{line}", file=sys.stderr, flush=True)

@@ -41,12 +41,12 @@ class _Broken(logging.Handler):
 
 def test_nothing_is_raised_where_a_failure_cannot_be_said() -> None:
     handler = _Broken()
-    log.logger.addHandler(handler)
+    logging.getLogger("mmlane").addHandler(handler)
     try:
         log.failed("put", ValueError("x"), "y")
         log.failed("put", _Mute(), "y")
     finally:
-        log.logger.removeHandler(handler)
+        logging.getLogger("mmlane").removeHandler(handler)
     assert log.failures == {"put": 2}
 
 

@@ -601,10 +601,10 @@ class Said(logging.Handler):
 @pytest.fixture
 def unopened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Said]:
     said = Said("the lane has not opened within")
-    log.logger.addHandler(said)
+    logging.getLogger("mmlane").addHandler(said)
     monkeypatch.setattr("mmlane.transport.lane.OPENING_S", 0.0)
     yield said
-    log.logger.removeHandler(said)
+    logging.getLogger("mmlane").removeHandler(said)
 
 
 def test_the_line_when_it_does_not_open(
@@ -877,7 +877,7 @@ def confined() -> tuple[list[Ticket | Declined], list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log.logger.addHandler(handler)
+    logging.getLogger("mmlane").addHandler(handler)
     limit_address_space(256 * MIB)
     producer = Producer(Tokenizer({"dp0": 1}, 1 << 30))
     return [producer.put(torch.ones(9)) for _ in range(2)], lines

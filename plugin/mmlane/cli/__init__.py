@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from mmlane import __version__
+from mmlane import PREFIX, __version__
 
 try:
     import typer
@@ -15,7 +15,7 @@ except ModuleNotFoundError as missing:
     if (missing.name or "").startswith("mmlane"):
         raise
     advice = "leave out Python's -S if it is there, or reinstall mmlane with pip"
-    raise SystemExit(f"mmlane: {missing}, which the command needs; {advice}") from None
+    raise SystemExit(f"{PREFIX}{missing}, which the command needs; {advice}") from None
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command(cls=DoctorCommand)(doctor)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from mmlane import __version__
+from mmlane import PREFIX, __version__
 from mmlane.cli import lane_size
 from mmlane.cli.console import console, until_closed
 from mmlane.cli.examination import TROUBLE, USAGE, Examination, Here, examine
@@ -93,7 +93,7 @@ def doctor(
     except SettingsError as error:
         if as_json:
             _fail(str(error), USAGE)
-        typer.echo(f"mmlane: {error}", err=True)
+        typer.echo(f"{PREFIX}{error}", err=True)
         raise typer.Exit(USAGE) from None
     except Exception as error:
         if not as_json:

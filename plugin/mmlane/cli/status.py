@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mmlane import PREFIX
 from mmlane.cli.console import console, is_live, until_closed
 from mmlane.cli.examination import FINE, TROUBLE
 from mmlane.cli.units import size
@@ -88,7 +89,7 @@ def status(
         if as_json:
             typer.echo(json.dumps({"error": str(error)}))
         else:
-            typer.echo(f"mmlane: {error}", err=True)
+            typer.echo(f"{PREFIX}{error}", err=True)
         raise typer.Exit(TROUBLE) from None
     except KeyboardInterrupt:
         raise typer.Exit(FINE) from None
@@ -145,12 +146,12 @@ def _switch_all(pid: int | None, everything: bool, *, off: bool) -> None:
     try:
         found = look()
     except StatusError as error:
-        typer.echo(f"mmlane: {error}", err=True)
+        typer.echo(f"{PREFIX}{error}", err=True)
         raise typer.Exit(TROUBLE) from None
     lanes = [lane for lane in found if (lane.is_ours if everything else lane.pid == pid)]
     if not lanes:
         whose = "this user" if everything else f"process {pid}"
-        typer.echo(f"mmlane: no lane of {whose}; `mmlane status` lists all" if found else NONE, err=True)
+        typer.echo(f"{PREFIX}no lane of {whose}; `mmlane status` lists all" if found else NONE, err=True)
         raise typer.Exit(TROUBLE)
     failed = False
     for lane in lanes:
@@ -158,7 +159,7 @@ def _switch_all(pid: int | None, everything: bool, *, off: bool) -> None:
             typer.echo(f"{lane.name}: {switch(lane.name, off).state}")
         except StatusError as error:
             failed = True
-            typer.echo(f"mmlane: {error}", err=True)
+            typer.echo(f"{PREFIX}{error}", err=True)
     if failed:
         raise typer.Exit(TROUBLE)
 

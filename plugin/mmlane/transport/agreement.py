@@ -78,7 +78,7 @@ def or_end() -> Iterator[None]:
         yield
     except Exception as error:
         logger.critical(
-            "mmlane: this rank ends, and the engine with it, because it could not do what its peers do:"
+            "this rank ends, and the engine with it, because it could not do what its peers do:"
             " %s: %s; start the engine again, with MMLANE=off if this comes back, and please report it",
             *(type(error).__name__, error),
         )
@@ -124,7 +124,7 @@ def _give_up(arrival: Arrival, error: str | None) -> None:
     cause = "on at least one rank"
     payloads = [pointer.payload for pointer in arrival.pointers()]
     logger.error(
-        "mmlane: request %s: %s",
+        "request %s: %s",
         getattr(arrival.request, "rid", None),
         lost_message(payloads, error or f"{cause}; this one has them"),
     )

@@ -102,5 +102,5 @@ def _tensor(value: Any) -> Any:
         return compact(value.materialize())
     except LostFeature as error:
         value.lost = str(error)
-        logger.error("mmlane: a feature for a replica on another node is lost: %s", error)
+        logger.error("a feature for a replica on another node is lost: %s", error)
         return value

@@ -185,7 +185,7 @@ class Producer:
             pinned = min(here.pinned, capacity)  # the lane itself refuses more
             if pinned < here.pinned:
                 logger.info(
-                    "mmlane: all %d MiB of the lane are pinned: MMLANE_PINNED_MB is %d, by setting or by default,"
+                    "all %d MiB of the lane are pinned: MMLANE_PINNED_MB is %d, by setting or by default,"
                     " and the lane's capacity (MMLANE_CAPACITY_MB) is less",
                     *(capacity >> 20, here.pinned >> 20),
                 )
@@ -229,7 +229,7 @@ class Producer:
     def _warn(self, cause: str, line: str) -> None:
         if cause not in self._warned:
             self._warned.add(cause)
-            logger.warning("mmlane: %s", line)
+            logger.warning("%s", line)
 
 
 def _in_a_thread(work: Callable[..., None], *args: Any) -> None:
@@ -250,13 +250,13 @@ def _wait(lane: Lane) -> None:
     ranks = " + ".join(str(count) for count in lane.expected.values())
     began = time.monotonic()
     late = (
-        "mmlane: the lane has not opened within %.0f s, because not all of its %s ranks have joined it;"
+        "the lane has not opened within %.0f s, because not all of its %s ranks have joined it;"
         " features go by shared-memory segments until it does; `mmlane status` tells who is missing, the"
         " log of that rank why, and MMLANE=backport silences this"
     )
     if wait_open(lane, late, OPENING_S, ranks):
         logger.info(
-            "mmlane: the lane is open: %s ranks, %.1f GiB of room, %.1f s after the first feature",
+            "the lane is open: %s ranks, %.1f GiB of room, %.1f s after the first feature",
             *(ranks, lane.stats().capacity_bytes / 2**30, time.monotonic() - began),
         )
 

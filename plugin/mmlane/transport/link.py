@@ -39,7 +39,7 @@ AHEAD = 4  # chunks that may be on their way to a leader, and from it
 HEARTBEAT_S = 30.0  # between two messages, at most
 OPEN = "open"
 _LATE = (
-    "mmlane: the lane for features from another node has not opened within %.0f s, because not all of its ranks"
+    "the lane for features from another node has not opened within %.0f s, because not all of its ranks"
     " have joined it: features go to all nodes inside of their requests until it does; `mmlane status` on this"
     " node tells which rank is missing, the log of that rank why"
 )
@@ -118,7 +118,7 @@ class Departure:
             for end, _ in enumerate(self.nodes, start=1):
                 wire.hear(end)
             self.state = "open"
-            logger.info("mmlane: features cross to the other %d nodes once each from now on", len(self.nodes))
+            logger.info("features cross to the other %d nodes once each from now on", len(self.nodes))
             while True:
                 self._carry(wire, self._next())
         except Exception as error:  # noqa: BLE001 - whatever it is: no thread may end unseen
@@ -198,7 +198,7 @@ class Landing:
                 self._lane = self._make_lane()
             except LaneUnavailable as error:
                 logger.warning(
-                    "mmlane: no lane for features from another node: %s. This rank receives them into its own"
+                    "no lane for features from another node: %s. This rank receives them into its own"
                     " memory, and sends a copy to each other rank here; MMLANE_CAPACITY_MB sets a lane's size",
                     error,
                 )

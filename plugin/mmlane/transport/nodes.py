@@ -201,9 +201,7 @@ class Gate:
     def _warn_if_late(self, why: str) -> None:
         if time.monotonic() > self._late_from and not self._warned:
             self._warned = True
-            logger.warning(
-                "mmlane: features go to every rank inside of their requests, as without mmlane: %s", why
-            )
+            logger.warning("features go to every rank inside of their requests, as without mmlane: %s", why)
 
     def _ring(self) -> None:
         os.eventfd_write(self.bell, 1)
@@ -261,7 +259,7 @@ class Gate:
             except LostFeature as error:
                 arrival.release()
                 lost.append(arrival.request)
-                logger.error("mmlane: request %s: %s", getattr(arrival.request, "rid", None), error)
+                logger.error("request %s: %s", getattr(arrival.request, "rid", None), error)
                 self._answer(arrival.request, str(error))
         messages = [waiting.message]
         move_out_of_batches(messages, lost)

@@ -123,7 +123,7 @@ def _take_alone(arrival: Arrival) -> None:
             # The rank that received it could take it, and other nodes may, too.
             raise RuntimeError(f"features of a request are lost on this node alone: {error}") from error
         arrival.lost = str(error)
-        logger.error("mmlane: request %s: %s", getattr(arrival.request, "rid", None), arrival.lost)
+        logger.error("request %s: %s", getattr(arrival.request, "rid", None), arrival.lost)
         arrival.release()
 
 
@@ -160,7 +160,7 @@ def start(scheduler: Any, server_args: Any, place: RankPlace, *, capacity: int |
     _become(this)
     if rust_server() and not any(place):
         logger.warning(
-            "mmlane: no lane with SGLANG_RUST_SERVER, which makes its segments itself; features travel as they do"
+            "no lane with SGLANG_RUST_SERVER, which makes its segments itself; features travel as they do"
             " without it; MMLANE=backport silences this"
         )
 

@@ -163,7 +163,7 @@ class Segment(Payload):
         except FileNotFoundError:
             return  # a peer was first
         except (OSError, ValueError, RuntimeError) as error:
-            logger.warning("mmlane: could not remove %s from %s: %s", self.name, SHM, error)
+            logger.warning("could not remove %s from %s: %s", self.name, SHM, error)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if ending():
@@ -252,9 +252,7 @@ class SegmentTransport(Transport):
     def _declined(self, cause: str, error: Exception) -> Declined:
         if cause not in self._warned:
             self._warned.add(cause)
-            logger.warning(
-                "mmlane: %s. The feature is sent inline, which is slower; said once per cause.", str(error)
-            )
+            logger.warning("%s. The feature is sent inline, which is slower; said once per cause.", str(error))
         return Declined(cause)
 
 

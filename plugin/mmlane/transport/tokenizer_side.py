@@ -69,7 +69,7 @@ def start(manager: Any, server_args: Any, *, capacity: int | None, pinned: int, 
     if obstacle := without_lane(server_args):
         if multimodal:
             logger.warning(
-                "mmlane: no lane with %s; features travel as they do without it; MMLANE=backport silences this",
+                "no lane with %s; features travel as they do without it; MMLANE=backport silences this",
                 obstacle,
             )
     else:
