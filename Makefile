@@ -7,13 +7,14 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 BENCH := $(VENV)/.bench
 V ?= 0.5.12.post1
+PROSE := README.md CHANGELOG.md CONTRIBUTING.md docs/*.md
 # For tests that wait more than they compute: four at once, handed out one by one, so that long ones begin first.
 AT_ONCE := -n 4 --maxschedchunk 1
 
 # The others: in as many processes as there are cores, each takes what the others have not begun.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint lint-check lint-format lint-types lint-imports unit lane thorough contract engine matrix transcripts matrix-new \
+.PHONY: demo test lint lint-check lint-format lint-types lint-imports lint-prose unit lane thorough contract engine matrix transcripts matrix-new \
 	fresh fingerprints table bench coverage pythons mutants clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
@@ -23,8 +24,8 @@ demo: $(INSTALLED)
 # Everything that has to hold: checks, unit, lane and contract tests, and six engine releases for real.
 test: lint unit lane contract engine
 
-# The hooks of .pre-commit-config.yaml call these four.
-lint: lint-check lint-format lint-types lint-imports
+# The hooks of .pre-commit-config.yaml call these five.
+lint: lint-check lint-format lint-types lint-imports lint-prose
 
 lint-check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -37,6 +38,12 @@ lint-types: $(READY)
 
 lint-imports: $(READY)
 	$(VENV)/bin/lint-imports --no-cache
+
+# Spelling, phrases that say nothing, and words for which tools/plain_words.yaml has plainer ones.
+lint-prose: $(READY)
+	$(VENV)/bin/codespell $(PROSE) plugin patches tests tools devkit bench Makefile
+	$(VENV)/bin/proselint check --config tools/proselint.json $(PROSE)
+	$(RUN) -m tools.prose
 
 unit: $(READY)
 	$(RUN) -m pytest tests/unit $(PARALLEL)
@@ -98,7 +105,7 @@ pythons: $(READY)
 mutants: $(READY)
 	$(RUN) -m tools.mutants $(M)
 
-# Figures: the start line, the lane beside the engine's transports and others, the engine with and without the plugin,
+# Figures: the startup hook, the lane beside the engine's transports and others, the engine with and without the plugin,
 # what text-only requests pay, and the way to a GPU where there is one; plots and tables in bench/out. It takes hours;
 # QUICK=1 takes a part of them, and ends with the ratios that moved since those in git (tools/ratios.py).
 bench: $(BENCH)
