@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
@@ -21,7 +21,8 @@ PACKAGES = ("plugin", "patches")
 _CODE = re.compile(r"^```.*?^```|`[^`\n]+`|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
 _SPOKEN = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}  # from 3.12 on
 
-Text = tuple[int, str]  # the number of its first line, and what stands there
+Text = tuple[int, str]  # the number of a line, and what stands there
+Read = Callable[[Path], Iterator[Text]]
 
 
 def text_of(document: Path) -> Iterator[Text]:
@@ -41,7 +42,9 @@ def words_of(module: Path) -> Iterator[Text]:
 def found_in(checkout: Path, words: dict[str, str]) -> Iterator[str]:
     """A line for each place that has one of the words."""
     rules = [(re.compile(rf"\b(?:{word})\b", re.IGNORECASE), instead) for word, instead in words.items()]
-    texts = [(path, text_of) for pattern in DOCUMENTS for path in sorted(checkout.glob(pattern))]
+    texts: list[tuple[Path, Read]] = [
+        (path, text_of) for pattern in DOCUMENTS for path in sorted(checkout.glob(pattern))
+    ]
     texts += [
         (path, words_of) for package in PACKAGES for path in sorted(checkout.joinpath(package).rglob("*.py"))
     ]
