@@ -5,13 +5,14 @@ namespaces with a /dev/shm each, two ranks in each. `off` is the engine without 
 its default mode, on both nodes; servers of both in turn.
 
 blocked: in `TokenizerManager._send_one_request`, while the event loop does nothing else. received: in
-`recv_requests`, of the rank for which it took longest. held: the storage that a rank keeps for a request's
-tensors, over their own bytes. crossed: what the second node's link has received, over those bytes. Figures are
-medians over requests, of crossed the least; how the others are noted is told in `bench.engine`. bare: what a
-transfer of as many bytes takes by `torch.distributed.send` between two processes on such nodes, with nothing
-beside.
+`recv_requests`, of the rank for which it took longest; of text: the same for requests without images. held: the
+storage that a rank keeps for a request's tensors, over their own bytes. crossed: what the second node's link
+has received, over those bytes. Figures are medians over requests, of crossed the least; how the others are
+noted is told in `bench.engine`. bare: what a transfer of as many bytes takes by `torch.distributed.send`
+between two processes on such nodes, with nothing beside.
 
-Without the plugin, many images are as many times their bytes, in each process: so they are small ones here.
+Without the plugin a request is as many times its bytes as it has images, several times over in each process: these
+are as large as 24 GiB of memory allow.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Images:
         return f"{self.count} of {self.width}x{self.height}"
 
 
-IMAGES = (Images(5, 1280, 720), Images(32, 320, 240))
+IMAGES = (Images(5, 952, 532), Images(32, 140, 112))
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Figures:
     blocked: list[float] = field(default_factory=list)
     received: list[float] = field(default_factory=list)
     latency: list[float] = field(default_factory=list)
+    of_text: list[float] = field(default_factory=list)
     held: list[float] = field(default_factory=list)
     crossed: list[float] = field(default_factory=list)
     payload: int = 0
@@ -86,12 +88,15 @@ def measure(release: str, images: Images, mode: str, wheel: Path, count: int, in
                 before = server.network.received(1)
                 answered += ask(server, [_body(pictures, number)], case)
                 arrived.append(server.network.received(1) - before)
+            text = ask(server, [_body([], number) for number in range(count)], case)
         written = read_notes(Path(notes))
     figures = per_request(written, answered[UNCOUNTED:], 1)
     received = [note for note in written if note["what"] == "recv"]
     into.payload = received[-1]["bytes"]
     into.blocked += figures["send_s"]
     into.received += map(max, *(figures[f"recv{rank}_s"] for rank in range(RANKS)))
+    texts = per_request(written, text, 1)
+    into.of_text += map(max, *(texts[f"text{rank}_s"] for rank in range(RANKS)))
     into.latency += [each.ended - each.began for each in answered[UNCOUNTED:]]
     into.held += [note["held"] / note["bytes"] for note in received[-RANKS * count :]]
     into.crossed += [nbytes / into.payload for nbytes in arrived[UNCOUNTED:]]
@@ -100,7 +105,7 @@ def measure(release: str, images: Images, mode: str, wheel: Path, count: int, in
 def _body(pictures: list[str], number: int) -> dict[str, Any]:
     return {
         "text": IMAGE_SLOT * len(pictures) + f"What is this? ({number})",
-        "image_data": pictures,
+        **({"image_data": pictures} if pictures else {}),
         "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
     }
 
@@ -156,8 +161,9 @@ def main() -> None:
         nbytes, times, address, rank = options.send
         _send(int(nbytes), int(times), address, int(rank))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     table = Table("release, images", "mode", *COLUMNS, box=None)
+<<<<<<< HEAD
     with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:
         wheel = build_wheel(Path(scratch))
         for release in options.releases:
@@ -169,16 +175,32 @@ def main() -> None:
                     table.add_row(f"{release}, {images}", mode, *_cells(figures, found["off"], mode))
                 payload = found["lane"].payload
                 table.add_row("", f"bare, {payload >> 20} MiB", "", f"{bare(payload) * 1e3:.0f}")
+=======
+>>>>>>> benchnodes
     console.print(f"{facts()['cores']} cores ({processor()}), mmlane {facts()['commit']}")
-    console.print(table)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:
+            wheel = build_wheel(Path(scratch))
+            for release in options.releases:
+                for images in IMAGES:
+                    found = {mode: Figures() for mode in MODES}
+                    for _, mode in order(MODES, options.rounds):
+                        measure(release, images, mode, wheel, options.requests, found[mode])
+                    for mode, figures in found.items():
+                        table.add_row(f"{release}, {images}", mode, *_cells(figures, found["off"], mode))
+                    payload = found["lane"].payload
+                    table.add_row("", f"bare, {payload >> 20} MiB", "", f"{bare(payload) * 1e3:.0f}")
+    finally:  # a server that fails costs its own figures alone
+        console.print(table)
 
 
-COLUMNS = ("blocked, ms", "received, ms", "latency, ms", "held / payload", "crossed / payload")
+WIDTH = 160  # where there is no terminal
+COLUMNS = ("blocked, ms", "received, ms", "of text, ms", "latency, ms", "held / payload", "crossed / payload")
 
 
 def _cells(figures: Figures, off: Figures, mode: str) -> list[str]:
     cells = []
-    for name in ("blocked", "received", "latency"):
+    for name in ("blocked", "received", "of_text", "latency"):
         value = statistics.median(getattr(figures, name))
         ratio = value / statistics.median(getattr(off, name))
         cells.append(f"{value * 1e3:.1f}" + (f" ({ratio:.2f} x)" if mode != "off" else ""))

@@ -196,7 +196,7 @@ def per_request(
 
 
 def _figures(note: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    what = f"recv{note['rank']}" if note["what"] == "recv" else note["what"]
+    what = f"{note['what']}{note['rank']}" if "rank" in note else note["what"]
     yield from ((f"{what}_{key}", note[key]) for key in ("s", "cpu", "faults"))
     if note["what"] == "wrap":
         yield from ((key, note[key]) for key in ("bytes", "inline"))

@@ -188,11 +188,14 @@ def _receiving(receive: Callable[..., Any]) -> Callable[..., Any]:
     def recv_requests(*args: Any, **kwargs: Any) -> Any:
         with Stopwatch() as watch:
             received = receive(*args, **kwargs)
-        if received and (carried := sum(map(_tensors, received))):
+        if received:
             from torch.distributed import get_rank
 
-            held = _storage(received)
-            watch.note("recv", rank=get_rank(), bytes=carried, requests=len(received), held=held)
+            if carried := sum(map(_tensors, received)):
+                held = _storage(received)
+                watch.note("recv", rank=get_rank(), bytes=carried, requests=len(received), held=held)
+            else:
+                watch.note("text", rank=get_rank())
         return received
 
     return recv_requests
