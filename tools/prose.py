@@ -42,12 +42,11 @@ def words_of(module: Path) -> Iterator[Text]:
 def found_in(checkout: Path, words: dict[str, str]) -> Iterator[str]:
     """A line for each place that has one of the words."""
     rules = [(re.compile(rf"\b(?:{word})\b", re.IGNORECASE), instead) for word, instead in words.items()]
-    texts: list[tuple[Path, Read]] = [
-        (path, text_of) for pattern in DOCUMENTS for path in sorted(checkout.glob(pattern))
-    ]
-    texts += [
-        (path, words_of) for package in PACKAGES for path in sorted(checkout.joinpath(package).rglob("*.py"))
-    ]
+    texts: list[tuple[Path, Read]] = []
+    for pattern in DOCUMENTS:
+        texts += [(path, text_of) for path in sorted(checkout.glob(pattern))]
+    for package in PACKAGES:
+        texts += [(path, words_of) for path in sorted((checkout / package).rglob("*.py"))]
     for path, read in texts:
         for number, line in read(path):
             for rule, instead in rules:
