@@ -82,7 +82,7 @@ def give_up(error: Exception, *, child: bool) -> None:
     """What follows, in one line, where mmlane cannot be had: the engine runs without it, also its children.
 
     In strict mode the process ends. So it does in a child, whose parent would have turned mmlane off had it not
-    had it either: its peers would wait for this one in their collectives. The start line, mmlane.pth, does the
+    had it either: its peers would wait for this one in their collectives. The startup hook, mmlane.pth, does the
     same by itself where this file cannot be imported.
     """
     cause = f"{type(error).__name__}: {error}"

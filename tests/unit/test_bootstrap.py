@@ -118,7 +118,7 @@ def test_looking_for_the_engine_starts_nothing(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-# --- the start line, where the package behind it is gone or damaged ---
+# --- the startup hook, where the package behind it is gone or damaged ---
 
 DAMAGE = {
     "gone": {},
@@ -131,7 +131,7 @@ DAMAGE = {
 
 @pytest.fixture(params=DAMAGE)
 def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A site directory with the start line, what is left of the package, and a stand-in for the engine."""
+    """A site directory with the startup hook, what is left of the package, and a stand-in for the engine."""
     shutil.copy(PLUGIN / "mmlane.pth", tmp_path)
     for name, body in DAMAGE[request.param].items():
         file = tmp_path / "mmlane" / f"{name}.py"

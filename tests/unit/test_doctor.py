@@ -381,10 +381,11 @@ def test_a_start_line_that_python_passed_over_is_a_problem() -> None:
     options: dict[str, Any] = {"command": [sys.executable, "-S", *DASH_M], "PYTHONPATH": everything}
     found = doctor(code=3, **options)
     assert found["triggers"]["no_site"] is True and found["triggers"]["ran"] is False
-    (line,) = [line for line in found["problems"] if "start line" in line]
-    assert line.startswith("this Python was started with -S, so it runs no start line") and "leave -S out" in line
+    (line,) = [line for line in found["problems"] if "startup hook" in line]
+    assert line.startswith("this Python was started with -S, so it runs no startup hook")
+    assert "leave -S out" in line
     assert "not run: this Python was started with -S" in mmlane("doctor", COLUMNS="200", **options).stdout
-    assert not [line for line in doctor(code=3, MMLANE="off", **options)["problems"] if "start line" in line]
+    assert not [line for line in doctor(code=3, MMLANE="off", **options)["problems"] if "startup hook" in line]
 
 
 def test_without_site_packages_the_command_says_so_in_a_line(checkout: Path) -> None:
@@ -401,7 +402,7 @@ def test_an_isolated_python_runs_the_start_line() -> None:
 
 
 def test_with_mmlane_off_the_start_line_is_there_and_does_nothing() -> None:
-    assert not [line for line in doctor(code=3, MMLANE="off")["problems"] if "start line" in line]
+    assert not [line for line in doctor(code=3, MMLANE="off")["problems"] if "startup hook" in line]
     assert "mmlane.pth (does nothing: MMLANE=off)" in mmlane("doctor", COLUMNS="200", MMLANE="off").stdout
 
 

@@ -93,7 +93,7 @@ def test_an_installation_carries_everything_and_leaves_nothing(
 
 
 def test_a_checkout_that_has_moved(tmp_path: Path, checkout: Path) -> None:
-    """What an editable installation leaves then: the start line, and a package without a file of ours in it."""
+    """What an editable installation leaves then: the startup hook, and a package without a file of ours in it."""
     python = fresh_venv(tmp_path / "venv")
     pip(python, "install", "--no-deps", "-e", str(checkout))
     (pointer,) = (tmp_path / "venv").rglob("_editable_impl_*.pth")

@@ -194,15 +194,15 @@ def _this_machine(here: Here, chosen: Settings, console: Console) -> None:
 def _triggers(found: Triggers, chosen: Settings) -> Iterable[Row]:
     line, point = found.start_file, found.entry_point
     if found.no_site:
-        yield "missing", "start line", "not run: this Python was started with -S"
+        yield "missing", "startup hook", "not run: this Python was started with -S"
     elif line is None:
-        yield "missing", "start line", ""
+        yield "missing", "startup hook", ""
     elif found.ran:
-        yield "ok", "start line", str(line)
+        yield "ok", "startup hook", str(line)
     elif chosen.mode == "off":
-        yield "ok", "start line", f"{line} (does nothing: MMLANE=off)"
+        yield "ok", "startup hook", f"{line} (does nothing: MMLANE=off)"
     else:
-        yield "missing", "start line", f"{line} (did not run)"
+        yield "missing", "startup hook", f"{line} (did not run)"
     yield "ok" if point else "missing", "entry point", point or ""
 
 

@@ -104,7 +104,7 @@ class Examination:
         if self.here is not None:
             if self.here.triggers.entry_point is None:
                 found.append(
-                    f"no entry point {triggers.NAME} in the group {triggers.GROUP}; the start line does its work, "
+                    f"no entry point {triggers.NAME} in group {triggers.GROUP}; the startup hook does its work, "
                     "but only where Python runs it; reinstall mmlane with pip"
                 )
             found += _shm_notes(self.here, self.carrier()) + self._leftover_notes(self.here.shm)
@@ -224,12 +224,12 @@ def _trigger_problems(found: triggers.Triggers, chosen: settings.Settings) -> li
         return []
     if found.no_site:
         return [
-            "this Python was started with -S, so it runs no start line: an engine started like that has only the "
-            "entry point, which sglang below 0.5.11 does not load; leave -S out, also for the doctor"
+            "this Python was started with -S, so it runs no startup hook: an engine started like that has only "
+            "the entry point, which sglang below 0.5.11 does not load; leave -S out, also for the doctor"
         ]
     if found.start_file is None:
         return [
-            "no start line (mmlane.pth) in this Python's site-packages, so most engine processes run without "
+            "no startup hook (mmlane.pth) in this Python's site-packages, so most engine processes run without "
             "mmlane; install it into this environment with pip, without --target"
         ]
     if not found.ran and chosen.mode != "off":
