@@ -1,6 +1,6 @@
 """ipc_lock: the file under whose lock ranks count in is where no other user can touch it.
 
-Why: ranks lock /tmp/shm_wr_lock.lock, and open it so that it is emptied. Whoever may write to /tmp can have put a
+Why: ranks lock /tmp/shm_wr_lock.lock, and open it so that it is emptied. Any user of /tmp can have put a
 link there, and the file that it leads to is emptied; or a file of theirs, and no rank can count in.
 Upstream: none; 0.5.18 counts on the GPU, without a file.
 How: the constant with that path is replaced by one in a directory of our own (`private_lock`), the same in all

@@ -40,7 +40,7 @@ def _pool(init: Callable[[Any, int, Any], None]) -> Callable[[Any, int, Any], No
     @wraps(init)
     def __init__(self: Any, memory_size: int, recycle_interval: Any) -> None:
         with guarded("ipc_pool_budget", "the pool of CUDA IPC features is as large as the engine makes it"):
-            if memory_size == engines_size:  # else somebody has thought of another
+            if memory_size == engines_size:  # else the user set a size: leave it
                 memory_size = _budget(memory_size, _workers(server_args))
         init(self, memory_size, recycle_interval)
 
@@ -61,7 +61,7 @@ def _budget(memory_size: int, workers: int) -> int:
 def _workers(server_args: Callable[[], Any]) -> int:
     try:
         count: int = server_args().tokenizer_worker_num
-    except ValueError:  # not published: a processor by itself, outside of any engine
+    except ValueError:  # not published: a processor outside of any engine
         count = 1
     return count
 

@@ -1,6 +1,6 @@
 """A lock file that no other user can take, empty or point elsewhere: for `ipc_lock`.
 
-It lies in a directory of mode 0700 that is ours, below directories in which nobody but us and root can put another
+It lies in a directory of mode 0700 that is ours, below directories in which no other user can put another
 in its place. The first process of an engine that decides tells its children by MMLANE_IPC_LOCK, so that all lock
 one file even when a second look would find something else. Engines of one user may share it: it is held for the
 time that a number is counted up.

@@ -5,7 +5,7 @@ none with DP-attention, where the groups that carried the request are others.
 Upstream: #21655, #29543.
 How: the function that receives runs without its own barrier; then the groups that carried the requests agree,
 which is a barrier too and is left out when no request holds a pointer (`mmlane.transport.scheduler_side`). Up to
-0.5.12 its barrier and its taking go by two functions of `mm_utils`, which do nothing meanwhile.
+0.5.12 its barrier and its taking go by two functions of `mm_utils`, which do nothing while it runs.
 When it can go: with the oldest supported engine at 0.5.15.
 """
 

@@ -1,6 +1,6 @@
 """What the .pth line runs in every interpreter: watch for the engine, cost nothing otherwise.
 
-Standard library only, and of that only what the interpreter has loaded by itself. What raises here is kept by
+Standard library only, and of that only what the interpreter has loaded already. What raises here is kept by
 the .pth line until the engine is imported: other Python processes of the user's machine are not to hear of it.
 """
 

@@ -128,7 +128,7 @@ class Session:
         return Target(HOOKS_MODULE, "HookRegistry.apply_hooks", "(cls)", looking_again)
 
     def look_again(self) -> None:
-        """Say which of our targets somebody has taken since; with MMLANE_STRICT=1, that ends the process."""
+        """Log which targets another plugin has replaced since; with MMLANE_STRICT=1, that ends the process."""
         lines = self.patcher.overridden()
         for line in lines:
             if line not in self.said:

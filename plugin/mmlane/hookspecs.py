@@ -1,4 +1,4 @@
-"""The pluggy hook by which patches reach mmlane: ours, and those of anybody's package.
+"""The pluggy hook by which patches reach mmlane: ours, and those of other packages.
 
 A package adds patches by an entry point in the group `mmlane` that names a module (or object) with this in it:
 

@@ -1,6 +1,6 @@
 """A watcher for the imports of named modules, and what a process does that cannot have mmlane.
 
-Standard library only, and of that only what the interpreter has loaded by itself: see `mmlane.bootstrap`.
+Standard library only, and of that only what the interpreter has loaded already: see `mmlane.bootstrap`.
 """
 
 # No `from __future__ import annotations`: it is a module too and would cost more than the rest. Hence the quotes.
@@ -22,7 +22,7 @@ class ImportWatch:
 
     It finds nothing itself. `before[name]` runs once, ahead of the module's body; `after[name]` runs once, when
     the body has run and before the importer continues, so that a later `from name import x` sees what the
-    callback put there. Merely looking for a module (`importlib.util.find_spec`) calls nobody. An exception in a
+    callback put there. Merely looking for a module (`importlib.util.find_spec`) calls none. An exception in a
     callback fails the import: callbacks that must not do so handle their own errors.
     """
 
@@ -83,7 +83,7 @@ def give_up(error: Exception, *, child: bool) -> None:
 
     In strict mode the process ends. So it does in a child, whose parent would have turned mmlane off had it not
     had it either: its peers would wait for this one in their collectives. The startup hook, mmlane.pth, does the
-    same by itself where this file cannot be imported.
+    same on its own where this file cannot be imported.
     """
     cause = f"{type(error).__name__}: {error}"
     if os.environ.get("MMLANE_STRICT", "").strip() == "1" or "--mmlane-strict" in sys.argv:

@@ -16,7 +16,7 @@ from mmlane import PREFIX
 
 
 class _Prefixed(logging.LoggerAdapter[logging.Logger]):
-    """Begins every line alike, so that a person finds them among those of the engine."""
+    """Begins every line with the same word, so that a person finds them among those of the engine."""
 
     def process(self, msg: object, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
         return f"{PREFIX}{msg}", kwargs

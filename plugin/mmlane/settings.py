@@ -83,7 +83,7 @@ class Settings:
     word that no other container uses that /dev/shm.
     log "info": one block at engine start, and whatever needs attention; "warning": only the latter;
     "debug": also one line from every process of the engine.
-    unknown: MMLANE_* variables that are set and that nobody reads. former: what was said by a former name.
+    unknown: MMLANE_* variables that are set and do not exist. former: settings given by a former name.
     typed: for variables that a flag has set in this process, what the user typed in front of the value.
     """
 
@@ -107,7 +107,7 @@ class Settings:
         return PINNED // max(workers, 1) if self.pinned is None else self.pinned
 
     def is_default(self, field: str) -> bool:
-        """Whether a setting is what it is when nobody says anything."""
+        """Whether a setting has its default."""
         return bool(getattr(self, field) == getattr(_DEFAULTS, field))
 
 
@@ -144,13 +144,13 @@ def read(environ: Mapping[str, str], typed: Mapping[str, str] | None = None) -> 
 
 
 def renamed(former: Iterable[str]) -> str:
-    """What to say of settings that were given by former names."""
+    """The line about settings that were given by former names."""
     names = ", ".join(f"{old} is called {new}" for old, new in FORMER.items())
     return f"{', '.join(former)}: {names} now, and the former name is accepted until 0.2.0 only"
 
 
 def misspelt(unknown: Iterable[str]) -> str:
-    """What to say of variables that nobody reads: each with the nearest one that is read."""
+    """The line about unknown variables: each with the nearest one that exists."""
     named = []
     for name in unknown:
         nearest = _nearest(name.removeprefix("MMLANE_"))

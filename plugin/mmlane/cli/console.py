@@ -39,7 +39,7 @@ def is_live(one: Console) -> bool:
 
 @contextmanager
 def until_closed() -> Iterator[None]:
-    """End the command with 0, and quietly, once nobody reads what it writes (`| head -1`)."""
+    """End the command with 0, and quietly, once its output is closed (`| head -1`)."""
     try:
         yield
         sys.stdout.flush()

@@ -157,7 +157,7 @@ def _patches(report: Report, console: Console) -> None:
 
 
 def _patch(decision: Decision) -> Row:
-    """A patch's state, and what it is about such that nobody takes a fault that is fixed for one that is there."""
+    """A patch's state, and its fault, said such that a fixed fault is not taken for a present one."""
     id, reason = decision.spec.id, decision.explanation
     if decision.state in ("planned", "applied"):
         return "applied", id, f"fixed; without mmlane: {reason}"

@@ -17,7 +17,7 @@ from mmlane.report import Report
 
 FINE, TROUBLE, USAGE, NO_ENGINE = 0, 1, 2, 3
 
-# What carries features: the lane, segments of ours, or the engine by itself.
+# What carries features: the lane, segments of ours, or the engine alone.
 Carrier = Literal["lane", "segments", "engine"]
 
 # Below this much room in /dev/shm, a handful of large images does not fit. A lane has memory of its own, and
@@ -175,7 +175,7 @@ class Examination:
         }
 
     def _settings_dict(self) -> dict[str, Any]:
-        """What the settings amount to; `defaults` names those that nobody has chosen otherwise."""
+        """What the settings amount to; `defaults` names those that are at their defaults."""
         chosen, memory = self.settings, self.here.memory if self.here is not None else None
         return {
             "mode": chosen.mode,

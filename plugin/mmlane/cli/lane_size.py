@@ -8,7 +8,7 @@ from mmlane.settings import OF_FIELD, PINNED, Settings
 
 
 def capacity(chosen: Settings, memory: host.Memory | None) -> int | None:
-    """What the lanes may hold, in bytes; None where that depends on a machine that nobody asked about."""
+    """What the lanes may hold, in bytes; None where that depends on a machine that was not asked about."""
     if chosen.capacity is not None or memory is None:
         return chosen.capacity
     return memory.lane_capacity()

@@ -167,7 +167,7 @@ def _switch_all(pid: int | None, everything: bool, *, off: bool) -> None:
 def look() -> list[Found]:
     """Ask all lanes that run. Raises StatusError where they cannot be listed."""
     names = running()
-    # At once: any user can have a name here at which nobody answers, or thousands of them.
+    # At once: any user can have names here at which no process answers, thousands of them.
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(_found, names))
 

@@ -93,7 +93,7 @@ def role() -> str:
 
 
 def is_child() -> bool:
-    """Whether the engine has started this process, so that it is one of several that have to decide alike."""
+    """Whether the engine has started this process, so that it is one of several that have to decide the same."""
     return is_unstarted_child() or role() in ROLES.values()
 
 

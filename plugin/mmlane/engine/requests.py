@@ -163,7 +163,7 @@ def _each_replaced(value: Any, replacement: Callable[[Any], Any]) -> Any:
 def own_items(request: Any) -> None:
     """Give a request `mm_inputs`, items, auxiliary data and overrides of its own. Their tensors stay shared.
 
-    Whoever replaces something in a request does this first: others may have the same objects.
+    Code that replaces something in a request calls this first: other requests may share the objects.
     """
     mm_inputs = _inputs(request)
     if mm_inputs:

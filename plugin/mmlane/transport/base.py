@@ -48,7 +48,7 @@ class Payload(ABC):
     needs_agreement: whether one rank alone may be unable to take it. Then all ranks that received it agree before
     one takes it: up to 0.5.18 we ask each for `prepare`, and `take` succeeds after that; from 0.5.19 on the engine
     waits for all ranks, calls `take`, and refuses the request on all of them if it raised on any. Without it, each
-    rank takes by itself, and `take` has to come to the same end on all.
+    rank takes alone, and `take` has to come to the same end on all.
     lends: whether `take` gives memory that others wait for. It has to come back soon, so where the engine keeps a
     tensor for long, a copy stands in its place.
     """
@@ -102,7 +102,7 @@ def lost_message(payloads: Sequence[Payload], cause: str) -> str:
 
 @dataclass(frozen=True)
 class Here:
-    """The process for which transports are made: by itself, one that has no lane.
+    """The process for which transports are made: this class alone stands for one without a lane.
 
     engines: the engine's own pointer class, where segments are left to it. node: this process's, in a rank whose
     peers are on several nodes.
@@ -168,7 +168,7 @@ class Transport(ABC):
     def offer(self, tensor: torch.Tensor, samples: Samples | None = None) -> Payload | Declined:
         """Carry a CPU tensor of any shape, dtype, layout and strides; what is needed of it is copied here and now.
 
-        Called in the tokenizer's event loop: it must not wait for anybody. What it raises counts as declined, and
+        Called in the tokenizer's event loop: it must not wait. What it raises counts as declined, and
         must leave nothing behind. samples: the requests that share the tensor, with n > 1; may be ignored.
         """
 
@@ -180,5 +180,5 @@ class Transport(ABC):
         them. What this rank alone lacks is kept for `Payload.prepare`.
         """
 
-    def join(self, invitation: bytes) -> None:  # noqa: B027 - most transports invite nobody
+    def join(self, invitation: bytes) -> None:  # noqa: B027 - most transports invite no process
         """An invitation has arrived in this process. One transport of a chain invites."""

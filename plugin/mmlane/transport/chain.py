@@ -30,7 +30,7 @@ KIND = "payload"  # where a pointer's state has the kind of its payload
 class Unreadable(Payload):
     """What has arrived and cannot be read. What is wrong with its state is the same on all ranks."""
 
-    kind = ""  # it is passed on as it came
+    kind = ""  # it is passed on unchanged
 
     def __init__(self, error: Exception, state: Mapping[str, Any]) -> None:
         # No error is kept as an object: its frames hold the invitation.
@@ -61,7 +61,8 @@ class Chain:
     ) -> tuple[Payload, bytes | None]:
         """What carries a tensor, and the invitation to send along, if any. Never raises.
 
-        agreed: whether ranks will agree on what needs that. Else only what each takes by itself is asked.
+        agreed: whether ranks will agree on what needs that. Else transports that need it are
+        not asked.
         """
         invitation = None
         for transport in self.transports:

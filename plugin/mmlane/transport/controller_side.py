@@ -2,7 +2,7 @@
 
 It picks a replica after the tokenizer has put a request's tensors into its lane, whose tickets are of use on the
 first node alone. So the controller reads that lane, too: what it sends to a replica elsewhere has the tensors
-themselves, each at its own size, and crosses once. All else it passes on as it came.
+themselves, each at its own size, and crosses once. All else it passes on unchanged.
 """
 
 from __future__ import annotations

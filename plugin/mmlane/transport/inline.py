@@ -15,7 +15,7 @@ SMALL = 64 << 10  # bytes up to which this is the fastest way (docs/engine.md)
 
 
 class Inline(Payload):
-    """A tensor. Without an invitation to bring along it stands in the request by itself, without a pointer."""
+    """A tensor. Without an invitation to bring along it stands in the request without a pointer."""
 
     kind = "inline"
 
@@ -76,7 +76,7 @@ def sent_from(there: Iterable[Place]) -> list[torch.Tensor]:
 def compact(tensor: torch.Tensor, samples: Samples | None = None) -> torch.Tensor:
     """The tensor, without the rest of its storage, all of which would be pickled.
 
-    Its own storage stays as it is: it may be anybody's. samples: those that share one such copy.
+    Its own storage stays as it is: others may use it. samples: those that share one such copy.
     """
     if is_compact(tensor):
         return tensor

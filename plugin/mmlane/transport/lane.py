@@ -57,7 +57,7 @@ _STATES: dict[str, State] = {"waiting": "opening", "open": "open", "off": "off",
 
 
 class Ticket(Payload):
-    """A ticket for a tensor in a lane: made by a `Producer`, taken by a `Rank`, and passed on by anybody."""
+    """A ticket for a tensor in a lane: made by a `Producer`, taken by a `Rank`, passed on by other processes."""
 
     kind = "ticket"
     lends = True
@@ -168,7 +168,7 @@ class Producer:
         return Declined(ticket.cause)
 
     def release(self, ticket: bytes, *, sent: bool) -> None:
-        """Release a ticket that no rank will take, sent in vain or never sent. For finalizers, too."""
+        """Release a ticket that no rank will take, sent without effect or never sent. For finalizers, too."""
         if (lane := self.lane) is not None:
             (lane.recall if sent else lane.withdraw)(ticket)
 
@@ -238,7 +238,7 @@ def _in_a_thread(work: Callable[..., None], *args: Any) -> None:
 
 
 def _see_it_open(lane: Lane, watch: Callable[[Lane], None] | None) -> None:
-    """Say when a lane opens, and once if that takes long. Holds no producer, so that one can go meanwhile."""
+    """Log when a lane opens, and once if that takes long. Holds no producer, which may be collected."""
     if watch is not None:
         with guarded("metrics", "the lane is not in /metrics"):
             watch(lane)
@@ -341,7 +341,7 @@ class Rank:
 
     def holds_little(self, ticket: bytes) -> bool:
         """Whether there is room enough in a ticket's lane for this rank to keep the tensor as long as it likes."""
-        with suppress(LaneError):  # it ended meanwhile: nobody waits for its room
+        with suppress(LaneError):  # it has ended: its room is not needed
             if self._reader is not None:
                 return self._reader.held_share(read(ticket).lane) <= KEPT
         return True

@@ -1,7 +1,7 @@
 """The bytes of features cross to every other node once: from the first rank, by a chain of leaders.
 
 A leader is the lowest rank of a node that is not the first rank's; it receives into a lane of its node's own. Both
-ends work in a thread, so the engine's scheduler goes on meanwhile. What they say, over a `Wire`:
+ends work in a thread, so the engine's scheduler is not held up. What they say, over a `Wire`:
 
 first rank (0)                     leaders (1, 2, ...)
                                <-  the invitation to the node's lane; None where it can have none
@@ -10,8 +10,8 @@ pieces, numbers to let go      ->                         to each
 chunks of the pieces' bytes    ->                         to 1, which passes them on to 2, and so on
                                <-  landed                 a ticket, a number in the leader's hand, or None
 
-Gloo fills a larger buffer in part, and aborts the process for a smaller one; so both ends cut the bytes alike, by
-what the pieces say of themselves (`_chunks`).
+Gloo fills a larger buffer in part, and aborts the process for a smaller one; so both ends cut the bytes by the same
+rule (`_chunks`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Piece(NamedTuple):
 class Crossing:
     """Features on their way. tensors: those of the pieces that come, contiguous. let_go: numbers, kept till now.
 
-    landed: by node, of each piece where it is; None if the link broke meanwhile. Valid once it `is_over`.
+    landed: by node, of each piece where it is; None if the link broke first. Valid once it `is_over`.
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -213,7 +213,7 @@ class Landing:
                     self._kept.pop(number, None)
                 self._tell(wire, self._land(wire, pieces))
         except Exception as error:  # noqa: BLE001 - whatever it is: no thread may end unseen
-            failed("nodes", error, "this node is sent features inside of their requests, each rank by itself")
+            failed("nodes", error, "this node is sent features inside of their requests, to each rank")
             self._kept.clear()
             if self._lane is not None:
                 self._lane.close()  # what the first rank was told of can be taken for a while
@@ -224,7 +224,7 @@ class Landing:
         except BaseException:
             for number in landed:
                 if isinstance(number, int):
-                    self._hand.pop(number, None)  # nobody will ask for it
+                    self._hand.pop(number, None)  # no rank will ask for it
             raise
 
     def _land(self, wire: Wire, pieces: list[Piece]) -> list[Landed]:
@@ -243,7 +243,7 @@ class Landing:
         return _memory(piece.shape, piece.dtype)
 
     def _receive(self, wire: Wire, rooms: list[tuple[int, Room]]) -> None:
-        """Fill them, and pass their bytes on to the next leader meanwhile."""
+        """Fill them, and pass their bytes on to the next leader as they come in."""
         coming: deque[tuple[torch.Tensor, Moving]] = deque()
         leaving: deque[tuple[torch.Tensor, Moving]] = deque()
         chunks = (chunk for nbytes, room in rooms for chunk in _chunks(nbytes, _bytes_in(room)))
@@ -270,7 +270,7 @@ class Landing:
         if not isinstance(room, Reservation):
             return self._in_hand(room)
         ticket = room.publish()
-        if isinstance(ticket, Refused):  # the lane was closed or switched off meanwhile, say
+        if isinstance(ticket, Refused):  # the lane was closed or switched off since, say
             kept = _memory(piece.shape, piece.dtype)
             return self._in_hand(None if kept is None else kept.copy_(room.tensor))
         if piece.is_kept:

@@ -145,7 +145,7 @@ def write() -> None:
         over = [meter for meter in _meters if meter.is_over]
         try:
             _write()
-        except Exception as error:  # noqa: BLE001 - a full disk, or anything in somebody else's library
+        except Exception as error:  # noqa: BLE001 - a full disk, or an error in another library
             log.failed("metrics", error, "numbers in /metrics may be old; it goes on trying")
         for meter, lane in closed:  # whose last numbers have been written, if that could be done
             del meter.lanes[lane]

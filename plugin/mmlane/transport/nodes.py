@@ -56,7 +56,7 @@ def name_of(number: int) -> str:
 
 
 def announce(name: str) -> None:
-    """Tell whoever looks that this rank takes part, and on which node. Needs torch.distributed initialized."""
+    """Announce that this rank takes part, and on which node. Needs torch.distributed initialized."""
     said = json.dumps({"version": __version__, "node": name})
     distributed_c10d._get_default_store().set(_key(dist.get_rank()), said)
 

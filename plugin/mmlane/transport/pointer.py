@@ -35,7 +35,7 @@ class Slot:
     chain: by which pointers are read that arrive here, and which is offered a tensor while no request is sent:
     that of the scheduler side where there is one, else that of a process which has no lane and passes pointers on.
     scheduler: the scheduler side, if this process is a rank. scope: the request that is being sent, or of which
-    the engine makes samples, if any. pointers: the class below. Whoever asks what is a pointer asks here: the
+    the engine makes samples, if any. pointers: the class below. `is_pointer` asks here what a pointer is: the
     engine's hooks, by which another plugin may replace it, replace its name in all modules that have it, ours too.
     """
 
@@ -132,7 +132,7 @@ class ShmPointerMMData:
             with guarded("join", "this rank is sent features by shared-memory segments"):
                 slot.chain.join(invitation)
         if route is not None and slot.scheduler is not None:
-            with guarded("nodes", "this node is sent features inside of their requests, each rank by itself"):
+            with guarded("nodes", "this node is sent features inside of their requests, to each rank"):
                 slot.scheduler.land(route)
 
     @property

@@ -237,7 +237,7 @@ class Sending:
                 payload.release()
 
     def end(self) -> None:
-        """The request has been sent, or not. Whoever copied the context meanwhile may keep this object."""
+        """The request has been sent, or not. A copy of the context may keep this object."""
         self._made.clear()
         self.shared, self.samples, self._chain = None, Samples(), slot.chain
 

@@ -36,11 +36,11 @@ class Wire(ABC):
 
     @abstractmethod
     def send(self, to: int, data: torch.Tensor) -> Moving:
-        """Begin to send `data`: 1-dim uint8, on the CPU, contiguous, not empty; to stay as it is meanwhile."""
+        """Begin to send `data`: 1-dim uint8, on the CPU, contiguous, not empty, unchanged until it has left."""
 
     @abstractmethod
     def receive(self, source: int, data: torch.Tensor) -> Moving:
-        """Begin to fill `data`, which has to be as large as what is sent; it may not be looked at meanwhile."""
+        """Begin to fill `data`, which has to be as large as what is sent; it is undefined until then."""
 
     def tell(self, to: int, message: Any, patience: timedelta = PATIENCE) -> None:
         """Send a small object, to one who may listen only later. Raises RuntimeError."""
