@@ -10,7 +10,7 @@ pieces, numbers to let go      ->                         to each
 chunks of the pieces' bytes    ->                         to 1, which passes them on to 2, and so on
                                <-  landed                 a ticket, a number in the leader's hand, or None
 
-Gloo fills a larger buffer in part, and aborts the process for a smaller one; so both ends cut the bytes by the same
+Gloo fills a larger buffer in part, and aborts the process for a smaller one; so both ends cut the bytes by one
 rule (`_chunks`).
 """
 
