@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -246,8 +246,45 @@ def test_where_a_scheduler_stands(dp_rank: int | None, monkeypatch: pytest.Monke
 # --- what a launch can do -----------------------------------------------------------------------------------
 
 
+class Environ:
+    """The engine's, of which one variable matters here."""
+
+    def __init__(self, *, by_pickle: bool) -> None:
+        self.envs = SimpleNamespace(SGLANG_USE_PICKLE_IPC=SimpleNamespace(get=lambda: by_pickle))
+
+
+class Wrapped:
+    """A request of 0.5.15 - 0.5.18."""
+
+    mm_inputs: PickleWrapper | None  # type: ignore[name-defined]  # noqa: F821
+
+
+class Plain:
+    """A request of any other release."""
+
+    mm_inputs: object
+
+
 def test_what_is_in_the_way() -> None:
     assert "--elastic-ep-backend" in topology.without_lane(launched(elastic_ep_backend="mooncake"))
+    local = "enable_dp_attention_local_control_broadcast"
+    for nodes, obstacle in ((1, ""), (2, "--enable-dp-attention-local-control-broadcast")):
+        assert topology.without_lane(launched(**DP_ATTENTION, nnodes=nodes, **{local: False})) == ""
+        found = topology.without_lane(launched(**DP_ATTENTION, nnodes=nodes, **{local: True}))
+        assert found.startswith(obstacle) and bool(found) == bool(obstacle)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("by_pickle", [True, False])
+@pytest.mark.parametrize("request_type", [Wrapped, Plain])
+def test_inputs_that_only_ranks_open_are_in_the_way_of_the_gate(
+    nodes: int, by_pickle: bool, request_type: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sglang.srt.environ", cast(ModuleType, Environ(by_pickle=by_pickle)))
+    io_struct = cast(ModuleType, SimpleNamespace(TokenizedGenerateReqInput=request_type))
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", io_struct)
+    obstacle = topology.without_lane(launched(tp_size=2, nnodes=nodes))
+    assert ("SGLANG_USE_PICKLE_IPC=0" in obstacle) == (nodes == 2 and not by_pickle and request_type is Wrapped)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mmlane.engine.topology import CONTROLLER  # noqa: E402
+from mmlane.lane import Reader  # noqa: E402
 from mmlane.transport import controller_side  # noqa: E402
 from mmlane.transport.base import Here, LostFeature, Scheduler, Tokenizer  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
 from mmlane.transport.controller_side import Elsewhere, sending_tensors  # noqa: E402
-from mmlane.transport.inline import Inline  # noqa: E402
+from mmlane.transport.inline import Inline, compact  # noqa: E402
 from mmlane.transport.lane import LaneTransport, Producer, Ticket  # noqa: E402
-from mmlane.transport.pointer import Sealed, ShmPointerMMData, is_pointer, slot  # noqa: E402
+from mmlane.transport.pointer import Sealed, ShmPointerMMData, is_pointer, slot, with_engine_segments  # noqa: E402
 from tests.lane.harness.payloads import same  # noqa: E402
 from tests.lane.harness.waiting import DEADLINE, eventually  # noqa: E402
 from tests.unit.launches import launched, without_a_side  # noqa: E402
@@ -199,6 +200,42 @@ def test_what_is_lost_is_refused_by_the_ranks_that_it_goes_to(launch: Launch, se
     assert is_pointer(item.feature)
     with pytest.raises(LostFeature, match="send it again"):
         item.feature.materialize()
+
+
+def test_a_feature_that_cannot_be_taken_is_refused_alone(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch.open()
+    message = launch.sent(request(Item(feature(1)), Item(feature(2))))
+
+    def failing(tensor: Any) -> Any:
+        if same(tensor, feature(1)):
+            raise MemoryError("none left")
+        return compact(tensor)
+
+    monkeypatch.setattr(controller_side, "compact", failing)
+    sent_by_pyobj(launch, 1, message)
+    eventually(lambda: launch.tickets == 0, "the tickets are released")
+    first, second = launch.arrived(1).mm_inputs.mm_items
+    with pytest.raises(LostFeature, match="none left"):
+        first.feature.materialize()
+    assert same(second.feature, feature(2))
+
+
+def test_a_ticket_that_goes_elsewhere_untaken_is_released(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch.open()
+    message = launch.sent(request(Item(feature(1))))
+
+    def take(*args: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Reader, "take", take)
+        sent_by_pyobj(launch, 1, message)
+    eventually(lambda: launch.tickets == 0, "the ticket is released")
+
+
+def test_the_chain_stays_when_the_class_is_put_in_its_place_again(launch: Launch) -> None:
+    with_engine_segments(object)
+    assert slot.chain is launch.process
 
 
 def test_a_message_without_features_is_not_changed(launch: Launch) -> None:

@@ -578,7 +578,7 @@ def test_the_line_when_it_opens(opening: Opening, caplog: pytest.LogCaptureFixtu
     opening.join()
     announcing()
     (line,) = [r.getMessage() for r in caplog.records if "the lane is open" in r.getMessage()]
-    assert line.startswith("mmlane: the lane is open: 1 ranks, 0.0 GiB of room, ")
+    assert line.startswith("mmlane: the lane is open: 1 readers, 0.0 GiB of room, ")
     assert warnings(caplog) == []
     assert torch.equal(opening.readers[0].take(opening.send()), torch.ones(9))
 
@@ -617,7 +617,7 @@ def test_the_line_when_it_does_not_open(
     announcing()
     assert unopened.count == 1
     late, opened = (r.getMessage() for r in caplog.records if r.name == "mmlane")
-    assert "not all of its 1 ranks" in late and "`mmlane status`" in late and "the lane is open" in opened
+    assert "not all of its 1 readers" in late and "`mmlane status`" in late and "the lane is open" in opened
 
 
 def test_nobody_waits_for_a_lane_that_is_closed(opening: Opening, unopened: Said) -> None:
@@ -979,7 +979,7 @@ def test_a_lane_that_is_gone_is_tried_again_later(
     (line,) = warnings(caplog)
     assert (
         "join failed: JoinRefused: " in line
-        and "this rank (0 of dp0)" in line
+        and "this reader (0 of dp0)" in line
         and NOWHERE.name in line
         and "tries again" in line
     )

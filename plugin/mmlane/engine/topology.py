@@ -121,7 +121,24 @@ def without_lane(server_args: Any) -> str:
     """Why an engine launched like this goes without a lane; "" when nothing is in the way."""
     if getattr(server_args, "elastic_ep_backend", None):
         return "--elastic-ep-backend, where ranks may come later"
+    if nodes_of_a_stage(server_args) > 1:
+        if _inputs_stay_pickled():
+            return "SGLANG_USE_PICKLE_IPC=0 on several nodes below 0.5.19, where ranks alone open a request"
+        if _groups(server_args)[0] > 1 and _given_flag(server_args, "enable_dp_attention_local_control_broadcast"):
+            return "--enable-dp-attention-local-control-broadcast on several nodes"
     return ""
+
+
+def _inputs_stay_pickled() -> bool:
+    """Whether a request's inputs are bytes until ranks have them (0.5.15 - 0.5.18, without pickle IPC)."""
+    io_struct: Any = sys.modules.get("sglang.srt.managers.io_struct")
+    request = getattr(io_struct, "TokenizedGenerateReqInput", None)
+    return speaks_msgpack() and "PickleWrapper" in str(getattr(request, "__annotations__", {}).get("mm_inputs"))
+
+
+def _given_flag(server_args: Any, name: str) -> bool:
+    """Whether a flag is set that not all releases have."""
+    return bool(getattr(_given(server_args), name, False))
 
 
 def nodes_of_a_stage(server_args: Any) -> int:
@@ -145,7 +162,7 @@ def engine_takes_pointers() -> bool:
 
 
 def speaks_msgpack() -> bool:
-    """Whether the engine's processes send each other messages of types, instead of pickles (from 0.5.19 on)."""
+    """Whether the engine's processes send each other messages of types, instead of pickles (from 0.5.15 on)."""
     environ: Any = sys.modules.get("sglang.srt.environ")
     by_pickle = getattr(getattr(environ, "envs", None), "SGLANG_USE_PICKLE_IPC", None)
     return by_pickle is not None and not by_pickle.get()

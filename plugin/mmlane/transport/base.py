@@ -26,7 +26,7 @@ class Ownership(enum.Enum):
 
     OURS = enum.auto()  # made here, or arrived here to be taken or passed on: dropping it releases it
     SENT = enum.auto()  # pickled: up to the receivers, unless the request could not be sent after all
-    DONE = enum.auto()  # taken or released; also a ticket in a process that cannot take it
+    DONE = enum.auto()  # taken or released; also a ticket in a process that only passes it on
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Here:
 class Tokenizer(Here):
     """A tokenizer of a launch that has a lane.
 
-    readers: reader group -> number of ranks. capacity: bytes of the lane, None for its default. pinned: bytes of
+    readers: reader group -> number of readers. capacity: bytes of the lane, None for its default. pinned: bytes of
     it that ranks on CUDA register. watch: told of the lane once it is made, for the engine's /metrics.
     """
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from mmlane.engine.requests import Place
 from mmlane.engine.topology import CONTROLLER, replicas_elsewhere, without_lane
 from mmlane.log import guarded, logger
 from mmlane.transport.agreement import arrivals
-from mmlane.transport.base import Controller, LostFeature
+from mmlane.transport.base import Controller, Ownership
 from mmlane.transport.chain import Chain
 from mmlane.transport.inline import compact
+from mmlane.transport.lane import Ticket
 from mmlane.transport.pointer import is_pointer, slot
 
 
@@ -83,10 +84,13 @@ def tensors_in(message: Any) -> Iterator[None]:
     taken: list[Place] = []
     with guarded("controller", "a request may fail for want of its features; send it again"):
         for arrival in arrivals([message]):
+            for pointer in arrival.pointers():
+                if isinstance(pointer.payload, Ticket):
+                    pointer.payload.ownership = Ownership.OURS  # what is not taken is released
             for place in arrival.places:
                 if any(map(is_pointer, place.values())):
                     taken.append(place)
-                    place.replace(_tensor)
+                    place.replace(partial(_tensor, getattr(arrival.request, "rid", None)))
     try:
         yield
     finally:
@@ -94,13 +98,13 @@ def tensors_in(message: Any) -> Iterator[None]:
             place.put(None)  # the engine keeps a message until the next one comes
 
 
-def _tensor(value: Any) -> Any:
+def _tensor(rid: Any, value: Any) -> Any:
     if not is_pointer(value):
         return value
     value.invitation = None  # there is no way from there to this node's lane
     try:
         return compact(value.materialize())
-    except LostFeature as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, this request alone is refused
         value.lost = str(error)
-        logger.error("a feature for a replica on another node is lost: %s", error)
+        logger.error("request %s, for a replica on another node: %s", rid, value.lost)
         return value

@@ -250,13 +250,13 @@ def _wait(lane: Lane) -> None:
     ranks = " + ".join(str(count) for count in lane.expected.values())
     began = time.monotonic()
     late = (
-        "the lane has not opened within %.0f s, because not all of its %s ranks have joined it;"
+        "the lane has not opened within %.0f s, because not all of its %s readers have joined it;"
         " features go by shared-memory segments until it does; `mmlane status` tells who is missing, the"
         " log of that rank why, and MMLANE=backport silences this"
     )
     if wait_open(lane, late, OPENING_S, ranks):
         logger.info(
-            "the lane is open: %s ranks, %.1f GiB of room, %.1f s after the first feature",
+            "the lane is open: %s readers, %.1f GiB of room, %.1f s after the first feature",
             *(ranks, lane.stats().capacity_bytes / 2**30, time.monotonic() - began),
         )
 
@@ -274,7 +274,7 @@ def wait_open(lane: Lane, late: str, *args: object) -> bool:
 
 
 class Rank:
-    """A scheduler process as a reader: joins the lanes that invite it, and takes tickets.
+    """A rank, or the controller of replicas, as a reader: joins the lanes that invite it, and takes tickets.
 
     passes_on: whether it is the controller, which leaves to the ranks what it does not take.
     """
@@ -319,7 +319,7 @@ class Rank:
         failed(
             "join",
             error,
-            f"this rank ({self._here.number} of {self._here.group}) is sent features by shared-memory segments,"
+            f"this reader ({self._here.number} of {self._here.group}) is sent features by shared-memory segments,"
             " and tries again; MMLANE=backport silences this",
         )
         self._next_try[name] = time.monotonic() + RETRY_S

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 
 from mmlane.log import guarded
-from mmlane.transport.base import Here, LostFeature, Payload
+from mmlane.transport.base import Controller, Here, LostFeature, Payload
 from mmlane.transport.chain import KIND, Chain, Unreadable
 from mmlane.transport.inline import Inline
 
@@ -33,7 +33,7 @@ class Slot:
     """What this process is. The only thing besides its state that decides what a pointer is.
 
     chain: by which pointers are read that arrive here, and which is offered a tensor while no request is sent:
-    that of the scheduler side where there is one, else that of a process which has no lane and passes pointers on.
+    that of the rank or controller that this process is, else one without a lane, which passes pointers on.
     scheduler: the scheduler side, if this process is a rank. scope: the request that is being sent, or of which
     the engine makes samples, if any. pointers: the class below. `is_pointer` asks here what a pointer is: the
     engine's hooks, by which another plugin may replace it, replace its name in all modules that have it, ours too.
@@ -175,6 +175,7 @@ def with_engine_segments(engines_own: type) -> type:
 
 
 def _installed(here: Here) -> type:
-    if slot.scheduler is None:  # else this is done again, and the rank has its lane
+    # Else this is done again, and the rank or controller has its lane.
+    if slot.scheduler is None and not isinstance(slot.chain.here, Controller):
         slot.chain = Chain(here)
     return slot.pointers
