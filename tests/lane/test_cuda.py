@@ -22,9 +22,11 @@ from typing import Any
 import pytest
 import torch
 
-from mmlane.lane import Lane, Reader, UnknownLane, cuda, memory, producer, protocol
+from mmlane.lane import Lane, Reader, UnknownLane, cuda, device, memory, producer, protocol
 from mmlane.lane.bookkeeping import Member
 from mmlane.lane.control import Control
+from mmlane.lane.libc import libc
+from mmlane.lane.pinned import Pinned
 from tests.conftest import CHECKOUT
 from tests.lane.harness.fake_cuda import FakeGpu, FakeStream
 from tests.lane.harness.payloads import random, same
@@ -276,7 +278,7 @@ def test_room_that_the_device_still_reads_is_not_released(gpu: FakeGpu, pair: To
 
 def test_without_events_it_would_be(gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test before can fail: with no event recorded, the device reads the next tensor's bytes."""
-    monkeypatch.setattr(cuda.Device, "_record", lambda self, streams: [])
+    monkeypatch.setattr(device.Device, "_record", lambda self, streams: [])
     assert bytes_of_others(pair, gpu.default) == ALL
 
 
@@ -333,7 +335,7 @@ def test_a_stream_that_is_being_captured_is_waited_for(gpu: FakeGpu, pair: Toget
 def test_when_cuda_fails_nothing_is_released_until_it_works(
     gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cuda, "_AFTER_ERROR", 0.01)
+    monkeypatch.setattr(device, "_AFTER_ERROR", 0.01)
     gpu.default.stands_still = True
     first = pair.reader.take(pair.put(random((SEGMENT,))))
     del first
@@ -354,7 +356,7 @@ def test_when_cuda_fails_nothing_is_released_until_it_works(
 def test_any_error_of_torch_counts_as_one_of_cuda(
     gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cuda, "_AFTER_ERROR", 0.01)
+    monkeypatch.setattr(device, "_AFTER_ERROR", 0.01)
     failing = True
     record = gpu.record
 
@@ -406,15 +408,15 @@ def test_a_release_that_was_interrupted_waits_for_the_device_too(
         taken = pair.reader.take(pair.put(tensor))
         gpu.default.stands_still = True
         on_device = gpu.default.copy(taken)
-        settle = cuda.Device.settle
+        settle = device.Device.settle
         times = count()
 
-        def interrupted(self: cuda.Device, *args: Any) -> None:
+        def interrupted(self: device.Device, *args: Any) -> None:
             if not next(times):
                 raise KeyboardInterrupt
             settle(self, *args)
 
-        monkeypatch.setattr(cuda.Device, "settle", interrupted)
+        monkeypatch.setattr(device.Device, "settle", interrupted)
         monkeypatch.setattr(sys, "unraisablehook", lambda hook: None)  # in a finalizer, nobody hears of it
         del taken
         eventually(lambda: len(gpu.default.work) > 1, "an event is behind the copy")
@@ -433,11 +435,11 @@ def test_what_cuda_does_not_unregister_is_not_mapped_anew(gpu: FakeGpu, monkeypa
     monkeypatch.setattr(gpu, "unregister", refuse)
     file = os.memfd_create("test")
     os.truncate(file, SEGMENT)
-    pinned = cuda.Pinned(gpu, file, 0, SEGMENT)  # type: ignore[arg-type]
+    pinned = Pinned(gpu, file, 0, SEGMENT)  # type: ignore[arg-type]
     address = pinned.address
     del pinned
     assert access(address) == "r--s"
-    memory._libc.munmap(address, SEGMENT)
+    libc.munmap(address, SEGMENT)
     os.close(file)
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mmlane.lane import Invitation, JoinRefused, Lane, LaneUnavailable, Reader, Refused, memory, producer
+from mmlane.lane.mapping import Mapping
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.confinement import become, limit, limit_address_space, limit_descriptors
 from tests.lane.harness.kernel import open_files
@@ -204,7 +205,7 @@ def edit_without_address_space(pipe: Connection, invitation: Invitation) -> bool
         heap = [torch.zeros(2048) for _ in range(64)]
         limit(resource.RLIMIT_AS, 1)
         with pytest.raises(OSError, match="Cannot allocate memory"):
-            memory.Mapping(os.open("/dev/zero", os.O_RDONLY), MIB, private=True)
+            Mapping(os.open("/dev/zero", os.O_RDONLY), MIB, private=True)
         del heap[1:-1]
         tensor = reader.take(ticket, mode="cow")
         pipe.send("taken")

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from mmlane.lane import failpoints, protocol
 from mmlane.lane.bookkeeping import Member
+from mmlane.lane.descriptor import Descriptor
 from mmlane.lane.errors import needed
 from mmlane.lane.fork import close_in_child
-from mmlane.lane.memory import Descriptor
 from mmlane.lane.peer import has_ended, peer_of, shares_pid_namespace, uid_is_proof
 from mmlane.lane.protocol import ProtocolError
 

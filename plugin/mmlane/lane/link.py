@@ -18,9 +18,12 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 
-from mmlane.lane import failpoints, memory, protocol
-from mmlane.lane.cuda import Device, Pinned
+from mmlane.lane import failpoints, protocol
+from mmlane.lane.descriptor import Descriptor
+from mmlane.lane.device import Device
 from mmlane.lane.errors import StaleHere, StaleTicket
+from mmlane.lane.mapping import Mapping
+from mmlane.lane.pinned import Pinned
 from mmlane.lane.ticket import Content, digest
 
 logger = logging.getLogger("mmlane.lane")
@@ -49,7 +52,7 @@ class Claim:
     def __init__(self, link: Link, content: Content) -> None:
         self.link = link
         self.content = content
-        self.mapping: memory.Mapping = link.mapping
+        self.mapping: Mapping = link.mapping
         self.watch = _Watch(self, link.dropped.append)
         self.watch.slot, self.watch.serial = content.slot, content.serial
 
@@ -83,7 +86,7 @@ class Link:
         self,
         name: str,
         connection: socket.socket,
-        descriptor: memory.Descriptor,
+        descriptor: Descriptor,
         nbytes: int,
         slots: int,
         wake: Callable[[], None],
@@ -95,7 +98,7 @@ class Link:
         self.name = name
         self.connection = connection
         self.descriptor = descriptor
-        self.mapping = memory.Mapping(descriptor.fd, nbytes)
+        self.mapping = Mapping(descriptor.fd, nbytes)
         self.device = device
         self.pinned: Pinned | None = None  # a part of the same, registered with CUDA
         self.pinning = threading.Event()  # which has been tried, with whatever result
@@ -172,7 +175,7 @@ class Link:
             self._seen[slot] = _Promise(serial)
         self._send_soon(protocol.NOT_SEEN, slot, serial)
 
-    def let_go(self, watch: _Watch, mapping: memory.Mapping) -> None:
+    def let_go(self, watch: _Watch, mapping: Mapping) -> None:
         """A claim is gone. Runs wherever Python lets the tensor go, so it waits for nothing."""
         if self._seen.get(watch.slot) is watch:  # not of a take that has not come so far
             self._held.pop(watch.slot, None)
@@ -182,7 +185,7 @@ class Link:
                 self._release(watch, mapping)
         watch.is_done = True
 
-    def _release(self, watch: _Watch, mapping: memory.Mapping) -> None:
+    def _release(self, watch: _Watch, mapping: Mapping) -> None:
         if mapping.private:
             mapping.unmap()
         self._send_soon(protocol.RELEASE, watch.slot, watch.serial)

@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter, abc, deque
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from math import prod
 from operator import index
@@ -26,6 +26,7 @@ from mmlane.lane.bookkeeping import Bookkeeping, Hold, Kept, Live, Member
 from mmlane.lane.control import Control
 from mmlane.lane.errors import Cause, LaneError, LaneUnavailable, Refused, needed
 from mmlane.lane.invitation import Invitation
+from mmlane.lane.mapping import PAGE, Mapping, Owner, copy_tensor, round_up, tensor_at
 from mmlane.lane.reservation import Reservation
 from mmlane.lane.status import LaneStats, State
 from mmlane.lane.ticket import DIMENSIONS, NAMES, Content, digest, read, unsupported, write
@@ -74,7 +75,7 @@ class _Place(NamedTuple):
 class _Copied(NamedTuple):
     """A copy that was made, and has to be counted."""
 
-    owner: memory.Owner
+    owner: Owner
     nbytes: int
     seconds: float
 
@@ -122,7 +123,7 @@ class Lane:
 
     def __init__(
         self,
-        readers: Mapping[str, int],
+        readers: abc.Mapping[str, int],
         *,
         capacity: int | None = None,
         pinned: int = 0,
@@ -131,7 +132,7 @@ class Lane:
         orphan: float = 1800.0,
     ) -> None:
         self.expected = arguments.readers(readers)
-        segment = memory.round_up(arguments.whole("segment", segment, least=1, example="4 << 20 (4 MiB)"))
+        segment = round_up(arguments.whole("segment", segment, least=1, example="4 << 20 (4 MiB)"))
         pinned = arguments.whole("pinned", pinned, least=0, example="1 << 30 (1 GiB)")
         idle, orphan = arguments.seconds("idle", idle), arguments.seconds("orphan", orphan)
         if capacity is None:
@@ -140,7 +141,7 @@ class Lane:
             capacity = arguments.whole("capacity", capacity, least=1, example="4 << 30 (4 GiB), or None")
         if pinned > capacity:
             raise ValueError(f"{pinned=} is more than {capacity=}: wanted no more bytes pinned than there are")
-        capacity, pinned = memory.round_up(capacity, segment), memory.round_up(pinned, segment)
+        capacity, pinned = round_up(capacity, segment), round_up(pinned, segment)
         self.members = tuple(
             Member(group, number) for group, count in self.expected.items() for number in range(count)
         )
@@ -172,14 +173,14 @@ class Lane:
 
         self._base = SLOTS * 8  # the directory's size: where extents begin
         groups = {group: frozenset(range(number)) for group, number in self.expected.items()}
-        self._allocator = Allocator(capacity, segment, memory.PAGE, pinned)
+        self._allocator = Allocator(capacity, segment, PAGE, pinned)
         self._tickets = Bookkeeping(self._allocator, SLOTS, groups, self._clear)
         backing = memory.Backing(self._base + capacity)
         try:
             with needed("fallocate"):
                 backing.reserve(0, self._base)
             with needed("mmap"):
-                mapping = memory.Mapping(backing.fd, self._base + capacity, writable=True)
+                mapping = Mapping(backing.fd, self._base + capacity, writable=True)
             if not mapping.populate(0, self._base):
                 backing.degraded.append("MADV_POPULATE_WRITE: not in this kernel; pages are faulted in one by one")
             path = f"/proc/{self._pid}/fd/{backing.shared_fd}"
@@ -194,7 +195,7 @@ class Lane:
             ) from error
         # Both go with the last thread that uses them.
         self._backing: memory.Backing | None = backing
-        self._mapping: memory.Mapping | None = mapping
+        self._mapping: Mapping | None = mapping
         self._directory = mapping.words(SLOTS)
         self._degraded = backing.degraded
         for line in self._degraded:
@@ -288,7 +289,7 @@ class Lane:
             return copied
         with self.lock, self._change:
             self._count(copied)
-        return Reservation(self, hold, memory.tensor_at(copied.owner, tensor.dtype, tensor.shape))
+        return Reservation(self, hold, tensor_at(copied.owner, tensor.dtype, tensor.shape))
 
     def reserve(self, shape: Sequence[int], dtype: torch.dtype) -> Reservation | Refused:
         """Room for a contiguous tensor, to be filled by anybody, and published in one piece or several.
@@ -307,7 +308,7 @@ class Lane:
         owner = self._reserve(prod(sizes) * dtype.itemsize, hold)
         if isinstance(owner, Refused):
             return owner
-        return Reservation(self, hold, memory.tensor_at(owner, dtype, sizes))
+        return Reservation(self, hold, tensor_at(owner, dtype, sizes))
 
     def withdraw(self, ticket: bytes) -> None:
         """Take back a ticket that was never sent and never will be; its bytes can be used again.
@@ -462,12 +463,12 @@ class Lane:
         if isinstance(owner, Refused):
             return owner
         began = time.perf_counter()
-        memory.copy(tensor, nbytes, owner)
+        copy_tensor(tensor, nbytes, owner)
         took = time.perf_counter() - began
         failpoints.reached("put.copied")
         return _Copied(owner, nbytes, took)
 
-    def _reserve(self, nbytes: int, hold: Hold) -> memory.Owner | Refused:
+    def _reserve(self, nbytes: int, hold: Hold) -> Owner | Refused:
         """An extent that the hold keeps, with memory behind it."""
         with self.lock, self._change:
             self._drain_now_and_then()
@@ -607,7 +608,7 @@ class Lane:
 
     # --- memory, without the lock --------------------------------------------------------------------------
 
-    def _commit(self, backing: memory.Backing, mapping: memory.Mapping, ranges: Sequence[tuple[int, int]]) -> None:
+    def _commit(self, backing: memory.Backing, mapping: Mapping, ranges: Sequence[tuple[int, int]]) -> None:
         """Have memory behind ranges of whole segments. Raises OSError when there is none to be had."""
         allocator = self._allocator
         if not ranges:
@@ -695,7 +696,7 @@ class Lane:
             self._starved = True
         return self._has_opened and self._pin(backing, mapping)
 
-    def _pin(self, backing: memory.Backing, mapping: memory.Mapping) -> bool:
+    def _pin(self, backing: memory.Backing, mapping: Mapping) -> bool:
         """Commit a part of what readers may pin, and tell them once all of it is there; True: there is more."""
         wanted = self._allocator.pinned
         if self._pinned < wanted:

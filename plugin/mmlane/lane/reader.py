@@ -20,12 +20,14 @@ from typing import Literal, get_args
 
 import torch
 
-from mmlane.lane import arguments, failpoints, memory, protocol
-from mmlane.lane.cuda import Device
+from mmlane.lane import arguments, failpoints, protocol
+from mmlane.lane.descriptor import Descriptor
+from mmlane.lane.device import Device
 from mmlane.lane.errors import JoinRefused, LaneError, LaneUnavailable, UnknownLane, needed
 from mmlane.lane.fork import close_in_child
 from mmlane.lane.invitation import Invitation
 from mmlane.lane.link import Claim, Link
+from mmlane.lane.mapping import PAGE, Mapping, round_up, tensor_at, unmap_dead
 from mmlane.lane.peer import connect, has_ended, last_words, peer_of, uid_is_proof
 from mmlane.lane.protocol import ProtocolError
 from mmlane.lane.ticket import Content, read
@@ -41,7 +43,7 @@ _INT = struct.Struct("@i")
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
 
 
-class _Received(memory.Descriptor):
+class _Received(Descriptor):
     """A message, and the descriptor that came with it: -1 for none. Raises OSError."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -111,7 +113,7 @@ class Reader:
             with needed("epoll"):
                 self._events = select.epoll()
             with needed("eventfd"):
-                self._wakeup = memory.Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+                self._wakeup = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._events.register(self._wakeup.fd, select.EPOLLIN)
             self._device = None if where is None else Device(where.index)
             thread = threading.Thread(target=self._run, name=f"mmlane-reader-{group}-{number}", daemon=True)
@@ -344,9 +346,9 @@ class Reader:
             raise ProtocolError(f"message {kind} instead of a WELCOME")
         found = protocol.read_welcome(message, invitation.secret, nonce)
         try:
-            descriptor: memory.Descriptor = received
+            descriptor: Descriptor = received
             if descriptor.fd < 0:
-                descriptor = memory.Descriptor(os.open(found.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+                descriptor = Descriptor(os.open(found.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
                 logger.warning(
                     "lane %s goes without SCM_RIGHTS: its memory was opened as %s", invitation.name, found.path
                 )
@@ -385,10 +387,10 @@ class Reader:
         if mode == "view" and pinned is not None and pinned.holds(where, nbytes):
             claim.mapping, where = pinned, where - pinned.offset
         if mode == "cow" and nbytes:
-            begin = where - where % memory.PAGE
+            begin = where - where % PAGE
             try:
-                claim.mapping = memory.Mapping(
-                    link.descriptor.fd, memory.round_up(where + nbytes - begin), offset=begin, private=True
+                claim.mapping = Mapping(
+                    link.descriptor.fd, round_up(where + nbytes - begin), offset=begin, private=True
                 )
                 where -= begin
             except OSError as error:  # too many mappings, or strict overcommit: a copy does as well
@@ -397,7 +399,7 @@ class Reader:
                 self._clones.append(f"no private mapping of {nbytes} bytes ({error}): cloned")
                 mode = "clone"
         owner = claim.mapping.owner(where, keeps=claim)
-        tensor = memory.tensor_at(owner, claim.content.dtype, claim.content.shape)
+        tensor = tensor_at(owner, claim.content.dtype, claim.content.shape)
         if mode == "clone":
             return tensor.clone()
         if self._device is not None:
@@ -428,7 +430,7 @@ class Reader:
                 elif number in self._heard:
                     self._attend(self._heard[number], events)
             self._tidy()  # while no name here keeps a link, and its mapping, alive
-            memory.unmap_dead()
+            unmap_dead()
         self._end()
 
     def _end(self) -> None:
@@ -490,9 +492,7 @@ class Reader:
             if kind == protocol.RECALL:
                 failpoints.reached("recall.heard")
                 link.promise(first, second)
-            elif (
-                kind == protocol.PINNED and first % memory.PAGE == 0 and 0 < second <= link.mapping.nbytes - first
-            ):
+            elif kind == protocol.PINNED and first % PAGE == 0 and 0 < second <= link.mapping.nbytes - first:
                 link.pin(first, second)
             else:
                 raise ProtocolError(f"message {kind} {first} {second} was not expected")
