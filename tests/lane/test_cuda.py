@@ -378,8 +378,8 @@ def test_a_release_that_fails_keeps_no_other(
 ) -> None:
     gpu.default.stands_still = True
     held = [pair.reader.take(pair.put(random((9,)))) for _ in range(5)]
-    (link,) = pair.reader._links.values()
-    send_soon = link._send_soon
+    (link,) = pair.reader._listener.links.values()
+    send_soon = link.outbox.send
     failed: list[tuple[int, int, int]] = []
 
     def failing(kind: int, slot: int, serial: int) -> None:
@@ -390,7 +390,7 @@ def test_a_release_that_fails_keeps_no_other(
             raise OSError("no")
 
     with monkeypatch.context() as patched:
-        patched.setattr(link, "_send_soon", failing)
+        patched.setattr(link.outbox, "send", failing)
         held.clear()
         gpu.default.run()
         eventually(lambda: pair.lane.stats().tickets == 1, "all but that one are back")

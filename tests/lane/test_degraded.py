@@ -228,7 +228,7 @@ def join_by_path(pipe: Connection, invitation: Invitation) -> list[str]:
         pipe.send("joined")
         assert reader.take(pipe.recv()).sum() == 10
         with pytest.raises(OSError, match="Bad file descriptor"):
-            os.pwrite(reader._links[invitation.name].descriptor.fd, b"x", 0)
+            os.pwrite(reader._listener.links[invitation.name].descriptor.fd, b"x", 0)
     assert not limits
     return log.lines
 

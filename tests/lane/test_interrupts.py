@@ -92,7 +92,7 @@ class World:
         return ticket
 
     def locks(self) -> list[Any]:
-        links = self.reader._links.values()
+        links = self.reader._listener.links.values()
         return [
             self.lane.lock,
             self.lane._committing,

@@ -93,7 +93,7 @@ def test_cow_leaves_the_process_most_of_the_mappings_that_it_may_have(
 def test_a_view_is_where_the_mapping_is_and_costs_no_memory(pair: Together) -> None:
     ticket = pair.put(random((2 * SEGMENT,)))
     one = pair.reader.take(ticket, "view")
-    whole = pair.reader._links[pair.lane.name].mapping
+    whole = pair.reader._listener.links[pair.lane.name].mapping
     assert 0 <= one.data_ptr() - whole.address < whole.nbytes
     assert one.data_ptr() % PAGE == 0
     assert ctypes.string_at(one.data_ptr(), 4) == bytes(one[:4].tolist())

@@ -110,7 +110,7 @@ def test_a_reader_that_is_closed_leaves_its_number_to_the_next_at_once(monkeypat
         with in_a_thread(join):
             gate.wait()
             with monkeypatch.context() as patch:
-                patch.setattr(reader, "_wake", lambda: None)
+                patch.setattr(reader._listener, "wake", lambda: None)
                 reader.close()
             successor.join(lane.invitation)
             gate.open()

@@ -74,7 +74,7 @@ def test_a_log_handler_that_stands_still_holds_up_nobody_but_the_thread_that_log
     with together(idle=PERIOD) as pair, standing_still() as handler:
         (member,) = pair.lane.members
         if whose == "producer":
-            pair.reader._links[pair.lane.name].connection.send(b"\xff")  # a malformed message
+            pair.reader._listener.links[pair.lane.name].connection.send(b"\xff")  # a malformed message
             pair.lane.drain()  # which its control thread logs a line of
         else:
             pair.lane._control.send(0xFF, [(0, 0)], member)

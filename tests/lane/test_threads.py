@@ -145,7 +145,7 @@ def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> 
 def test_letting_go_waits_for_no_lock_of_the_reader(pair: Together) -> None:
     """Another thread's tensor is let go while one takes."""
     taken, ticket = [pair.reader.take(pair.put(random(SHAPE)))], pair.put(random((8,)))
-    with pair.reader._links[pair.lane.name]._claiming:
+    with pair.reader._listener.links[pair.lane.name]._claiming:
         in_threads([taken.clear])
         assert pair.lane.stats().tickets == 1
         pair.reader.discard(ticket)  # which leaves it to the reader's thread
@@ -159,7 +159,7 @@ def test_letting_go_amid_a_take_of_the_same_thread(pair: Together, monkeypatch: 
     ticket = pair.put(random((8,)))
 
     def digest_and_collect(ticket: bytes) -> int:
-        with pair.reader._links[pair.lane.name]._claiming:
+        with pair.reader._listener.links[pair.lane.name]._claiming:
             held.clear()
         return digest(ticket)
 

@@ -1018,7 +1018,7 @@ def test_a_rank_whose_connection_was_lost_before_the_lane_opened_joins_again(ran
         eventually(lambda: opening.lane.stats().joined == {"dp0": [0]}, "the producer hears of it")
         rank.notice(opening.lane.invitation)
         assert threads("mmlane-joining") == []  # it is there
-        rank._reader._links[opening.lane.name].connection.shutdown(socket.SHUT_RDWR)
+        rank._reader._listener.links[opening.lane.name].connection.shutdown(socket.SHUT_RDWR)
         eventually(lambda: opening.lane.stats().joined == {"dp0": []}, "the producer hears of the loss")
         eventually(lambda: rank._reader is None or rank._reader.lanes() == (), "the rank hears of the loss")
         rank.notice(opening.lane.invitation)

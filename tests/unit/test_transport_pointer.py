@@ -1029,7 +1029,7 @@ def test_a_finalizer_waits_for_nobody(ends: Ends, wrap: Any) -> None:
     due, recalled = [through_pickle(wrap(random()))], wrap(random(seed=1))
     pickle.dumps(recalled)
     assert ends.rank._reader is not None
-    link = ends.rank._reader._links[ends.lane.name]
+    link = ends.rank._reader._listener.links[ends.lane.name]
     gate = Gate("recall.heard", where="beside")  # the rank's own thread
     recalled.close_and_unlink()
     ends.lane.look()
@@ -1156,12 +1156,12 @@ def not_seen(ends: Ends, ticket: bytes, here: pytest.MonkeyPatch) -> Callable[[]
     """It was recalled when this rank had not seen it. The producer gets the answer by what is returned."""
     assert ends.rank._reader is not None
     content = read(ticket)
-    link = ends.rank._reader._links[content.lane]
+    link = ends.rank._reader._listener.links[content.lane]
     answers: list[tuple[int, int, int]] = []
     with pytest.MonkeyPatch.context() as under_way:
-        under_way.setattr(link, "_send_soon", lambda *answer: answers.append(answer))
+        under_way.setattr(link.outbox, "send", lambda *answer: answers.append(answer))
         link.promise(content.slot, content.serial)
-    return lambda: link._send_soon(*answers[0])
+    return lambda: link.outbox.send(*answers[0])
 
 
 def not_joined(ends: Ends, ticket: bytes, here: pytest.MonkeyPatch) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Calls of the C library. Python's own mmap hides the address of a read-only mapping, and holds the GIL to unmap."""
+"""Calls of the C library. Python's own mmap hides a read-only mapping's address, and holds the GIL to unmap it."""
 
 from __future__ import annotations
 
