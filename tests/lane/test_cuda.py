@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 import torch
 
-from mmlane.lane import Lane, Reader, UnknownLane, cuda, device, memory, producer, protocol
+from mmlane.lane import Lane, Reader, UnknownLane, cuda, device, memory, pinnable, protocol
 from mmlane.lane.bookkeeping import Member
-from mmlane.lane.control import Control
+from mmlane.lane.inbox import Inbox
 from mmlane.lane.libc import libc
 from mmlane.lane.pinned import Pinned
 from tests.conftest import CHECKOUT
@@ -155,7 +155,7 @@ def test_kept_memory_stays_and_other_memory_goes(gpu: FakeGpu) -> None:
         pair.reader.discard(pair.put(random((8 * SEGMENT,))))
         assert pair.lane.stats().committed_bytes > PINNED
         eventually(lambda: pair.lane.stats().committed_bytes == PINNED, "what was idle is handed back")
-        eventually(lambda: pair.lane._control._next_look is None, "nobody looks any more")
+        eventually(lambda: pair.lane._control.agenda.next_look is None, "nobody looks any more")
         assert list(gpu.registered.values()) == [PINNED] and pair.lane.stats().pinned_bytes == PINNED
 
 
@@ -194,11 +194,11 @@ def test_nonsense_to_keep_is_ignored(gpu: FakeGpu, kept: tuple[int, int], monkey
         asked: list[Any] = []
         monkeypatch.setattr(pair.reader._device, "pin", lambda *args: asked.append(args))
         (member,) = pair.lane.members
-        assert pair.lane._control.send(protocol.PINNED, [kept], member)
-        assert pair.lane._control.send(protocol.RECALL, [(9, 9)], member)  # what is never seen is answered
+        assert pair.lane._control.inbox.send(protocol.PINNED, [kept], member)
+        assert pair.lane._control.inbox.send(protocol.RECALL, [(9, 9)], member)  # what is never seen is answered
         eventually(lambda: pair.lane.stats().malformed_messages, "it has been heard")
         assert not asked
-        pair.lane._malformed = 0  # the answer, to a question that the lane does not know of
+        pair.lane._issuer.malformed_messages = 0  # the answer, to a question that the lane does not know of
 
 
 def test_a_member_that_could_not_be_told_is_told_later_and_none_twice(
@@ -206,20 +206,20 @@ def test_a_member_that_could_not_be_told_is_told_later_and_none_twice(
 ) -> None:
     """A socket may be full. What one reader has registered stays committed whatever becomes of others."""
     told: list[Member] = []
-    send = Control.send
+    send = Inbox.send
 
-    def sending(self: Control, kind: int, items: Any, member: Member) -> bool:
+    def sending(self: Inbox, kind: int, items: Any, member: Member) -> bool:
         if kind == protocol.PINNED:
             told.append(member)
             if member.number and told.count(member) < 3:
                 return False
         return send(self, kind, items, member)
 
-    monkeypatch.setattr(Control, "send", sending)
+    monkeypatch.setattr(Inbox, "send", sending)
     with together(2, device="cuda:0", pinned=PINNED, idle=0.05) as pair:
         for reader in pair.readers:
             assert reader.wait_pinned(pair.lane.name, DEADLINE)
-        eventually(lambda: pair.lane._control._next_look is None, "nobody looks any more")
+        eventually(lambda: pair.lane._control.agenda.next_look is None, "nobody looks any more")
         assert [member.number for member in sorted(told)] == [0, 1, 1, 1]
         assert len(gpu.registered) == 2
         assert pair.lane.stats().committed_bytes == pair.lane.stats().pinned_bytes == PINNED
@@ -244,7 +244,7 @@ def test_closing_does_not_wait_for_all_that_is_to_be_kept(gpu: FakeGpu, monkeypa
         with in_a_thread(pair.lane.close):
             eventually(lambda: pair.lane.is_closed, "it is closed")
             go_on.set()
-    assert len(reserved) <= producer._STEP < 16
+    assert len(reserved) <= pinnable._STEP < 16
 
 
 # --- what the device still reads ---------------------------------------------------------------------------

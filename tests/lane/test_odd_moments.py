@@ -116,7 +116,7 @@ class Emptied(deque[Any]):
 
 def test_a_thread_that_waits_no_more_as_the_lane_opens() -> None:
     with Lane({"tp": 1}, capacity=SEGMENT, segment=SEGMENT) as lane:
-        lane._waiting = Emptied()
+        lane._lifecycle._waiting = Emptied()
         serves(lane)
 
 
@@ -310,10 +310,9 @@ class FakeFullEpoll:
 def test_a_lane_that_can_watch_no_more_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     """A process that connects then is sent away; the next one is let in."""
     with Lane({"tp": 1}, capacity=SEGMENT, segment=SEGMENT) as lane:
-        control = lane._control
-        full = FakeFullEpoll(control._events)
-        control._events = full  # type: ignore[assignment]
-        control.wake()  # out of the real one
+        admission = lane._control.admission
+        full = FakeFullEpoll(admission._events)
+        admission._events = full  # type: ignore[assignment]
         with visit(lane.name) as connection:
             assert receive(connection) == (b"", [])
         assert "could not let a reader in" in caplog.text
@@ -336,11 +335,11 @@ def test_a_reader_that_can_watch_no_more_says_so_when_it_joins() -> None:
 
 def test_a_reader_that_is_sent_away_when_it_has_joined_says_why(caplog: pytest.LogCaptureFixture) -> None:
     with Lane({"tp": 1}, capacity=16 * SEGMENT, segment=SEGMENT) as lane, Reader("tp") as reader:
-        inbox = lane._control._inbox
-        lane._control._inbox = FakeFullEpoll(inbox)  # type: ignore[assignment]
+        inbox = lane._control.inbox._events
+        lane._control.inbox._events = FakeFullEpoll(inbox)  # type: ignore[assignment]
         reader.join(lane.invitation, DEADLINE)
         eventually(lambda: "it sends this reader away: [Errno 28]" in caplog.text, "the reader's line")
-        lane._control._inbox = inbox
+        lane._control.inbox._events = inbox
         eventually(lambda: joins(lane), "the number is free again")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 
 import pytest
 import torch
@@ -130,12 +131,12 @@ def test_tensors_are_collected_wherever_python_likes(threads: int) -> None:
 
 
 @pytest.mark.timeout(120)  # it hangs if it fails
-@pytest.mark.parametrize("lock", ["lock", "_committing"])
+@pytest.mark.parametrize("lock", ["guard.lock", "_committer.committing"])
 def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> None:
     """The one above made certain, for the locks of the producer."""
     taken = pair.reader.take(pair.put(random(SHAPE)))
     ticket = pair.put(random((7,)))
-    with getattr(pair.lane, lock):
+    with attrgetter(lock)(pair.lane):
         del taken
         pair.lane.withdraw(ticket)
     assert pair.lane.stats().tickets == 0

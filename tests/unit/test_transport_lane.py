@@ -722,7 +722,7 @@ def test_a_ticket_that_was_sent_is_its_readers_unless_it_was_sent_in_vain(openin
     sent(in_vain)
     assert isinstance(in_vain, Ticket)
     in_vain.release()
-    opening.lane.look()  # which is done once a period
+    opening.lane.housekeeping.look()  # which is done once a period
     eventually(lambda: opening.lane.stats().lost_tickets == 1, "no reader has seen the ticket")
     assert opening.lane.stats().tickets == 0
 
@@ -1088,9 +1088,9 @@ def test_a_producer_that_is_collected_while_its_lane_is_busy_closes_it_afterward
     producer.put(torch.ones(9))
     lane = producer.lane
     assert lane is not None
-    with lane.lock:
+    with lane.guard.lock:
         del producer
         gc.collect()  # does not wait for the lane's end, which waits for the lock
-        assert lane._mapping is not None
-    eventually(lambda: lane._mapping is None, "the lane's end")
+        assert lane._committer.memory is not None
+    eventually(lambda: lane._committer.memory is None, "the lane's end")
     assert lane.is_closed

@@ -185,14 +185,14 @@ class Ends:
 
         def is_over() -> bool:
             self.lane.drain()
-            return all(live.serial != last for live in self.lane._tickets.live.values())
+            return all(live.serial != last for live in self.lane._issuer.tickets.live.values())
 
         eventually(is_over, "the rank releases a ticket")
 
     def settle(self) -> None:
         """Have what was recalled asked after now, not at the next of the looks, one a minute."""
         if self.out:
-            self.lane.look()
+            self.lane.housekeeping.look()
         eventually(lambda: self.out == 0, "all tickets have ended")
 
     def open(self, wrap: Callable[..., Any]) -> None:
@@ -1012,7 +1012,7 @@ def test_who_has_it_keeps_what_was_recalled(ends: Ends, wrap: Any) -> None:
     sent = wrap(random())
     taken = through_pickle(sent).materialize()
     sent.close_and_unlink()
-    ends.lane.look()
+    ends.lane.housekeeping.look()
     assert torch.equal(taken, random()) and ends.out == 1
 
 
@@ -1032,7 +1032,7 @@ def test_a_finalizer_waits_for_nobody(ends: Ends, wrap: Any) -> None:
     link = ends.rank._reader._listener.links[ends.lane.name]
     gate = Gate("recall.heard", where="beside")  # the rank's own thread
     recalled.close_and_unlink()
-    ends.lane.look()
+    ends.lane.housekeeping.look()
     gate.wait()
     with locked(link._claiming), in_a_thread(due.clear):
         pass
