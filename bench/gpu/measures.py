@@ -27,8 +27,9 @@ from bench.gpu.workers import Worker
 from bench.transport.cases import GIB, MIB, size
 from bench.transport.clock import seconds, stamp
 from bench.transport.group import Failed, Refusal
-from mmlane.lane import memory
 from mmlane.lane.cuda import Cuda
+from mmlane.lane.descriptor import Descriptor
+from mmlane.lane.mapping import PAGE, Mapping
 
 H2D = (TORCH_PINNED, PAGEABLE, SHARED, SEGMENT, LANE_PAGEABLE, LANE_PINNED)
 CONCURRENT = (TORCH_PINNED, SEGMENT, LANE_PAGEABLE, LANE_PINNED)
@@ -73,7 +74,7 @@ def _words(nbytes: int) -> Load:
 
 def _room(load: Load) -> int:
     """For its tensors in whole pages, and some more."""
-    return load.nbytes + load.count * memory.PAGE + 4 * MIB
+    return load.nbytes + load.count * PAGE + 4 * MIB
 
 
 def contexts(plan: Plan) -> Iterator[Record]:
@@ -199,9 +200,9 @@ class Registrar:
         there.copy_(pageable, non_blocking=True)
         self._device.synchronize()
         times.append(stamp())
-        file = memory.Descriptor(os.memfd_create("mmlane-bench"))
+        file = Descriptor(os.memfd_create("mmlane-bench"))
         os.ftruncate(file.fd, nbytes)
-        mapping = memory.Mapping(file.fd, nbytes, writable=True)
+        mapping = Mapping(file.fd, nbytes, writable=True)
         if populated:
             os.posix_fallocate(file.fd, 0, nbytes)
             if not mapping.populate(0, nbytes):
@@ -213,7 +214,7 @@ class Registrar:
         took = [seconds(end - begin) for begin, end in zip(times[::2], times[1::2], strict=True)]
         return dict(zip((COPY, "register", "unregister"), took, strict=True))
 
-    def _steps(self, mapping: memory.Mapping) -> Sequence[Callable[[], object]]:
+    def _steps(self, mapping: Mapping) -> Sequence[Callable[[], object]]:
         if self._device.rehearse:
             return [lambda: mapping.populate(0, mapping.nbytes), lambda: None]
         cuda = Cuda(self._device.index)

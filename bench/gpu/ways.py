@@ -20,7 +20,9 @@ from torch import Tensor
 
 from bench.gpu.device import Device
 from bench.transport.group import Refusal
-from mmlane.lane import Invitation, Lane, Reader, Refused, memory
+from mmlane.lane import Invitation, Lane, Reader, Refused
+from mmlane.lane.descriptor import Descriptor
+from mmlane.lane.mapping import round_up
 
 TORCH_PINNED, PAGEABLE, SHARED = "torch pinned", "pageable", "shared"
 SEGMENT = "engine segment"
@@ -182,9 +184,9 @@ class _SegmentReceiver(Receiver):
         return torch.frombuffer(private, dtype=dtype).view(shape)
 
 
-def _shared(nbytes: int) -> tuple[memory.Descriptor, Tensor]:
+def _shared(nbytes: int) -> tuple[Descriptor, Tensor]:
     """A memfd, and a tensor over all of it, mapped MAP_SHARED."""
-    file = memory.Descriptor(os.memfd_create("mmlane-bench"))
+    file = Descriptor(os.memfd_create("mmlane-bench"))
     os.posix_fallocate(file.fd, 0, nbytes)
     return file, torch.from_file(f"/proc/self/fd/{file.fd}", shared=True, size=nbytes, dtype=torch.uint8)
 
@@ -213,7 +215,7 @@ class _PoolSender(Sender):
             place = self._pool[offset : offset + nbytes]
             place.copy_(tensor.view(-1).view(torch.uint8), non_blocking=True)
             messages.append((self._handle, offset, nbytes, tensor.dtype, tensor.shape))
-            offset += memory.round_up(nbytes)
+            offset += round_up(nbytes)
         self._device.synchronize()
         return messages
 

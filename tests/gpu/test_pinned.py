@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.gpu.device import lacking
-from mmlane.lane import cuda
+from mmlane.lane import cuda, device
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.together import Together, together
 from tests.lane.harness.waiting import DEADLINE, eventually
@@ -76,7 +76,7 @@ def test_room_that_the_device_still_reads_is_not_released(pair: Together) -> Non
 
 def test_without_events_it_would_be(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test before can fail."""
-    monkeypatch.setattr(cuda.Device, "_record", lambda self, streams: [])
+    monkeypatch.setattr(device.Device, "_record", lambda self, streams: [])
     assert bytes_of_others(pair, gpu.Stream()) > 0
 
 

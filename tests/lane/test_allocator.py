@@ -254,6 +254,15 @@ def test_less_uncommitted_memory_wins_where_none_is_all_committed() -> None:
     assert allocator.find(128) == 128  # one uncommitted segment, though the hole is larger than it need be
 
 
+def test_a_place_is_found_with_what_has_to_be_committed_there() -> None:
+    allocator = Allocator(256, 64, PAGE)
+    assert allocator.place(100) == (0, [(0, 128)])
+    allocator.note_committed(0, 64)
+    assert allocator.place(100) == (0, [(64, 64)])
+    assert allocator.place(64) == (0, []) and allocator.place(257) == (None, [])
+    assert allocator.used == {}
+
+
 def test_neighbours_grow_together_on_both_sides() -> None:
     allocator = Allocator(256, 64, PAGE)
     first, middle, last = used(allocator, 64), used(allocator, 64), used(allocator, 64)

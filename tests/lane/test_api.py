@@ -178,14 +178,14 @@ def test_a_lane_and_its_reader_in_one_event_loop() -> None:
 def test_a_task_waits_no_longer_than_it_said(lane: Lane) -> None:
     assert asyncio.run(lane.wait_open_async(0.01)) is False
     assert asyncio.run(lane.wait_open_async(0)) is False
-    assert not lane._waiting
+    assert not lane._lifecycle._waiting
 
 
 def test_a_lane_that_is_closed_wakes_the_tasks_and_threads_that_wait(lane: Lane) -> None:
     async def body() -> None:
         tasks = [asyncio.create_task(lane.wait_open_async()) for _ in range(3)]
         await asyncio.sleep(0)
-        assert len(lane._waiting) == 4
+        assert len(lane._lifecycle._waiting) == 4
         await asyncio.to_thread(lane.close)
         assert await asyncio.gather(*tasks) == [False] * 3
 
@@ -193,23 +193,23 @@ def test_a_lane_that_is_closed_wakes_the_tasks_and_threads_that_wait(lane: Lane)
         assert lane.wait_open() is False
 
     with in_a_thread(thread):
-        eventually(lambda: len(lane._waiting) == 1, "the thread waits")
+        eventually(lambda: len(lane._lifecycle._waiting) == 1, "the thread waits")
         asyncio.run(body())
-    assert not lane._waiting
+    assert not lane._lifecycle._waiting
 
 
 def test_a_task_that_is_cancelled_leaves_nothing(lane: Lane) -> None:
     async def body() -> None:
         task = asyncio.create_task(lane.wait_open_async())
         await asyncio.sleep(0)
-        assert len(lane._waiting) == 1
+        assert len(lane._lifecycle._waiting) == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     before = threading.active_count()
     asyncio.run(body())
-    assert not lane._waiting and threading.active_count() == before
+    assert not lane._lifecycle._waiting and threading.active_count() == before
     serves(lane)
 
 
@@ -218,7 +218,7 @@ def test_a_loop_that_is_gone_is_no_trouble_for_the_lane(lane: Lane) -> None:
     coroutine = lane.wait_open_async()
     task = loop.create_task(coroutine)
     loop.run_until_complete(asyncio.sleep(0))
-    assert len(lane._waiting) == 1
+    assert len(lane._lifecycle._waiting) == 1
     loop.close()
     serves(lane)  # which opens it, and so wakes whoever waits
     task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -251,9 +251,9 @@ def test_a_join_that_is_cancelled_is_given_up() -> None:
         return [thread for thread in threading.enumerate() if thread.name.startswith("mmlane-joining-")]
 
     with Lane({"tp": 1}, capacity=MIB) as lane, Reader("tp") as reader:
-        lane._control._welcome, welcome = (  # type: ignore[method-assign]
+        lane._control.admission._welcome, welcome = (  # type: ignore[method-assign]
             lambda *words: (gate.wait(DEADLINE), welcome(*words))[1],
-            lane._control._welcome,
+            lane._control.admission._welcome,
         )
         asyncio.run(body(lane, reader))
         (thread,) = joining()

@@ -288,7 +288,8 @@ def test_leaving_python_waits_for_no_lock() -> None:
     """Threads stand still once Python ends, with the locks that they hold; `scope` closes all after that."""
     ended = run_beside_a_lane(
         """
-        for lock in (pair.lane.lock, pair.lane._committing, *(reader._joining for reader in pair.readers)):
+        lane = pair.lane
+        for lock in (lane.guard.lock, lane._committer.committing, *(reader._joining for reader in pair.readers)):
             lock.acquire()
         """
     )

@@ -22,9 +22,11 @@ from typing import Any
 import pytest
 import torch
 
-from mmlane.lane import Lane, Reader, UnknownLane, cuda, memory, producer, protocol
+from mmlane.lane import Lane, Reader, UnknownLane, cuda, device, memory, pinnable, protocol
 from mmlane.lane.bookkeeping import Member
-from mmlane.lane.control import Control
+from mmlane.lane.inbox import Inbox
+from mmlane.lane.libc import libc
+from mmlane.lane.pinned import Pinned
 from tests.conftest import CHECKOUT
 from tests.lane.harness.fake_cuda import FakeGpu, FakeStream
 from tests.lane.harness.payloads import random, same
@@ -153,7 +155,7 @@ def test_kept_memory_stays_and_other_memory_goes(gpu: FakeGpu) -> None:
         pair.reader.discard(pair.put(random((8 * SEGMENT,))))
         assert pair.lane.stats().committed_bytes > PINNED
         eventually(lambda: pair.lane.stats().committed_bytes == PINNED, "what was idle is handed back")
-        eventually(lambda: pair.lane._control._next_look is None, "nobody looks any more")
+        eventually(lambda: pair.lane._control.agenda.next_look is None, "nobody looks any more")
         assert list(gpu.registered.values()) == [PINNED] and pair.lane.stats().pinned_bytes == PINNED
 
 
@@ -192,11 +194,11 @@ def test_nonsense_to_keep_is_ignored(gpu: FakeGpu, kept: tuple[int, int], monkey
         asked: list[Any] = []
         monkeypatch.setattr(pair.reader._device, "pin", lambda *args: asked.append(args))
         (member,) = pair.lane.members
-        assert pair.lane._control.send(protocol.PINNED, [kept], member)
-        assert pair.lane._control.send(protocol.RECALL, [(9, 9)], member)  # what is never seen is answered
+        assert pair.lane._control.inbox.send(protocol.PINNED, [kept], member)
+        assert pair.lane._control.inbox.send(protocol.RECALL, [(9, 9)], member)  # what is never seen is answered
         eventually(lambda: pair.lane.stats().malformed_messages, "it has been heard")
         assert not asked
-        pair.lane._malformed = 0  # the answer, to a question that the lane does not know of
+        pair.lane._issuer.malformed_messages = 0  # the answer, to a question that the lane does not know of
 
 
 def test_a_member_that_could_not_be_told_is_told_later_and_none_twice(
@@ -204,20 +206,20 @@ def test_a_member_that_could_not_be_told_is_told_later_and_none_twice(
 ) -> None:
     """A socket may be full. What one reader has registered stays committed whatever becomes of others."""
     told: list[Member] = []
-    send = Control.send
+    send = Inbox.send
 
-    def sending(self: Control, kind: int, items: Any, member: Member) -> bool:
+    def sending(self: Inbox, kind: int, items: Any, member: Member) -> bool:
         if kind == protocol.PINNED:
             told.append(member)
             if member.number and told.count(member) < 3:
                 return False
         return send(self, kind, items, member)
 
-    monkeypatch.setattr(Control, "send", sending)
+    monkeypatch.setattr(Inbox, "send", sending)
     with together(2, device="cuda:0", pinned=PINNED, idle=0.05) as pair:
         for reader in pair.readers:
             assert reader.wait_pinned(pair.lane.name, DEADLINE)
-        eventually(lambda: pair.lane._control._next_look is None, "nobody looks any more")
+        eventually(lambda: pair.lane._control.agenda.next_look is None, "nobody looks any more")
         assert [member.number for member in sorted(told)] == [0, 1, 1, 1]
         assert len(gpu.registered) == 2
         assert pair.lane.stats().committed_bytes == pair.lane.stats().pinned_bytes == PINNED
@@ -242,7 +244,7 @@ def test_closing_does_not_wait_for_all_that_is_to_be_kept(gpu: FakeGpu, monkeypa
         with in_a_thread(pair.lane.close):
             eventually(lambda: pair.lane.is_closed, "it is closed")
             go_on.set()
-    assert len(reserved) <= producer._STEP < 16
+    assert len(reserved) <= pinnable._STEP < 16
 
 
 # --- what the device still reads ---------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_room_that_the_device_still_reads_is_not_released(gpu: FakeGpu, pair: To
 
 def test_without_events_it_would_be(gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test before can fail: with no event recorded, the device reads the next tensor's bytes."""
-    monkeypatch.setattr(cuda.Device, "_record", lambda self, streams: [])
+    monkeypatch.setattr(device.Device, "_record", lambda self, streams: [])
     assert bytes_of_others(pair, gpu.default) == ALL
 
 
@@ -333,7 +335,7 @@ def test_a_stream_that_is_being_captured_is_waited_for(gpu: FakeGpu, pair: Toget
 def test_when_cuda_fails_nothing_is_released_until_it_works(
     gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cuda, "_AFTER_ERROR", 0.01)
+    monkeypatch.setattr(device, "_AFTER_ERROR", 0.01)
     gpu.default.stands_still = True
     first = pair.reader.take(pair.put(random((SEGMENT,))))
     del first
@@ -354,7 +356,7 @@ def test_when_cuda_fails_nothing_is_released_until_it_works(
 def test_any_error_of_torch_counts_as_one_of_cuda(
     gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cuda, "_AFTER_ERROR", 0.01)
+    monkeypatch.setattr(device, "_AFTER_ERROR", 0.01)
     failing = True
     record = gpu.record
 
@@ -376,8 +378,8 @@ def test_a_release_that_fails_keeps_no_other(
 ) -> None:
     gpu.default.stands_still = True
     held = [pair.reader.take(pair.put(random((9,)))) for _ in range(5)]
-    (link,) = pair.reader._links.values()
-    send_soon = link._send_soon
+    (link,) = pair.reader._listener.links.values()
+    send_soon = link.outbox.send
     failed: list[tuple[int, int, int]] = []
 
     def failing(kind: int, slot: int, serial: int) -> None:
@@ -388,7 +390,7 @@ def test_a_release_that_fails_keeps_no_other(
             raise OSError("no")
 
     with monkeypatch.context() as patched:
-        patched.setattr(link, "_send_soon", failing)
+        patched.setattr(link.outbox, "send", failing)
         held.clear()
         gpu.default.run()
         eventually(lambda: pair.lane.stats().tickets == 1, "all but that one are back")
@@ -406,15 +408,15 @@ def test_a_release_that_was_interrupted_waits_for_the_device_too(
         taken = pair.reader.take(pair.put(tensor))
         gpu.default.stands_still = True
         on_device = gpu.default.copy(taken)
-        settle = cuda.Device.settle
+        settle = device.Device.settle
         times = count()
 
-        def interrupted(self: cuda.Device, *args: Any) -> None:
+        def interrupted(self: device.Device, *args: Any) -> None:
             if not next(times):
                 raise KeyboardInterrupt
             settle(self, *args)
 
-        monkeypatch.setattr(cuda.Device, "settle", interrupted)
+        monkeypatch.setattr(device.Device, "settle", interrupted)
         monkeypatch.setattr(sys, "unraisablehook", lambda hook: None)  # in a finalizer, nobody hears of it
         del taken
         eventually(lambda: len(gpu.default.work) > 1, "an event is behind the copy")
@@ -433,11 +435,11 @@ def test_what_cuda_does_not_unregister_is_not_mapped_anew(gpu: FakeGpu, monkeypa
     monkeypatch.setattr(gpu, "unregister", refuse)
     file = os.memfd_create("test")
     os.truncate(file, SEGMENT)
-    pinned = cuda.Pinned(gpu, file, 0, SEGMENT)  # type: ignore[arg-type]
+    pinned = Pinned(gpu, file, 0, SEGMENT)  # type: ignore[arg-type]
     address = pinned.address
     del pinned
     assert access(address) == "r--s"
-    memory._libc.munmap(address, SEGMENT)
+    libc.munmap(address, SEGMENT)
     os.close(file)
 
 

@@ -23,8 +23,8 @@ from mmlane.lane import (
     Reader,
     Refused,
     failpoints,
+    issuing,
     memory,
-    producer,
     status,
 )
 from mmlane_patches import sweeping
@@ -43,7 +43,7 @@ from tests.lane.harness.together import backing
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20
-BASE = producer.SLOTS * 8
+BASE = issuing.SLOTS * 8
 
 NO_MEMFD = Deny("memfd_create", errno.ENOSYS)
 NO_MEMFD_EITHER = Deny("memfd_create", errno.EPERM)
@@ -95,7 +95,9 @@ def confined(denials: tuple[Deny, ...], place: str) -> tuple[tuple[str, ...], li
         assert lane.wait_open(DEADLINE)
         travel(lane, [one, two])
         # And so it goes when memory has been idle.
-        eventually(lambda: not lane.stats().committed_bytes or lane._never_decommits, "memory goes or is kept")
+        eventually(
+            lambda: not lane.stats().committed_bytes or lane._committer.never_decommits, "memory goes or is kept"
+        )
         travel(lane, [one, two])
         stats = lane.stats()
         assert stats.state == "open" and not stats.malformed_messages and not stats.rejected_peers
@@ -196,7 +198,9 @@ def keep_what_cannot_be_handed_back() -> tuple[int, int, int]:
         assert lane.wait_open(DEADLINE)
         for _ in range(3):
             travel(lane, [reader])
-            eventually(lambda: lane._control._next_look is None, "the end of looking")  # it does not look for ever
+            eventually(
+                lambda: lane._control.agenda.next_look is None, "the end of looking"
+            )  # it does not look for ever
             found.append(blocks(backing(lane).fd))
             assert found[-1] == BASE + lane.stats().committed_bytes
         return found[0], found[1], found[2]
@@ -228,7 +232,7 @@ def join_by_path(pipe: Connection, invitation: Invitation) -> list[str]:
         pipe.send("joined")
         assert reader.take(pipe.recv()).sum() == 10
         with pytest.raises(OSError, match="Bad file descriptor"):
-            os.pwrite(reader._links[invitation.name].descriptor.fd, b"x", 0)
+            os.pwrite(reader._listener.links[invitation.name].descriptor.fd, b"x", 0)
     assert not limits
     return log.lines
 
@@ -362,7 +366,9 @@ def meet_a_full_file_system_ahead_of_need() -> tuple[bool, int]:
         old = lane.put(tensor)
         eventually(lambda: lane.stats().committed_bytes == 6 * MIB, "as much memory again ahead of need")
         assert isinstance(lane.put(tensor), bytes)
-        eventually(lambda: lane.stats().committed_bytes == 6 * MIB and lane._starved, "an attempt that fails")
+        eventually(
+            lambda: lane.stats().committed_bytes == 6 * MIB and lane._committer.starved, "an attempt that fails"
+        )
         assert isinstance(old, bytes)
         reader.discard(old)
         eventually(lambda: lane.stats().tickets == 1, "the ticket is back")
@@ -405,7 +411,7 @@ def break_the_thread(pipe: Connection, point: str) -> tuple[list[str], str, str,
         assert lane.stats().state == "closed" and lane.wait_open(0) is False
         lane.drain()
         lane.close()
-        return log.lines, refused.cause, refused.detail, lane._backing is None
+        return log.lines, refused.cause, refused.detail, lane._committer.memory is None
 
 
 @pytest.mark.parametrize("point", ["decommit.chosen", "drain.received"])

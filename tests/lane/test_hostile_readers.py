@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from mmlane.lane import Invitation, Lane, Reader, Refused, Reservation, control, protocol
+from mmlane.lane import Invitation, Lane, Reader, Refused, Reservation, inbox, protocol
 from tests.effort import examples
 from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child, die_with_the_parent
@@ -181,7 +181,7 @@ def test_the_last_words_of_a_reader_that_did_not_listen_count() -> None:
         assert lane.wait_open(DEADLINE)
         ticket = put(lane, new_tensor())
         lane.recall(ticket)
-        lane.look()  # RECALL is in its socket
+        lane.housekeeping.look()  # RECALL is in its socket
         gate = Gate("accept.connected")  # the lane's own thread does not hear of the end
         with visit(lane.name):
             gate.wait()
@@ -218,9 +218,9 @@ def test_a_reader_that_never_stops_talking_does_not_keep_a_put() -> None:
         assert lane.wait_open(DEADLINE)
         eventually(lambda: lane.stats().malformed_messages > 0, "nonsense")
         for _ in range(50):
-            before = lane._malformed
+            before = lane._issuer.malformed_messages
             lane.drain()
-            assert lane._malformed - before <= control._AT_ONCE
+            assert lane._issuer.malformed_messages - before <= inbox._AT_ONCE
         ticket = put(lane, tensor := new_tensor())
         assert torch.equal(reader.take(ticket), tensor)
 
@@ -343,7 +343,7 @@ class Conversation(RuleBasedStateMachine):
 
     @rule()
     def look(self) -> None:
-        self.lane.look()
+        self.lane.housekeeping.look()
 
     @invariant()
     def the_state_is_right(self) -> None:

@@ -7,23 +7,25 @@ from itertools import count
 
 import pytest
 
-from mmlane.lane import Mode, StaleTicket, link, reader
+from mmlane.lane import Mode, StaleTicket, link, listening, outbox, reader
 from tests.lane.harness.child import run
 from tests.lane.harness.moments import Interrupted, Moment, interrupt
 from tests.lane.harness.payloads import MODES, random, same
 from tests.lane.harness.together import PAGE, Together, together
 from tests.lane.harness.waiting import eventually
 
+MODULES = (link, listening, outbox, reader)
+
 
 def interrupted(pair: Together, ticket: bytes, mode: Mode, what: str, nth: int) -> bool:
     """Take a ticket and let it go, with an interrupt in one of them; False if there was nothing to interrupt."""
     try:
         if what == "take":
-            with Moment(nth, interrupt, (link, reader)) as moment:
+            with Moment(nth, interrupt, MODULES) as moment:
                 pair.reader.take(ticket, mode)
         else:
             held = [pair.reader.take(ticket, mode)]
-            with Moment(nth, interrupt, (link, reader)) as moment:
+            with Moment(nth, interrupt, MODULES) as moment:
                 held.clear()
     except Interrupted:
         pass

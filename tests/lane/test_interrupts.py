@@ -92,10 +92,10 @@ class World:
         return ticket
 
     def locks(self) -> list[Any]:
-        links = self.reader._links.values()
+        links = self.reader._listener.links.values()
         return [
-            self.lane.lock,
-            self.lane._committing,
+            self.lane.guard.lock,
+            self.lane._committer.committing,
             self.reader._joining,
             *(link._claiming for link in links),
         ]
@@ -120,7 +120,7 @@ class World:
                 assert same(self.reader.take(ticket), tensor)
         if self.lane.is_closed:
             self.lane._control.join()
-            assert (self.lane._backing, self.lane._mapping) == (None, None)
+            assert self.lane._committer.memory is None
 
     def _is_at_rest(self) -> bool:
         if self.lane.is_closed:
@@ -327,7 +327,7 @@ def test_a_close_that_is_interrupted_can_be_repeated() -> None:
             was_interrupted = interrupted(getattr(world, end).close, nth)
             world.reader.close()
             world.lane.close()
-            assert world.lane.is_closed and world.lane._mapping is None
+            assert world.lane.is_closed and world.lane._committer.memory is None
         assert nth > 2
     gc.collect()
     eventually(lambda: kernel.lane_files(os.getpid()) <= before, "the lanes' memory is let go")

@@ -14,7 +14,7 @@ import torch
 
 from mmlane.lane import Lane, LaneError, Refused, Reservation
 from mmlane.lane.errors import Cause
-from mmlane.lane.producer import SLOTS
+from mmlane.lane.issuing import SLOTS
 from tests.lane.harness import kernel
 from tests.lane.harness.child import run
 from tests.lane.harness.payloads import random, same

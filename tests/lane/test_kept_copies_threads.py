@@ -15,7 +15,23 @@ from itertools import count
 import pytest
 import torch
 
-from mmlane.lane import Lane, LaneError, Reader, Refused, Reservation, allocator, bookkeeping, memory, producer
+from mmlane.lane import (
+    Lane,
+    LaneError,
+    Reader,
+    Refused,
+    Reservation,
+    allocator,
+    bookkeeping,
+    committing,
+    filling,
+    guard,
+    issuing,
+    lifecycle,
+    mapping,
+    memory,
+    producer,
+)
 from mmlane.lane import reservation as reservations
 from tests.lane.harness import kernel
 from tests.lane.harness.child import run
@@ -92,7 +108,10 @@ def test_copies_are_closed_by_one_thread_while_others_publish_them(wide: Togethe
 
 # --- at every moment ---------------------------------------------------------------------------------------
 
-MODULES = (allocator, bookkeeping, memory, producer, reservations)
+MODULES = (
+    *(allocator, bookkeeping, committing, filling, guard, issuing, lifecycle, mapping, memory, producer),
+    reservations,
+)
 
 
 @pytest.mark.parametrize("before", [0, 1])
@@ -191,7 +210,7 @@ def check_after_interrupt(
     copy.close()
     if not lane.is_closed:
         # Of a ticket that was interrupted at its very end nobody has it.
-        lane._withdrawn.extend((live.slot, live.serial) for live in lane._tickets.live.values())
+        lane._issuer.withdrawn.extend((live.slot, live.serial) for live in lane._issuer.tickets.live.values())
         assert held(lane.stats()) == (0, 0, 0)
         again = lane.copy(tensor)
         assert isinstance(again, Reservation) or lane.is_closed

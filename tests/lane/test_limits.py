@@ -16,7 +16,8 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from mmlane.lane import Invitation, JoinRefused, Lane, LaneUnavailable, Reader, Refused, memory, producer
+from mmlane.lane import Invitation, JoinRefused, Lane, LaneUnavailable, Reader, Refused, issuing, memory
+from mmlane.lane.mapping import Mapping
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.confinement import become, limit, limit_address_space, limit_descriptors
 from tests.lane.harness.kernel import open_files
@@ -24,7 +25,7 @@ from tests.lane.harness.together import copy, put
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20
-BASE = producer.SLOTS * 8
+BASE = issuing.SLOTS * 8
 
 
 # --- limits of a process -----------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def edit_without_address_space(pipe: Connection, invitation: Invitation) -> bool
         heap = [torch.zeros(2048) for _ in range(64)]
         limit(resource.RLIMIT_AS, 1)
         with pytest.raises(OSError, match="Cannot allocate memory"):
-            memory.Mapping(os.open("/dev/zero", os.O_RDONLY), MIB, private=True)
+            Mapping(os.open("/dev/zero", os.O_RDONLY), MIB, private=True)
         del heap[1:-1]
         tensor = reader.take(ticket, mode="cow")
         pipe.send("taken")
@@ -289,8 +290,8 @@ def test_as_many_tickets_as_there_are_slots() -> None:
         assert lane.wait_open(DEADLINE)
         tensor, other = torch.ones(10), torch.ones(20)
         with copy(lane, tensor) as room:
-            tickets = [room.publish() for _ in range(producer.SLOTS)]
-            assert len({ticket for ticket in tickets if isinstance(ticket, bytes)}) == producer.SLOTS
+            tickets = [room.publish() for _ in range(issuing.SLOTS)]
+            assert len({ticket for ticket in tickets if isinstance(ticket, bytes)}) == issuing.SLOTS
             before = lane.stats()
             with copy(lane, other) as another:
                 for one_more in (room.publish, partial(lane.put, other), another.publish):
@@ -299,7 +300,7 @@ def test_as_many_tickets_as_there_are_slots() -> None:
                     assert "65536 tickets are out" in refused.detail
                 assert lane.stats().extents == 2  # the copy is there as long as it is kept
         stats = lane.stats()
-        assert (stats.used_bytes, stats.tickets, stats.extents) == (before.used_bytes, producer.SLOTS, 1)
+        assert (stats.used_bytes, stats.tickets, stats.extents) == (before.used_bytes, issuing.SLOTS, 1)
         for ticket in tickets:
             assert isinstance(ticket, bytes)
             reader.discard(ticket)

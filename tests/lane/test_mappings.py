@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmlane.lane import memory
+from mmlane.lane import mapping
 from tests.lane.harness.child import run
 from tests.lane.harness.payloads import MODES, random
 from tests.lane.harness.programs import run_beside_a_lane
@@ -74,9 +74,9 @@ def test_cow_leaves_the_process_most_of_the_mappings_that_it_may_have(
 ) -> None:
     """Where none is left, malloc and dlopen fail: so cow is a copy from a quarter of them on."""
     limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    assert memory._max_private() == limit // 4
-    others = len(memory.Mapping._private)
-    monkeypatch.setattr(memory, "_max_private", lambda: others + 2)
+    assert mapping._max_private() == limit // 4
+    others = len(mapping.Mapping._private)
+    monkeypatch.setattr(mapping, "_max_private", lambda: others + 2)
     tensor = random((3 * PAGE,))
     held = [wide.reader.take(wide.put(tensor), "cow") for _ in range(2)]
     clone = wide.reader.take(wide.put(tensor), "cow")
@@ -87,14 +87,14 @@ def test_cow_leaves_the_process_most_of_the_mappings_that_it_may_have(
     assert wide.lane.stats().tickets == 2
     assert all(torch.equal(taken, tensor) for taken in held)
     held.clear()
-    assert len(memory.Mapping._private) == others
+    assert len(mapping.Mapping._private) == others
 
 
 def test_a_view_is_where_the_mapping_is_and_costs_no_memory(pair: Together) -> None:
     ticket = pair.put(random((2 * SEGMENT,)))
     one = pair.reader.take(ticket, "view")
-    mapping = pair.reader._links[pair.lane.name].mapping
-    assert 0 <= one.data_ptr() - mapping.address < mapping.nbytes
+    whole = pair.reader._listener.links[pair.lane.name].mapping
+    assert 0 <= one.data_ptr() - whole.address < whole.nbytes
     assert one.data_ptr() % PAGE == 0
     assert ctypes.string_at(one.data_ptr(), 4) == bytes(one[:4].tolist())
     del one

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from mmlane.lane import Invitation, JoinRefused, Lane, LaneError, Reader, control, failpoints, protocol, status
+from mmlane.lane import Invitation, JoinRefused, Lane, LaneError, Reader, admission, failpoints, protocol, status
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.payloads import Sent
@@ -46,7 +46,7 @@ def join_for(reading: Reading, invitation: Invitation, seconds: float) -> None:
 
 def be_patient(_: Producing, seconds: float) -> None:
     """From now on a process has so long to prove that it is a reader."""
-    control._PATIENCE = seconds
+    admission._PATIENCE = seconds
 
 
 # --- one connection for a number ---------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_a_reader_that_is_closed_leaves_its_number_to_the_next_at_once(monkeypat
         with in_a_thread(join):
             gate.wait()
             with monkeypatch.context() as patch:
-                patch.setattr(reader, "_wake", lambda: None)
+                patch.setattr(reader._listener, "wake", lambda: None)
                 reader.close()
             successor.join(lane.invitation)
             gate.open()
@@ -366,7 +366,7 @@ def test_waiting_for_a_lane_ends_with_the_lane() -> None:
     with Lane({"tp": 1}) as lane:
         answers: list[bool] = []
         with in_a_thread(lambda: answers.append(lane.wait_open(DEADLINE))):
-            eventually(lambda: len(lane._waiting) == 1, "somebody waits")
+            eventually(lambda: len(lane._lifecycle._waiting) == 1, "somebody waits")
             lane.close()
         assert answers == [False]
 

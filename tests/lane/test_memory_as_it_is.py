@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmlane import host
-from mmlane.lane import cuda, memory
+from mmlane.lane import cuda, mapping
 from tests.lane.harness import kernel
 from tests.lane.harness.fake_cuda import FakeGpu
 from tests.lane.harness.payloads import MODES, random, same
@@ -72,9 +72,9 @@ def test_no_mapping_of_a_lane_is_in_a_core_dump(monkeypatch: pytest.MonkeyPatch)
 def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """How many private mappings this process may have now."""
     monkeypatch.setattr(host, "max_map_count", lambda: 40)
-    memory._max_private.cache_clear()
+    mapping._max_private.cache_clear()
     yield 10
-    memory._max_private.cache_clear()
+    mapping._max_private.cache_clear()
 
 
 def test_cow_takes_a_quarter_of_the_mappings_and_clones_then(wide: Together, few: int) -> None:

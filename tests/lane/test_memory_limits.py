@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mmlane import host
-from mmlane.lane import Invitation, Lane, Reader, Refused, failpoints, memory, producer
+from mmlane.lane import Invitation, Lane, Reader, Refused, committing, failpoints, issuing, memory, producer
 from tests.lane.harness.child import Child, Died, run
 from tests.lane.harness.confinement import (
     Deny,
@@ -31,7 +31,7 @@ from tests.lane.harness.together import backing, put
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20
-BASE = producer.SLOTS * 8
+BASE = issuing.SLOTS * 8
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_tensor_for_which_there_is_no_memory_commits_none(group: Group) -> Non
     with Child(put_more_than_there_is, group) as child, Reader("tp") as reader:
         reader.join(child.hear())
         cause, committed, used = child.result()
-        assert (cause, used) == ("full", 0) and committed <= 2 * producer._AHEAD
+        assert (cause, used) == ("full", 0) and committed <= 2 * committing._AHEAD
         assert group.kills() == 0
 
 
@@ -212,7 +212,7 @@ def test_more_than_the_machine_has_is_address_room_only() -> None:
         refused = lane.put(torch.zeros(1, dtype=torch.uint8).expand(there_is))
         assert isinstance(refused, Refused) and refused.cause == "full", refused
         assert f"no memory for {there_is} bytes" in refused.detail
-        assert lane.stats().used_bytes == 0 and blocks(backing(lane).fd) <= BASE + 2 * producer._AHEAD
+        assert lane.stats().used_bytes == 0 and blocks(backing(lane).fd) <= BASE + 2 * committing._AHEAD
         reader.discard(put(lane, torch.ones(10)))
 
 

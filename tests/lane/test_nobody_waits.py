@@ -74,17 +74,17 @@ def test_a_log_handler_that_stands_still_holds_up_nobody_but_the_thread_that_log
     with together(idle=PERIOD) as pair, standing_still() as handler:
         (member,) = pair.lane.members
         if whose == "producer":
-            pair.reader._links[pair.lane.name].connection.send(b"\xff")  # a malformed message
+            pair.reader._listener.links[pair.lane.name].connection.send(b"\xff")  # a malformed message
             pair.lane.drain()  # which its control thread logs a line of
         else:
-            pair.lane._control.send(0xFF, [(0, 0)], member)
+            pair.lane._control.inbox.send(0xFF, [(0, 0)], member)
         assert handler.came.wait(DEADLINE)
         with in_a_thread(lambda: everything(pair)):
             pass
         assert len(handler.threads) == 1 and handler.threads[0] != threading.current_thread().name
         handler.go_on.set()
         pair.wait_until_nothing_is_out()
-        pair.lane._malformed = 0  # that one was ours
+        pair.lane._issuer.malformed_messages = 0  # that one was ours
 
 
 # --- lost tickets ------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_many_lost_tickets_are_few_lines_and_hold_up_no_put(caplog: pytest.LogCa
         pair.lane.drain()
         gate._open.set()  # and the probe goes on counting
         eventually(lambda: pair.lane.stats().tickets == 0, "all are reclaimed")
-        eventually(lambda: pair.lane._lost == pair.lane.stats().lost_tickets == LOST, "the last line")
+        eventually(lambda: pair.lane.housekeeping._lost == pair.lane.stats().lost_tickets == LOST, "the last line")
         failpoints.probe = None
     lines = [record.getMessage() for record in caplog.records if "were reclaimed" in record.getMessage()]
     numbers = [int(re.findall(r": (\d+) tickets", line)[0]) for line in lines]

@@ -30,9 +30,9 @@ from mmlane.lane import (
     Reservation,
     StatusError,
     failpoints,
+    listening,
     status,
 )
-from mmlane.lane import reader as reading
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.sockets import listen, receive, visit
 from tests.lane.harness.together import PAGE, SEGMENT, Together, put, serves, together
@@ -116,13 +116,13 @@ class Emptied(deque[Any]):
 
 def test_a_thread_that_waits_no_more_as_the_lane_opens() -> None:
     with Lane({"tp": 1}, capacity=SEGMENT, segment=SEGMENT) as lane:
-        lane._waiting = Emptied()
+        lane._lifecycle._waiting = Emptied()
         serves(lane)
 
 
 def test_a_signal_handler_that_makes_up_for_what_a_take_was_about_to() -> None:
     with together() as pair:
-        (link,) = pair.reader._links.values()
+        (link,) = pair.reader._listener.links.values()
         link.dropped = Emptied()
         del link
         tensor = random((100,))
@@ -141,7 +141,7 @@ def test_a_reader_that_is_closed_as_it_joins_leaves_its_number(
             if name == point:
                 monkeypatch.setattr(failpoints, "probe", None)
                 reader.close()
-                eventually(lambda: reader._events.closed, "the reader's thread has ended")
+                eventually(lambda: reader._listener._events.closed, "the reader's thread has ended")
 
         monkeypatch.setattr(failpoints, "probe", close)
         with pytest.raises(LaneError, match="this reader is closed"):
@@ -248,37 +248,36 @@ def test_releases_that_cannot_be_sent_for_a_while_are_sent_later(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the reader's thread tries it after a while, not all the time."""
-    monkeypatch.setattr(reading, "_AFTER_ERROR", 1800.0)
+    monkeypatch.setattr(listening, "_AFTER_ERROR", 1800.0)
     with together() as pair:
-        (link,) = pair.reader._links.values()
+        (link,) = pair.reader._listener.links.values()
         failing = FakeFailingSocket(link.connection)
-        link.connection = failing  # type: ignore[assignment]
+        link.connection = link.outbox._connection = failing  # type: ignore[assignment]
         pair.reader.take(pair.put(random((100,))))
-        eventually(
-            lambda: any(one.retry_at for one in pair.reader._links.values()), "the reader's thread has tried"
-        )
+        links = pair.reader._listener.links.values()
+        eventually(lambda: any(one.retry_at for one in links), "the reader's thread has tried")
         assert "its socket fails, trying again" in caplog.text
         assert failing.tries == 2 and pair.lane.stats().tickets == 1
         failing.fails = False
         link.retry_at = 0.0  # it is time
-        pair.reader._wake()
+        pair.reader._listener.wake()
         eventually(pair.nothing_is_out, "the release has come")
         assert failing.tries == 3
-        link.connection = failing.real
+        link.connection = link.outbox._connection = failing.real
         del link
 
 
 def end_while_it_fails(pair: Together) -> float | None:
     """How long the reader's thread sleeps then; no name keeps the link after this."""
-    (link,) = pair.reader._links.values()
+    (link,) = pair.reader._listener.links.values()
     real = link.connection
-    link.connection = FakeFailingSocket(real)  # type: ignore[assignment]
+    link.connection = link.outbox._connection = FakeFailingSocket(real)  # type: ignore[assignment]
     pair.reader.take(pair.put(random((100,))))
     eventually(lambda: link.retry_at, "the reader's thread has tried")
     pair.lane.close()
     eventually(lambda: link.gone_at, "the end of the lane")
-    link.connection = real
-    return pair.reader._patience()
+    link.connection = link.outbox._connection = real
+    return pair.reader._listener._patience()
 
 
 def test_a_lane_that_ends_while_its_socket_fails_lets_the_readers_thread_sleep() -> None:
@@ -311,10 +310,9 @@ class FakeFullEpoll:
 def test_a_lane_that_can_watch_no_more_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     """A process that connects then is sent away; the next one is let in."""
     with Lane({"tp": 1}, capacity=SEGMENT, segment=SEGMENT) as lane:
-        control = lane._control
-        full = FakeFullEpoll(control._events)
-        control._events = full  # type: ignore[assignment]
-        control.wake()  # out of the real one
+        admission = lane._control.admission
+        full = FakeFullEpoll(admission._events)
+        admission._events = full  # type: ignore[assignment]
         with visit(lane.name) as connection:
             assert receive(connection) == (b"", [])
         assert "could not let a reader in" in caplog.text
@@ -325,8 +323,8 @@ def test_a_lane_that_can_watch_no_more_goes_on(caplog: pytest.LogCaptureFixture)
 def test_a_reader_that_can_watch_no_more_says_so_when_it_joins() -> None:
     """And its thread goes on."""
     with Lane({"tp": 1}, capacity=SEGMENT, segment=SEGMENT) as lane, Reader("tp") as reader:
-        full = FakeFullEpoll(reader._events)
-        reader._events = full  # type: ignore[assignment]
+        full = FakeFullEpoll(reader._listener._events)
+        reader._listener._events = full  # type: ignore[assignment]
         with pytest.raises(JoinRefused, match=os.strerror(errno.ENOSPC)):
             reader.join(lane.invitation)
         assert not lane.is_open
@@ -337,22 +335,22 @@ def test_a_reader_that_can_watch_no_more_says_so_when_it_joins() -> None:
 
 def test_a_reader_that_is_sent_away_when_it_has_joined_says_why(caplog: pytest.LogCaptureFixture) -> None:
     with Lane({"tp": 1}, capacity=16 * SEGMENT, segment=SEGMENT) as lane, Reader("tp") as reader:
-        inbox = lane._control._inbox
-        lane._control._inbox = FakeFullEpoll(inbox)  # type: ignore[assignment]
+        inbox = lane._control.inbox._events
+        lane._control.inbox._events = FakeFullEpoll(inbox)  # type: ignore[assignment]
         reader.join(lane.invitation, DEADLINE)
         eventually(lambda: "it sends this reader away: [Errno 28]" in caplog.text, "the reader's line")
-        lane._control._inbox = inbox
+        lane._control.inbox._events = inbox
         eventually(lambda: joins(lane), "the number is free again")
 
 
 def test_a_reader_whose_thread_has_failed_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves its lanes, and lets go of their memory."""
     with together() as pair:
-        monkeypatch.setattr(pair.reader, "_tidy", lambda: 1 / 0)
-        pair.reader._wake()
-        eventually(lambda: pair.reader._failed, "the thread has failed")
+        monkeypatch.setattr(pair.reader._listener, "_tidy", lambda: 1 / 0)
+        pair.reader._listener.wake()
+        eventually(lambda: pair.reader._listener.has_failed, "the thread has failed")
         pair.reader.close()
-        assert pair.reader._links == {}
+        assert pair.reader._listener.links == {}
         eventually(lambda: pair.lane.is_closed, "the end of the lane")
 
 

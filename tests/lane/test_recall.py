@@ -86,7 +86,7 @@ def test_a_recall_that_comes_while_the_lane_looks_is_not_lost(monkeypatch: pytes
 def test_a_recall_that_cannot_be_sent_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reader's socket is full, say."""
     with together(idle=PERIOD) as pair:
-        send = pair.lane._control.send
+        send = pair.lane._control.inbox.send
         failed = threading.Event()
 
         def send_later(kind: int, *what: Any) -> bool:
@@ -95,7 +95,7 @@ def test_a_recall_that_cannot_be_sent_is_sent_later(monkeypatch: pytest.MonkeyPa
                 return False
             return send(kind, *what)
 
-        monkeypatch.setattr(pair.lane._control, "send", send_later)
+        monkeypatch.setattr(pair.lane._control.inbox, "send", send_later)
         pair.lane.recall(pair.put(random((5000,))))
         eventually(lambda: pair.lane.stats().tickets == 0, "the recalled ticket is back")
         assert failed.is_set()

@@ -156,7 +156,7 @@ def test_an_error_while_something_is_put_leaves_nothing_behind(
         assert pair.lane.stats().used_bytes == 0
         pair.discard(pair.put(random((16 * SEGMENT,))))
         lane = pair.lane
-    assert lane._mapping is None
+    assert lane._committer.memory is None
 
 
 @pytest.mark.parametrize("point", ["take.claimed", "take.mapped"])

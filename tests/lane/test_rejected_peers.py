@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from mmlane.lane import Invitation, JoinRefused, Lane, Reader, control, protocol
+from mmlane.lane import Invitation, JoinRefused, Lane, Reader, admission, protocol
 from mmlane.lane.status import StatusError, ask
 from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child, run
@@ -226,7 +226,7 @@ def test_a_group_can_have_an_empty_name() -> None:
 def test_a_reader_that_is_rejected_before_it_has_said_a_word_is_told_why(
     lane: Lane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "_PATIENCE", 0.05)
+    monkeypatch.setattr(admission, "_PATIENCE", 0.05)
     gate = Gate("join.connected")
 
     def join() -> None:
@@ -260,9 +260,9 @@ def test_a_crowd_that_says_nothing_delays_a_reader_and_keeps_it_out_never(
     lane: Lane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is a bound to how many are heard at a time, and to how long. The reader waits, and comes in."""
-    monkeypatch.setattr(control, "_PATIENCE", 0.5)
+    monkeypatch.setattr(admission, "_PATIENCE", 0.5)
     before = open_files()
-    crowd = [visit(lane.name) for _ in range(control._UNPROVEN + 20)]
+    crowd = [visit(lane.name) for _ in range(admission._UNPROVEN + 20)]
     with Reader("tp") as reader:
         reader.join(lane.invitation, DEADLINE)
         serves(lane, reader)
@@ -279,25 +279,26 @@ def test_a_crowd_that_says_nothing_delays_a_reader_and_keeps_it_out_never(
 
 def test_no_more_than_so_many_are_heard_at_a_time(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others wait in the queue, for as long as they like; members and questions of theirs are no part of it."""
-    monkeypatch.setattr(control, "_PATIENCE", DEADLINE)
-    crowd = [visit(lane.name) for _ in range(control._UNPROVEN)]
-    eventually(lambda: len(lane._control._connections) == control._UNPROVEN, "all are accepted")
+    monkeypatch.setattr(admission, "_PATIENCE", DEADLINE)
+    crowd = [visit(lane.name) for _ in range(admission._UNPROVEN)]
+    eventually(lambda: len(lane._control.admission._connections) == admission._UNPROVEN, "all are accepted")
     with Reader("tp") as reader:
         with pytest.raises(JoinRefused, match=r"no answer within 0\.1 s"):
             reader.join(lane.invitation, 0.1)
         with pytest.raises(StatusError, match=r"no answer within 0\.1 s"):
             ask(lane.name, 0.1)
-        assert lane.stats().rejected_peers == 0 and len(lane._control._connections) == control._UNPROVEN
+        assert lane.stats().rejected_peers == 0
+        assert len(lane._control.admission._connections) == admission._UNPROVEN
         with in_a_thread(lambda: reader.join(lane.invitation, DEADLINE)):
             crowd.pop().close()  # one place is enough
         serves(lane, reader)
         for connection in crowd:
             connection.close()
-        eventually(lambda: len(lane._control._connections) == 1, "the end of the crowd")
+        eventually(lambda: len(lane._control.admission._connections) == 1, "the end of the crowd")
 
 
 def test_a_process_that_says_nothing_is_rejected(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_PATIENCE", 0.1)
+    monkeypatch.setattr(admission, "_PATIENCE", 0.1)
     with visit(lane.name) as connection:
         answer, fds = receive(connection)
         assert not fds and protocol.read_reject(answer) == "nothing heard for 0.1 s"
@@ -309,9 +310,9 @@ def test_a_process_that_says_nothing_is_rejected(lane: Lane, monkeypatch: pytest
 def test_a_reader_that_has_proven_itself_has_time(lane: Lane) -> None:
     """It may map much memory on a busy machine, or stand still: it keeps its number until its end."""
     with welcomed(lane.invitation) as connection:
-        for one in lane._control._connections.values():
+        for one in lane._control.admission._connections.values():
             one.deadline = 0.0
-        lane._control.wake()
+        lane._control.agenda.wake()
         with pytest.raises(JoinRefused, match="is here already"), Reader("tp") as reader:
             reader.join(lane.invitation)
         connection.send(MAPPED)
@@ -327,12 +328,12 @@ def test_after_each_stranger_the_lane_accepts_nobody_for_a_moment(lane: Lane, wo
         with visit(lane.name) as connection:
             connection.send(word)
             receive(connection)
-    assert time.monotonic() - began >= (count - 1) * control._REST
+    assert time.monotonic() - began >= (count - 1) * admission._REST
     serves(lane)
 
 
 def test_members_are_served_while_nobody_is_accepted(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_REST", 1800.0)
+    monkeypatch.setattr(admission, "_REST", 1800.0)
     with Reader("tp") as reader:
         reader.join(lane.invitation)
         serves(lane, reader)
@@ -378,11 +379,11 @@ def test_a_connection_that_a_forked_child_still_has_open_breaks_nothing() -> Non
     """As between the fork and the first thing that the child does."""
     with Lane({"tp": 2}) as lane:
         connection = admitted(lane)
-        (number,) = lane._control._members
+        (number,) = lane._control.inbox._members
         in_the_child = os.dup(number)
         connection.send(protocol.pairs(protocol.RELEASE, [(0, 0)]))
         connection.close()
-        eventually(lambda: not lane._control._connections, "the lane hears of its end")
+        eventually(lambda: not lane._control.admission._connections, "the lane hears of its end")
         lane.drain()
         os.close(in_the_child)
         with Reader("tp", 0) as first, Reader("tp", 1) as second:
@@ -402,8 +403,8 @@ def test_a_reader_gets_memory_that_it_can_only_read(lane: Lane) -> None:
             os.pwrite(fd, b"x", 0)
         with pytest.raises(PermissionError):
             mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        assert lane._backing is not None
-        for cut in (fd, lane._backing.fd):
+        assert lane._committer.memory is not None
+        for cut in (fd, lane._committer.memory.backing.fd):
             with pytest.raises(OSError, match=r"Invalid argument|Operation not permitted"):
                 os.ftruncate(cut, size // 2)
         os.close(fd)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmlane.lane import Lane, LaneError, Mode, Refused, Reservation, failpoints
-from mmlane.lane.producer import SLOTS
+from mmlane.lane.issuing import SLOTS
 from tests.effort import examples
 from tests.lane.harness import kernel
 from tests.lane.harness.child import run
@@ -253,7 +253,7 @@ def test_what_is_published_is_drained_like_what_is_put(wide: Together) -> None:
     with reserve(wide.lane, 10) as room:
         for _ in range(100):
             wide.reader.take(publish(room))
-        assert len(wide.lane._tickets.live) <= 17
+        assert len(wide.lane._issuer.tickets.live) <= 17
 
 
 def test_without_any_ticket_left_a_part_is_refused_until_one_ends(wide: Together) -> None:
@@ -493,8 +493,8 @@ def test_what_is_not_published_yet_can_be_written_to(wide: Together) -> None:
         room.tensor[99:].fill_(8)
         last = publish(room, room.tensor[99:])
         assert int(wide.reader.take(last)[0]) == 8
-        for live in list(wide.lane._tickets.live.values()):
-            wide.lane._withdrawn.append((live.slot, live.serial))
+        for live in list(wide.lane._issuer.tickets.live.values()):
+            wide.lane._issuer.withdrawn.append((live.slot, live.serial))
 
 
 # --- refused -----------------------------------------------------------------------------------------------
@@ -529,9 +529,10 @@ def test_room_for_which_there_is_no_memory(pair: Together, monkeypatch: pytest.M
     def fail(nbytes: int) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    backing = pair.lane._backing
+    memory = pair.lane._committer.memory
+    assert memory is not None
     with monkeypatch.context() as patch:
-        patch.setattr(backing, "grant", fail)
+        patch.setattr(memory.backing, "grant", fail)
         answer = refused(pair.lane, SEGMENT)
     assert answer.cause == "full" and "no memory for" in answer.detail
     reserve(pair.lane, SEGMENT).close()

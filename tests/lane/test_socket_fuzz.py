@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from mmlane.lane import Invitation, Lane, Reader, control, protocol
+from mmlane.lane import Invitation, Lane, Reader, admission, protocol
 from mmlane.lane.status import switch
 from tests.effort import examples
 from tests.lane.harness.kernel import open_files
@@ -246,7 +246,7 @@ class Fuzz(RuleBasedStateMachine):
 
     @rule()
     def a_look(self) -> None:
-        self.open.look()
+        self.open.housekeeping.look()
 
     @invariant()
     def the_lanes_are_as_they_were(self) -> None:
@@ -290,11 +290,11 @@ class no_rest:
     """Have lanes accept the next process at once after a rejection: there are many here."""
 
     def __enter__(self) -> None:
-        self._rest = control._REST
-        control._REST = 0.0
+        self._rest = admission._REST
+        admission._REST = 0.0
 
     def __exit__(self, *_: object) -> None:
-        control._REST = self._rest
+        admission._REST = self._rest
 
 
 class collected(logging.Handler):

@@ -67,9 +67,10 @@ def test_a_page_that_is_not_written_is_not_copied(pair: Together) -> None:
     content = read(ticket)
     taken = pair.reader.take(ticket, "cow")
     taken[PAGE] = 1
-    assert pair.lane._mapping is not None
+    memory = pair.lane._committer.memory
+    assert memory is not None
     producer = torch.frombuffer(
-        pair.lane._mapping.owner(pair.lane._base + content.offset), dtype=torch.uint8, count=3 * PAGE
+        memory.mapping.owner(pair.lane._committer.base + content.offset), dtype=torch.uint8, count=3 * PAGE
     )
     producer.fill_(9)
     assert taken[0] == 9 and taken[2 * PAGE] == 9

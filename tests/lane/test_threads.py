@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 
 import pytest
 import torch
@@ -130,12 +131,12 @@ def test_tensors_are_collected_wherever_python_likes(threads: int) -> None:
 
 
 @pytest.mark.timeout(120)  # it hangs if it fails
-@pytest.mark.parametrize("lock", ["lock", "_committing"])
+@pytest.mark.parametrize("lock", ["guard.lock", "_committer.committing"])
 def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> None:
     """The one above made certain, for the locks of the producer."""
     taken = pair.reader.take(pair.put(random(SHAPE)))
     ticket = pair.put(random((7,)))
-    with getattr(pair.lane, lock):
+    with attrgetter(lock)(pair.lane):
         del taken
         pair.lane.withdraw(ticket)
     assert pair.lane.stats().tickets == 0
@@ -145,7 +146,7 @@ def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> 
 def test_letting_go_waits_for_no_lock_of_the_reader(pair: Together) -> None:
     """Another thread's tensor is let go while one takes."""
     taken, ticket = [pair.reader.take(pair.put(random(SHAPE)))], pair.put(random((8,)))
-    with pair.reader._links[pair.lane.name]._claiming:
+    with pair.reader._listener.links[pair.lane.name]._claiming:
         in_threads([taken.clear])
         assert pair.lane.stats().tickets == 1
         pair.reader.discard(ticket)  # which leaves it to the reader's thread
@@ -159,7 +160,7 @@ def test_letting_go_amid_a_take_of_the_same_thread(pair: Together, monkeypatch: 
     ticket = pair.put(random((8,)))
 
     def digest_and_collect(ticket: bytes) -> int:
-        with pair.reader._links[pair.lane.name]._claiming:
+        with pair.reader._listener.links[pair.lane.name]._claiming:
             held.clear()
         return digest(ticket)
 

@@ -249,8 +249,8 @@ def open_again_as_nobody(pipe: Connection) -> dict[str, list[str]]:
 
 def test_the_memory_is_closed_to_other_users(lane: Lane) -> None:
     """Also to one that has got hold of the descriptor: it cannot be opened again, for writing say."""
-    assert lane._backing is not None
-    assert stat.S_IMODE(os.fstat(lane._backing.fd).st_mode) == 0o600
+    assert lane._committer.memory is not None
+    assert stat.S_IMODE(os.fstat(lane._committer.memory.backing.fd).st_mode) == 0o600
     require_other_users()
     with Child(open_again_as_nobody) as child:
         assert child.result() == {"lane": ["PermissionError"] * 3, "for all": ["opened"] * 3}

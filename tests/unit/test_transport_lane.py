@@ -722,7 +722,7 @@ def test_a_ticket_that_was_sent_is_its_readers_unless_it_was_sent_in_vain(openin
     sent(in_vain)
     assert isinstance(in_vain, Ticket)
     in_vain.release()
-    opening.lane.look()  # which is done once a period
+    opening.lane.housekeeping.look()  # which is done once a period
     eventually(lambda: opening.lane.stats().lost_tickets == 1, "no reader has seen the ticket")
     assert opening.lane.stats().tickets == 0
 
@@ -1018,7 +1018,7 @@ def test_a_rank_whose_connection_was_lost_before_the_lane_opened_joins_again(ran
         eventually(lambda: opening.lane.stats().joined == {"dp0": [0]}, "the producer hears of it")
         rank.notice(opening.lane.invitation)
         assert threads("mmlane-joining") == []  # it is there
-        rank._reader._links[opening.lane.name].connection.shutdown(socket.SHUT_RDWR)
+        rank._reader._listener.links[opening.lane.name].connection.shutdown(socket.SHUT_RDWR)
         eventually(lambda: opening.lane.stats().joined == {"dp0": []}, "the producer hears of the loss")
         eventually(lambda: rank._reader is None or rank._reader.lanes() == (), "the rank hears of the loss")
         rank.notice(opening.lane.invitation)
@@ -1088,9 +1088,9 @@ def test_a_producer_that_is_collected_while_its_lane_is_busy_closes_it_afterward
     producer.put(torch.ones(9))
     lane = producer.lane
     assert lane is not None
-    with lane.lock:
+    with lane.guard.lock:
         del producer
         gc.collect()  # does not wait for the lane's end, which waits for the lock
-        assert lane._mapping is not None
-    eventually(lambda: lane._mapping is None, "the lane's end")
+        assert lane._committer.memory is not None
+    eventually(lambda: lane._committer.memory is None, "the lane's end")
     assert lane.is_closed

@@ -210,7 +210,7 @@ def test_lost_tickets_are_counted(by_hand: None) -> None:
         ticket = lane.put(torch.ones(9))
         assert isinstance(ticket, bytes)
         lane.recall(ticket)
-        lane.look()  # which is done once a period
+        lane.housekeeping.look()  # which is done once a period
         eventually(lambda: lane.stats().lost_tickets == 1, "no reader has seen the ticket")
         for _ in range(2):
             metrics.write()

@@ -185,14 +185,14 @@ class Ends:
 
         def is_over() -> bool:
             self.lane.drain()
-            return all(live.serial != last for live in self.lane._tickets.live.values())
+            return all(live.serial != last for live in self.lane._issuer.tickets.live.values())
 
         eventually(is_over, "the rank releases a ticket")
 
     def settle(self) -> None:
         """Have what was recalled asked after now, not at the next of the looks, one a minute."""
         if self.out:
-            self.lane.look()
+            self.lane.housekeeping.look()
         eventually(lambda: self.out == 0, "all tickets have ended")
 
     def open(self, wrap: Callable[..., Any]) -> None:
@@ -1012,7 +1012,7 @@ def test_who_has_it_keeps_what_was_recalled(ends: Ends, wrap: Any) -> None:
     sent = wrap(random())
     taken = through_pickle(sent).materialize()
     sent.close_and_unlink()
-    ends.lane.look()
+    ends.lane.housekeeping.look()
     assert torch.equal(taken, random()) and ends.out == 1
 
 
@@ -1029,10 +1029,10 @@ def test_a_finalizer_waits_for_nobody(ends: Ends, wrap: Any) -> None:
     due, recalled = [through_pickle(wrap(random()))], wrap(random(seed=1))
     pickle.dumps(recalled)
     assert ends.rank._reader is not None
-    link = ends.rank._reader._links[ends.lane.name]
+    link = ends.rank._reader._listener.links[ends.lane.name]
     gate = Gate("recall.heard", where="beside")  # the rank's own thread
     recalled.close_and_unlink()
-    ends.lane.look()
+    ends.lane.housekeeping.look()
     gate.wait()
     with locked(link._claiming), in_a_thread(due.clear):
         pass
@@ -1156,12 +1156,12 @@ def not_seen(ends: Ends, ticket: bytes, here: pytest.MonkeyPatch) -> Callable[[]
     """It was recalled when this rank had not seen it. The producer gets the answer by what is returned."""
     assert ends.rank._reader is not None
     content = read(ticket)
-    link = ends.rank._reader._links[content.lane]
+    link = ends.rank._reader._listener.links[content.lane]
     answers: list[tuple[int, int, int]] = []
     with pytest.MonkeyPatch.context() as under_way:
-        under_way.setattr(link, "_send_soon", lambda *answer: answers.append(answer))
+        under_way.setattr(link.outbox, "send", lambda *answer: answers.append(answer))
         link.promise(content.slot, content.serial)
-    return lambda: link._send_soon(*answers[0])
+    return lambda: link.outbox.send(*answers[0])
 
 
 def not_joined(ends: Ends, ticket: bytes, here: pytest.MonkeyPatch) -> Callable[[], None]:

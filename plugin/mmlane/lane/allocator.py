@@ -48,6 +48,11 @@ class Allocator:
                     break
         return None if best is None else best[2]
 
+    def place(self, nbytes: int) -> tuple[int | None, list[tuple[int, int]]]:
+        """Where a range would go, and the (offset, nbytes) ranges of whole segments to commit for it."""
+        offset = self.find(nbytes)
+        return offset, [] if offset is None else self.uncommitted(offset, nbytes)
+
     def use(self, offset: int, nbytes: int) -> None:
         """Use a range for `nbytes` at a place that `find` gave. Raises KeyError where no free range begins."""
         size = self.rounded(nbytes)
@@ -78,8 +83,6 @@ class Allocator:
         room = self.unused.pop(start)
         del self._starts[bisect_left(self._starts, start)]
         return room
-
-    # --- memory behind it ----------------------------------------------------------------------------------
 
     def _segments(self, offset: int, nbytes: int) -> range:
         return range(offset // self.segment, -(-(offset + nbytes) // self.segment))
@@ -125,8 +128,6 @@ class Allocator:
             return False
         start = self._starts[at]
         return offset + nbytes <= start + self.unused[start]
-
-    # --- figures -------------------------------------------------------------------------------------------
 
     @property
     def used_bytes(self) -> int:

@@ -96,8 +96,6 @@ class Bookkeeping:
         # Serials of two lanes do not meet, even if one should have the other's name.
         self._first = self._serial = secrets.randbits(62)
 
-    # --- extents -------------------------------------------------------------------------------------------
-
     def allocate(self, offset: int, nbytes: int, hold: Hold) -> Extent:
         """An extent for `nbytes` at a place that the allocator has found, kept by a hold."""
         self.allocator.use(offset, nbytes)
@@ -121,8 +119,6 @@ class Bookkeeping:
     def _settle(self, extent: Extent) -> None:
         if not extent.tickets and not extent.kept:
             self.allocator.free(extent.offset)
-
-    # --- tickets -------------------------------------------------------------------------------------------
 
     def issue(self, extent: Extent, now: float) -> Live | None:
         """A ticket on an extent, owed by every member; None when all slots are out."""

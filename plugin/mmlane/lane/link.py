@@ -1,7 +1,7 @@
 """One lane that a reader has joined: its connection, its memory, and which tickets were seen here.
 
 Every step here can be interrupted by a signal handler that raises. What a ticket's claim owns is released when the
-last reference to it goes, and what has to be sent is noted before it is sent: at worst it is sent twice.
+last reference to it goes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 
-from mmlane.lane import failpoints, memory, protocol
-from mmlane.lane.cuda import Device, Pinned
+from mmlane.lane import protocol
+from mmlane.lane.descriptor import Descriptor
+from mmlane.lane.device import Device
 from mmlane.lane.errors import StaleHere, StaleTicket
+from mmlane.lane.mapping import Mapping
+from mmlane.lane.outbox import Outbox
+from mmlane.lane.pinned import Pinned
 from mmlane.lane.ticket import Content, digest
 
 logger = logging.getLogger("mmlane.lane")
-
-_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)  # what sending says of a producer that ended
 
 
 class _Promise:
@@ -49,7 +50,7 @@ class Claim:
     def __init__(self, link: Link, content: Content) -> None:
         self.link = link
         self.content = content
-        self.mapping: memory.Mapping = link.mapping
+        self.mapping: Mapping = link.mapping
         self.watch = _Watch(self, link.dropped.append)
         self.watch.slot, self.watch.serial = content.slot, content.serial
 
@@ -74,8 +75,7 @@ class Link:
     """A lane that a reader has joined, or is about to.
 
     name: the lane's. nbytes, slots: of its memory, as its producer says. wake: has the reader's thread take a
-    turn.
-    device: what the tensors are copied to; None for a reader that stays on the CPU. Raises OSError where the
+    turn. device: what the tensors are copied to; None for a reader that stays on the CPU. Raises OSError where the
     memory cannot be mapped, or is not what the producer says.
     """
 
@@ -83,7 +83,7 @@ class Link:
         self,
         name: str,
         connection: socket.socket,
-        descriptor: memory.Descriptor,
+        descriptor: Descriptor,
         nbytes: int,
         slots: int,
         wake: Callable[[], None],
@@ -94,25 +94,22 @@ class Link:
             raise OSError(errno.EINVAL, f"this is another file, of {size} bytes, for a directory of {slots} slots")
         self.name = name
         self.connection = connection
+        self.outbox = Outbox(connection, wake)
         self.descriptor = descriptor
-        self.mapping = memory.Mapping(descriptor.fd, nbytes)
+        self.mapping = Mapping(descriptor.fd, nbytes)
         self.device = device
         self.pinned: Pinned | None = None  # a part of the same, registered with CUDA
         self.pinning = threading.Event()  # which has been tried, with whatever result
         self.base = slots * 8  # the directory's size: where extents begin
         self.gone_at: float | None = None  # when the producer ended
-        self.wants_room = False  # the socket was full
-        self.is_promised_room = False  # the reader's thread knows that, and calls `flush`
         self.retry_at: float | None = None  # when to use the socket again, which has failed
         self._is_member = self._asked_to_pin = False
         self._directory = self.mapping.words(slots)
-        self._wake = wake
         # By slot: the last ticket that was taken here, or that this reader has promised not to take.
         self._seen: dict[int, _Watch | _Promise] = {}
         self._held: dict[int, int] = {}  # by slot: bytes of the tickets that are held
         self.dropped: deque[_Watch] = deque()  # those of claims that are gone
         self._claiming = threading.RLock()  # also for a signal handler that takes
-        self._outbox: dict[tuple[int, int, int], None] = {}  # what has not been sent for certain
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # Not before: another thread may be about to use the number.
@@ -131,8 +128,6 @@ class Link:
             self.connection.shutdown(socket.SHUT_RDWR)
         except OSError as error:  # it has ended already
             logger.debug("lane %s has ended: %s", self.name, str(error))
-
-    # --- tickets -------------------------------------------------------------------------------------------
 
     def claim(self, ticket: bytes, content: Content) -> Claim:
         """Make a ticket this reader's own, once. Raises StaleTicket; StaleHere if the others may have it."""
@@ -170,9 +165,9 @@ class Link:
             if seen is not None and seen.serial >= serial:
                 return  # it is held, or was released, or was withdrawn and the slot used again
             self._seen[slot] = _Promise(serial)
-        self._send_soon(protocol.NOT_SEEN, slot, serial)
+        self.outbox.send(protocol.NOT_SEEN, slot, serial)
 
-    def let_go(self, watch: _Watch, mapping: memory.Mapping) -> None:
+    def let_go(self, watch: _Watch, mapping: Mapping) -> None:
         """A claim is gone. Runs wherever Python lets the tensor go, so it waits for nothing."""
         if self._seen.get(watch.slot) is watch:  # not of a take that has not come so far
             self._held.pop(watch.slot, None)
@@ -182,10 +177,10 @@ class Link:
                 self._release(watch, mapping)
         watch.is_done = True
 
-    def _release(self, watch: _Watch, mapping: memory.Mapping) -> None:
+    def _release(self, watch: _Watch, mapping: Mapping) -> None:
         if mapping.private:
             mapping.unmap()
-        self._send_soon(protocol.RELEASE, watch.slot, watch.serial)
+        self.outbox.send(protocol.RELEASE, watch.slot, watch.serial)
 
     def _make_up(self) -> None:
         """Release what is gone and was not released, since an interrupt broke into that."""
@@ -198,53 +193,6 @@ class Link:
                 self.let_go(watch, self.mapping)
             if self.dropped and self.dropped[0] is watch:  # a signal handler that takes may have been here
                 self.dropped.popleft()
-
-    # --- sending -------------------------------------------------------------------------------------------
-
-    def _send_soon(self, kind: int, slot: int, serial: int) -> None:
-        """Send a pair now, or have the reader's thread send it when there is room."""
-        item = (kind, slot, serial)
-        self._outbox[item] = None
-        failpoints.reached("release.queued")
-        if self.is_promised_room:
-            return
-        try:
-            if len(self._outbox) > 1:  # an interrupt left it here, or another thread is about to send it
-                raise BlockingIOError
-            self.connection.send(protocol.pairs(kind, [(slot, serial)]), protocol.QUIETLY)
-            self._outbox.pop(item, None)
-            failpoints.reached("release.sent")
-        except OSError as error:
-            if error.errno in _GONE:  # the producer, and its state with it
-                self._outbox.clear()
-                return
-            self.wants_room = True  # full, or a signal handler's TimeoutError: the reader's thread sends it
-            self._wake()
-            if error.errno is None and not isinstance(error, BlockingIOError):
-                raise
-
-    def flush(self) -> None:
-        """Send what could not be sent. Called by the reader's thread alone. Raises OSError if it cannot be."""
-        self.wants_room = self.is_promised_room = False
-        try:
-            while batch := self._batch():
-                self.connection.send(protocol.pairs(batch[0][0], [item[1:] for item in batch]), protocol.QUIETLY)
-                for item in batch:
-                    self._outbox.pop(item, None)
-        except OSError as error:
-            if error.errno in _GONE:
-                self._outbox.clear()
-                return
-            self.wants_room = True
-            if not isinstance(error, BlockingIOError):  # it is not full
-                raise
-
-    def _batch(self) -> list[tuple[int, int, int]]:
-        """What one message holds, of one kind."""
-        items = list(islice(self._outbox.copy(), protocol.PAIRS))
-        return [item for item in items if item[0] == items[0][0]]
-
-    # --- pinning -------------------------------------------------------------------------------------------
 
     def pin(self, offset: int, nbytes: int) -> None:
         """Have a part of the memory registered with CUDA, in the background; it stays committed."""

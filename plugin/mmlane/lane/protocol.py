@@ -85,9 +85,6 @@ def kind(message: bytes) -> int:
     return message[0]
 
 
-# --- joining -----------------------------------------------------------------------------------------------
-
-
 def hello(secret: bytes, group: str, number: int, nonce: str) -> bytes:
     """A reader that knows the secret asks to join. nonce: text that was never used before."""
     proof = _proof(secret, "hello", group, number, nonce)
@@ -145,9 +142,6 @@ def _fields(body: bytes, **wanted: type) -> dict[str, Any]:
     return found
 
 
-# --- ending ------------------------------------------------------------------------------------------------
-
-
 def reject(reason: str) -> bytes:
     """It cannot be, and why; the connection ends."""
     return bytes((REJECT,)) + reason.encode(errors="replace")[: LIMIT - 1]
@@ -156,9 +150,6 @@ def reject(reason: str) -> bytes:
 def read_reject(message: bytes) -> str:
     """The reason."""
     return message[1:].decode(errors="replace")
-
-
-# --- status ------------------------------------------------------------------------------------------------
 
 
 def status(facts: Mapping[str, object]) -> bytes:
@@ -180,9 +171,6 @@ def read_status(message: bytes) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise ProtocolError(f"{len(message)} bytes that are not a status")
     return facts
-
-
-# --- pairs -------------------------------------------------------------------------------------------------
 
 
 def pairs(kind: int, items: Sequence[tuple[int, int]]) -> bytes:

@@ -24,7 +24,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import torch
 
 from mmlane.lane import Invitation, Lane, LaneError, LaneStats, Mode, Reader, Refused, Reservation
-from mmlane.lane.producer import SLOTS
+from mmlane.lane.issuing import SLOTS
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Action, Gate, Where, arm
 from tests.lane.harness.child import Child, pipe
@@ -91,7 +91,7 @@ class Producing:
 
     def set_orphan(self, seconds: float) -> None:
         """From now on the lane asks after tickets of this age."""
-        self.lane._orphan = seconds
+        self.lane.housekeeping.orphan = seconds
 
     def drain(self) -> None:
         self.lane.drain()

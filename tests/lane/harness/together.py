@@ -129,8 +129,8 @@ _numbers = count()
 
 def backing(lane: Lane) -> Backing:
     """The memory of a lane that has not ended."""
-    assert lane._backing is not None
-    return lane._backing
+    assert lane._committer.memory is not None
+    return lane._committer.memory.backing
 
 
 def copy(lane: Lane, tensor: torch.Tensor) -> Reservation:

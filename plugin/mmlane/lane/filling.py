@@ -1,0 +1,74 @@
+"""Putting, up to the ticket: an extent is found, memory is committed behind it, and a tensor is copied there."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from mmlane.lane import arguments, failpoints
+from mmlane.lane.bookkeeping import Hold
+from mmlane.lane.committing import Committer
+from mmlane.lane.errors import Refused
+from mmlane.lane.guard import Guard
+from mmlane.lane.issuing import Issuer
+from mmlane.lane.mapping import Owner, copy_tensor
+from mmlane.lane.ticket import unsupported
+
+
+class Copied(NamedTuple):
+    """A copy that was made, and has to be counted."""
+
+    owner: Owner
+    nbytes: int
+    seconds: float
+
+
+class Filler:
+    """Makes extents, filled or not; called without the lane's lock. An extent goes with the hold that keeps it."""
+
+    def __init__(self, issuer: Issuer, committer: Committer, guard: Guard) -> None:
+        self._issuer = issuer
+        self._committer = committer
+        self._guard = guard
+
+    def copy(self, tensor: torch.Tensor, hold: Hold) -> Copied | Refused:
+        """A copy of a tensor in an extent that the hold keeps. Raises TypeError for what is no tensor."""
+        if problem := unsupported(tensor):
+            if not isinstance(tensor, torch.Tensor):
+                wanted = "a torch.Tensor, like torch.zeros(3, 224, 224)"
+                raise arguments.wrong("tensor", tensor, wanted, quoted=False)
+            with self._guard.lock, self._guard:
+                return self._issuer.refuse("unsupported", problem)
+        nbytes = tensor.numel() * tensor.itemsize
+        owner = self.reserve(nbytes, hold)
+        if isinstance(owner, Refused):
+            return owner
+        began = time.perf_counter()
+        copy_tensor(tensor, nbytes, owner)
+        took = time.perf_counter() - began
+        failpoints.reached("put.copied")
+        return Copied(owner, nbytes, took)
+
+    def reserve(self, nbytes: int, hold: Hold) -> Owner | Refused:
+        """An extent that the hold keeps, with memory behind it."""
+        with self._guard.lock, self._guard:
+            self._issuer.drain_now_and_then()
+            place = self._issuer.find(nbytes, hold)
+            if isinstance(place, Refused):
+                return place
+            self._committer.expect(nbytes)
+            held = self._committer.memory
+        assert held is not None  # it is open
+        failpoints.reached("put.allocated")
+        # Nobody else knows the extent yet, so memory is committed and filled without the lock.
+        try:
+            self._committer.commit(held, place.uncommitted)
+        except OSError as error:
+            if error.errno is None:  # a TimeoutError of a signal handler
+                raise
+            with self._guard.lock, self._guard:
+                return self._issuer.refuse("full", f"no memory for {nbytes} bytes: {error}")
+        failpoints.reached("put.committed")
+        return held.mapping.owner(self._committer.base + place.offset, keeps=(held.mapping, hold))
