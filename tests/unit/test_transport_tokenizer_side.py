@@ -21,13 +21,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mmlane.engine.requests import places  # noqa: E402
+from mmlane.host import OUR_PREFIX, SHM  # noqa: E402
 from mmlane.transport import samples  # noqa: E402
 from mmlane.transport.base import Tokenizer  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
 from mmlane.transport.compacting import compacting  # noqa: E402
 from mmlane.transport.inline import Inline  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
-from mmlane.transport.segment import PREFIX, SHM, Segment  # noqa: E402
+from mmlane.transport.segment import Segment  # noqa: E402
 from mmlane.transport.tokenizer_side import (  # noqa: E402
     SIDE,
     Sending,
@@ -55,7 +56,7 @@ class Unpicklable:
 
 
 def segments() -> list[str]:
-    return [file.name for file in SHM.glob(f"{PREFIX}{os.getpid()}_*")]
+    return [file.name for file in SHM.glob(f"{OUR_PREFIX}{os.getpid()}_*")]
 
 
 def send(self: Any, tokenized_obj: Any) -> bytes:
