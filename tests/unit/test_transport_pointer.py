@@ -53,8 +53,9 @@ from mmlane.transport.agreement import RefusedInputs  # noqa: E402
 from mmlane.transport.base import Here, LostFeature, Scheduler, Tokenizer  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
 from mmlane.transport.inline import SMALL, Inline  # noqa: E402
-from mmlane.transport.lane import LaneTransport, Producer, Rank, Ticket  # noqa: E402
+from mmlane.transport.lane import LaneTransport, Producer, Ticket  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
+from mmlane.transport.rank import Rank  # noqa: E402
 from mmlane.transport.scheduler_side import SchedulerSide  # noqa: E402
 from mmlane.transport.segment import EngineSegment, Segment  # noqa: E402
 from mmlane.transport.tokenizer_side import SIDE, TokenizerSide, around_send, sending  # noqa: E402

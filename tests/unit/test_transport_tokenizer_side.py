@@ -29,17 +29,16 @@ from mmlane.transport.compacting import compacting  # noqa: E402
 from mmlane.transport.inline import Inline  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
 from mmlane.transport.segment import Segment  # noqa: E402
+from mmlane.transport.sharing import around_samples, with_samples  # noqa: E402
 from mmlane.transport.tokenizer_side import (  # noqa: E402
     SIDE,
     Sending,
     TokenizerSide,
-    around_samples,
     around_send,
     around_send_batch,
     around_wrap,
     offering,
     sending,
-    with_samples,
 )
 from tests.unit.launches import engine_takes_pointers, without_a_side  # noqa: E402
 
