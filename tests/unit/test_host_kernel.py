@@ -42,3 +42,13 @@ def test_nothing_is_left_open_or_bound() -> None:
     host.kernel_features()
     assert descriptors() == before
     assert f"mmlane-doctor-{os.getpid()}-" not in Path("/proc/net/unix").read_text()
+
+
+def test_where_nothing_works_each_feature_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    monkeypatch.setattr("socket.socket", refuse)
+    for feature in host.kernel_features():
+        assert not feature.works and "Operation not permitted" in feature.problem

@@ -37,7 +37,7 @@ def _tried(name: str, purpose: str, attempt: Callable[[], None]) -> Feature:
         attempt()
     except AttributeError as error:
         return Feature(name, purpose, False, f"this Python was built without it ({error})")
-    except (OSError, ValueError, Missing) as error:
+    except (OSError, ValueError, struct.error, Missing) as error:
         return Feature(name, purpose, False, str(error))
     return Feature(name, purpose, True)
 
