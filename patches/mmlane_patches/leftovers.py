@@ -102,7 +102,7 @@ def _segments(directory: int) -> list[Candidate]:
     found = []
     with os.scandir(directory) as entries:
         for entry in entries:
-            if host.parsed(entry.name) is not None:
+            if host.parse_segment_name(entry.name) is not None:
                 try:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:

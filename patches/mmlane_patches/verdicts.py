@@ -76,7 +76,7 @@ class Verdicts:
         """Why somebody may still want a segment that nobody has open; "" when it is dead."""
         if self.hidden:
             return f"{self.hidden}; {BY_HAND}"
-        told = host.parsed(segment.name)
+        told = host.parse_segment_name(segment.name)
         assert told is not None
         if told.namespace == self.namespace and told.started:
             maker = next((process for process in self.living if process.pid == told.pid), None)

@@ -83,12 +83,12 @@ def test_where_our_own_pid_namespace_is_hidden_no_maker_is_known(monkeypatch: py
 
 
 def test_a_new_name_tells_that_this_process_has_made_it() -> None:
-    name = host.new_name()
+    name = host.new_segment_name()
     assert host.maker(name) == (os.getpid(), True)
-    assert name != host.new_name() and len(name) <= 250
+    assert name != host.new_segment_name() and len(name) <= 250
     started, namespace = host.process(os.getpid()), host.pid_namespace()
     assert started is not None and namespace is not None
-    assert host.parsed(name) == host.SegmentName("mmlane", os.getpid(), started.started, namespace)
+    assert host.parse_segment_name(name) == host.SegmentName("mmlane", os.getpid(), started.started, namespace)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def engines_own() -> ModuleType:
     module = ModuleType(MM_UTILS)
     vars(module).update(
         {"torch": torch, "os": os, "sys": sys, "mmap": mmap, "Optional": Optional, "shared_memory": shared_memory},
-        make_shm_name=lambda kind: host.new_name(),
+        make_shm_name=lambda kind: host.new_segment_name(),
         logger=logging.getLogger("engine"),
     )
     define(vars(module), "managers/mm_utils.py", "ShmPointerMMData")
@@ -727,7 +727,7 @@ def test_what_the_engines_rust_server_makes_is_a_segment(
     tensor = random(4 * LARGE).view(torch.float32).reshape(-1, 1)
 
     def stub() -> tuple[dict[str, Any], ShmPointerMMData]:
-        name = host.new_name()
+        name = host.new_segment_name()
         (host.SHM / name).write_bytes(tensor.numpy().tobytes())
         state = {
             "shm_name": name,

@@ -23,7 +23,7 @@ from mmlane.host.proc import (
     process,
     status_numbers,
 )
-from mmlane.host.segment_names import OUR_PREFIX, PREFIXES, SegmentName, new_name, parsed
+from mmlane.host.segment_names import OUR_PREFIX, PREFIXES, SegmentName, new_segment_name, parse_segment_name
 from mmlane.host.shm import SHM, Segment, SharedMemory, maker, room, shared_memory
 
 __all__ = [
@@ -49,9 +49,9 @@ __all__ = [
     "memory_groups",
     "mount_of",
     "mounts",
-    "new_name",
+    "new_segment_name",
     "overflow_uid",
-    "parsed",
+    "parse_segment_name",
     "pid_namespace",
     "pids",
     "process",

@@ -51,7 +51,7 @@ def kind_of(name: str) -> Kind | None:
     return next((kind for prefix, kind in PREFIXES if name.startswith(prefix)), None)
 
 
-def parsed(name: str) -> SegmentName | None:
+def parse_segment_name(name: str) -> SegmentName | None:
     """What a name tells; None for one that is of no kind's form."""
     for kind, form in _FORMS.items():
         if (found := form.fullmatch(name)) is not None:
@@ -59,7 +59,7 @@ def parsed(name: str) -> SegmentName | None:
     return None
 
 
-def new_name() -> str:
+def new_segment_name() -> str:
     """A fresh name for a segment of this process, which tells for certain whose it is."""
     pid = os.getpid()
     return f"{OUR_PREFIX}{pid}_{_identity(pid)}_{secrets.token_hex(8)}"

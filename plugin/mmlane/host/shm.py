@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmlane.host import proc
-from mmlane.host.segment_names import Kind, kind_of, parsed
+from mmlane.host.segment_names import Kind, kind_of, parse_segment_name
 
 SHM = Path("/dev/shm")
 
@@ -97,7 +97,7 @@ def _segments(files: list[Path]) -> Iterator[Segment]:
 
 def maker(name: str) -> tuple[int | None, bool | None]:
     """Who made a segment: the pid, and whether that process runs; None for what its name does not tell."""
-    told = parsed(name)
+    told = parse_segment_name(name)
     if told is None or told.pid is None:
         return None, None
     if told.kind == "engine":

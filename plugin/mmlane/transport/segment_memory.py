@@ -45,7 +45,7 @@ def store(data: torch.Tensor) -> str:
     """The name of a new segment with the bytes of `data` (1-dim, uint8). `OSError` leaves nothing behind."""
     tell_tracker()
     nbytes = data.numel()
-    segment = SharedMemory(name=host.new_name(), create=True, size=nbytes)
+    segment = SharedMemory(name=host.new_segment_name(), create=True, size=nbytes)
     try:
         if hasattr(os, "posix_fallocate"):
             # A segment gets its pages when they are written, and a full /dev/shm is then a SIGBUS.
