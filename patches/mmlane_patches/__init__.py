@@ -2,6 +2,7 @@
 
 A patch file is read before the engine has set up its environment, so it imports neither torch nor the
 engine. What needs them (`mmlane.transport`) is named by its targets, and imported when they are there.
+Some patches rest on other files: `shm_sweep` on `leftovers` and `verdicts`, `ipc_lock` on `private_directory`.
 """
 
 from __future__ import annotations

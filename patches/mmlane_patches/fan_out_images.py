@@ -16,18 +16,14 @@ from functools import wraps
 from typing import Any
 
 from mmlane.compat import matrix
+from mmlane.engine.prompts import lists_of_a_prompt
 from mmlane.log import guarded
 from mmlane.patching import Target
 
-# The inputs of which one prompt may have several, and what 0.5.18 and later keep beside each image.
-FIELDS = ("image_data", "video_data", "audio_data", "mm_hashes", "mm_content_hashes")
-
 
 def _keep_together(request: Any) -> None:
-    for field in FIELDS:
-        value = getattr(request, field, None)
-        if isinstance(value, list) and value and not isinstance(value[0], list):
-            setattr(request, field, [value])
+    for field, value in lists_of_a_prompt(request).items():
+        setattr(request, field, [value])
 
 
 def _handle_parallel_sampling(original: Callable[[Any], None]) -> Callable[[Any], None]:

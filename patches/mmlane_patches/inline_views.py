@@ -41,8 +41,8 @@ SPEC = matrix().spec(
                 "(self, obj, request=, request_rids=)",
                 "(self, obj, request, request_states)",
             ),
-            replace="mmlane.transport.tokenizer_side:around_samples",
-            step="mmlane.transport.tokenizer_side:with_samples",
+            replace="mmlane.transport.sharing:around_samples",
+            step="mmlane.transport.sharing:with_samples",
         ),
     ),
 )

@@ -121,8 +121,8 @@ SPEC = matrix().spec(
                 "(self, obj, request=, request_rids=)",
                 "(self, obj, request, request_states)",
             ),
-            replace="mmlane.transport.tokenizer_side:around_samples",
-            step="mmlane.transport.tokenizer_side:with_samples",
+            replace="mmlane.transport.sharing:around_samples",
+            step="mmlane.transport.sharing:with_samples",
         ),
         Target(
             module="sglang.srt.managers.scheduler",
@@ -161,13 +161,13 @@ SPEC = matrix().spec(
             module="sglang.srt.managers.scheduler",
             name="Scheduler._process_and_broadcast_mm_inputs",
             signature="(self, raw_mm_inputs)",
-            replace="mmlane.transport.scheduler_side:without_tensors",
+            replace="mmlane.transport.processing:without_tensors",
         ),
         Target(
             module="sglang.srt.managers.scheduler_pp_mixin",
             name="SchedulerPPMixin._pp_send_pyobj_to_next_stage",
             signature="(self, data, async_send=)",
-            replace="mmlane.transport.scheduler_side:without_features",
+            replace="mmlane.transport.pipeline:without_features",
         ),
     ),
 )

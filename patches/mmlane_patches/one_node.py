@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any
 
 from mmlane.compat import matrix
+from mmlane.engine.launch import is_elastic
 from mmlane.patching import Target
 
 
@@ -22,7 +23,7 @@ def _by_nodes(determine: Callable[[Any], str]) -> Callable[[Any], str]:
     @wraps(determine)
     def determine_tensor_transport_mode(server_args: Any) -> str:
         # Ranks of an elastic launch may come from elsewhere, by the address alone.
-        if server_args.nnodes > 1 or getattr(server_args, "elastic_ep_backend", None):
+        if server_args.nnodes > 1 or is_elastic(server_args):
             return determine(server_args)
         return "cuda_ipc"  # what it says of one node
 

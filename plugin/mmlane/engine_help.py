@@ -1,6 +1,6 @@
 """mmlane's flags in the engine's own `--help`.
 
-The flags themselves are taken off the command line before the engine parses it (`settings.take_flags`), so its
+The flags themselves are taken off the command line before the engine parses it (`flags.take_flags`), so its
 parser only ever meets them in a help text, or where they came too late to count.
 """
 
@@ -11,8 +11,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from mmlane.flags import FLAGS
 from mmlane.patching import Target
-from mmlane.settings import FLAGS
 
 
 class _TooLate(argparse.Action):

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import mmlane_patches
-from mmlane import PREFIX, compat, engine, import_hook, settings
+from mmlane import PREFIX, compat, engine, flags, import_hook, settings
 from mmlane.engine_help import HELP
 from mmlane.log import say
 from mmlane.patching import Decision, Failure, Patcher, Refusal, Replacement, Target, apply
@@ -189,10 +189,10 @@ def start(trigger: str) -> None:
     _started = True
     try:
         # A child's command line is its parent's; what that had from a config file, the variables say.
-        in_config = [] if engine.is_child() else settings.flags_in_config(sys.argv)
+        in_config = [] if engine.is_child() else flags.flags_in_config(sys.argv)
         if in_config:
             hide_from_engine()
-        chosen = settings.read(os.environ, settings.take_flags(sys.argv, os.environ, in_config))
+        chosen = settings.read(os.environ, flags.take_flags(sys.argv, os.environ, in_config))
         if chosen.mode == "off":
             return
         here = engine.installed()
@@ -215,7 +215,7 @@ def _without_our_keys(parse: Callable[[Any, str], Any]) -> Callable[[Any, str], 
     @functools.wraps(parse)
     def parse_without_our_keys(self: Any, file_path: str) -> Any:
         found = parse(self, file_path)
-        return {key: value for key, value in found.items() if not settings.is_ours(key)}
+        return {key: value for key, value in found.items() if not flags.is_ours(key)}
 
     return parse_without_our_keys
 

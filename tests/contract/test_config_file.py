@@ -17,8 +17,8 @@ import yaml
 from mmlane.engine import Engine
 from mmlane.engine.source import EngineSource
 from mmlane.entry import CONFIG_MODULES, config_target, hide_in
+from mmlane.flags import flags_in_config, take_flags
 from mmlane.patching import check
-from mmlane.settings import flags_in_config, take_flags
 
 CONFIG = """
 tp: 2

@@ -96,7 +96,9 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
             assert said(server, *where) == 1, seam
 
         # The way behind it fails as well: features go inline, or, from 0.5.21 on, by the engine's own class.
-        with failing(server, "mmlane.lane.producer:Lane.put Injected", "mmlane.transport.segment:_store Injected"):
+        with failing(
+            server, "mmlane.lane.producer:Lane.put Injected", "mmlane.transport.segment_memory:store Injected"
+        ):
             assert asking.tokens(one(server)) == wanted[0]
         with failing(server, "mmlane_patches.fan_out_images:_keep_together Injected"):
             assert asking.two_images_n2(server).status == 400  # as without mmlane
@@ -131,7 +133,7 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
 def test_at_start(release: str, plugin_wheel: Path) -> None:
     """Whoever cannot take part leaves the lane out, and says so; images are answered all the same."""
     server = failing_server(release, plugin_wheel)
-    seams = ("mmlane.transport.tokenizer_side:start", "mmlane_patches.sweeping:_sweep")
+    seams = ("mmlane.transport.tokenizer_side:start", "mmlane_patches.leftovers:reclaim")
     with failing(server, *(f"{seam} Injected" for seam in seams)), server:
         assert one(server).status == 200
         assert three(server).status == 200

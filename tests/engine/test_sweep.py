@@ -10,7 +10,7 @@ import pytest
 
 from devkit.container import Container
 from devkit.sharedmemory import can_be_private
-from mmlane_patches.sweeping import SLACK_S
+from mmlane_patches.verdicts import SLACK_S
 from tests.engine import asking, looking
 from tests.engine.watching import WatchedServer
 

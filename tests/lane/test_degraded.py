@@ -27,7 +27,8 @@ from mmlane.lane import (
     memory,
     status,
 )
-from mmlane_patches import sweeping
+from mmlane_patches import leftovers
+from mmlane_patches.verdicts import Candidate
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.confinement import (
     Deny,
@@ -435,22 +436,23 @@ def test_a_control_thread_that_fails_says_so(point: str) -> None:
 # --- what /proc says ---------------------------------------------------------------------------------------
 
 
-def travel_beside_a_mount_without_a_source() -> tuple[bool, int | None, tuple[str, str], list[sweeping.Segment]]:
+def travel_beside_a_mount_without_a_source() -> tuple[bool, int | None, host.Mount | None, list[Candidate]]:
     mount_over("/dev/shm", "size=64m", source="")
     with Lane({"tp": 1}) as lane, Reader("tp") as reader:
         reader.join(lane.invitation)
         assert lane.wait_open(DEADLINE)
         travel(lane, [reader])
     mounted = " - tmpfs  rw" in Path("/proc/self/mountinfo").read_text()
-    return mounted, host.memory().limit, sweeping._mounted(host.SHM), sweeping._sweep(private=True)[0]
+    reclaimed, _ = leftovers.reclaim(private=True)
+    return mounted, host.memory().limit, host.mount_of(host.SHM), reclaimed
 
 
 def test_a_mount_without_a_source_is_a_mount() -> None:
     """Today's kernels write an empty field for it."""
     require_mounts()
-    mounted, limit, (kind, options), reclaimed = run(travel_beside_a_mount_without_a_source)
+    mounted, limit, mount, reclaimed = run(travel_beside_a_mount_without_a_source)
     if not mounted:
         pytest.skip("this kernel has a word for a mount without a source")
     assert limit == host.memory().limit
-    assert kind == "tmpfs" and "size=65536k" in options
+    assert mount is not None and mount.kind == "tmpfs" and "size=65536k" in mount.options
     assert reclaimed == []

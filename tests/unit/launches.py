@@ -12,6 +12,8 @@ from mmlane.transport.base import Here
 from mmlane.transport.chain import Chain
 from mmlane.transport.pointer import ShmPointerMMData, slot
 
+RUNTIME = "sglang.srt.runtime_context"
+DP_ATTENTION = {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}
 WHOLE = {
     "device": "cpu",
     "dp_size": 1,
@@ -29,6 +31,13 @@ WHOLE = {
 def launched(**options: Any) -> Any:
     """The engine's arguments, as far as anybody here asks for them."""
     return SimpleNamespace(**{**WHOLE, **options})
+
+
+def context(monkeypatch: pytest.MonkeyPatch, **names: Any) -> None:
+    """The engine's module that tells what it has made of the arguments."""
+    module = ModuleType(RUNTIME)
+    vars(module).update(names)
+    monkeypatch.setitem(sys.modules, RUNTIME, module)
 
 
 def engine_takes_pointers(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mmlane.transport.scheduler_side import without_features  # noqa: E402
+from mmlane.transport.pipeline import without_features  # noqa: E402
 
 FEATURE = torch.arange(10.0)
 

@@ -11,7 +11,9 @@ import sys
 import pytest
 
 import mmlane.engine
+import mmlane.host
 import mmlane.lane
+import mmlane.patching
 import mmlane.transport
 import mmlane_patches
 from mmlane.compat import contributed, matrix
@@ -32,6 +34,7 @@ def test_reading_the_patches_imports_neither_torch_nor_the_engine() -> None:
     assert not loaded & {"torch", "sglang", "numpy"}
 
 
+PACKAGES = (mmlane, mmlane_patches, mmlane.engine, mmlane.host, mmlane.lane, mmlane.patching, mmlane.transport)
 # What is imported later all the same: the first when the engine has set up its metrics, the others in no engine.
 LATER = {"mmlane.transport.metrics", "mmlane.cli", "mmlane.__main__"}
 
@@ -52,7 +55,7 @@ def test_a_process_that_has_loaded_its_plan_has_loaded_all_of_ours() -> None:
     ).stdout.split()
     ours = {
         module.name
-        for package in (mmlane, mmlane_patches, mmlane.engine, mmlane.lane, mmlane.transport)
+        for package in PACKAGES
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
     }
     assert ours - set(loaded) == LATER

@@ -23,7 +23,7 @@ from devkit.container import Container
 from devkit.sharedmemory import can_be_private, privately
 from mmlane import log
 from mmlane.settings import SettingsError, read
-from mmlane_patches import sweeping
+from mmlane_patches import leftovers, shm_sweep, verdicts
 
 MIB = 1 << 20
 FAMILIES = ("psm", "sgl", "mmlane")
@@ -35,6 +35,9 @@ SWEPT = (
     "mmlane: reclaimed 1 segment (1.0 MiB) that a crashed engine left in /dev/shm; MMLANE_SWEEP=0 leaves them\n"
 )
 
+MODULES = "import fcntl, os, time; from mmlane import host; from mmlane_patches import leftovers, verdicts" + (
+    "; from mmlane_patches.shm_sweep import sweep"
+)
 MAKER = """
 import mmap, os, secrets, sys
 from multiprocessing import resource_tracker
@@ -110,12 +113,12 @@ def leave(container: Container, *names: str) -> None:
 
 
 def grow_old() -> None:
-    time.sleep(2 * sweeping.SLACK_S)
+    time.sleep(2 * verdicts.SLACK_S)
 
 
 def sweep(container: Container, chosen: str = "private", before: str = "") -> str:
-    """What an engine that starts there says of its sweep. `before` is run first, with the module as `s`."""
-    code = f"import mmlane_patches.sweeping as s\n{before}\ns.sweep()"
+    """What an engine that starts there says of its sweep. `before` is run first, with `sweep` and the modules."""
+    code = f"{MODULES}\n{before}\nsweep()"
     environ = {**os.environ, "MMLANE_SWEEP": chosen}
     command = container.inside([sys.executable, "-c", code])
     # The limit is there for a sweep that stands still, at a file that nobody answers at.
@@ -221,14 +224,14 @@ def test_a_pid_of_a_process_that_may_have_been_the_maker(container: Container) -
 def test_a_maker_by_its_start_time_alone(container: Container) -> None:
     """Even if the clock was set forward, and it seems to be younger than its segment."""
     with Living(container, sys.executable, "-c", MAKER, "mmlane", "") as maker:
-        forward = "now = s.time.time; s.time.time = lambda: now() + 3600"
+        forward = "now = time.time; time.time = lambda: now() + 3600"
         assert sweep(container, before=forward) == ""
         assert there(container) == {maker.said}
 
 
 def test_a_maker_without_a_start_time_is_not_known(container: Container) -> None:
     leave(container, name_of(container, 30, 0))
-    assert sweeping.UNSEEN in sweep(container, "1")
+    assert verdicts.UNSEEN in sweep(container, "1")
     assert there(container)
 
 
@@ -298,7 +301,8 @@ def test_what_somebody_has_open_or_mapped_stays(container: Container, family: st
 
 
 @pytest.mark.parametrize(
-    "hidden", ["s.host.process = lambda pid: None", "s._field = lambda name, file: [1][name == 'Uid':]"]
+    "hidden",
+    ["host.process = lambda pid: None", "host.status_numbers = lambda pid, field: [1][field == 'Uid' :]"],
 )
 def test_a_process_that_does_not_tell_what_it_is_may_be_as_old_as_any(container: Container, hidden: str) -> None:
     own = name_of(container, 1, 12345)
@@ -308,23 +312,6 @@ def test_a_process_that_does_not_tell_what_it_is_may_be_as_old_as_any(container:
         sweep(container, before=hidden),
     )
     assert there(container) == {own, PSM}
-
-
-@pytest.mark.parametrize(
-    ("status", "numbers"),
-    [
-        (b"Name:\tx\nUid:\t1\t22\n", [1, 22]),
-        (b"Uid:\tme\n", []),
-        (b"Uid: " + b"9" * 5000, []),
-        (b"Uid:\xff", []),
-        (b"", []),
-        (None, []),
-    ],
-)
-def test_the_numbers_in_a_status(tmp_path: Path, status: bytes | None, numbers: list[int]) -> None:
-    if status is not None:
-        (tmp_path / "status").write_bytes(status)
-    assert sweeping._field("Uid", tmp_path / "status") == numbers
 
 
 # --- what cannot be seen ---
@@ -337,7 +324,7 @@ def test_another_container_may_share_it(container: Container) -> None:
     told = sweep(container, "1")
     assert told.startswith(SWEPT)
     assert "left 3 segments (3.0 MiB)" in told
-    assert sweeping.UNSEEN in told
+    assert verdicts.UNSEEN in told
     assert there(container) == {PSM, SGL, ELSEWHERE}
     assert "reclaimed 3 segments" in sweep(container, "private")
 
@@ -358,21 +345,27 @@ def test_everything_stays_where_not_everything_is_seen(
     leave(container, own, PSM, SGL)
     told = sweep(container)
     # Without its /proc it has no word for its own namespace either.
-    assert f": {why}; {sweeping.BY_HAND}\n" in told
+    assert f": {why}; {verdicts.BY_HAND}\n" in told
     assert {own, PSM, SGL} <= there(container)
     assert "reclaimed" not in told
 
 
-def test_everything_stays_where_nothing_is_known_of_mounts(container: Container) -> None:
+@pytest.mark.parametrize(
+    ("unknown", "why"),
+    [
+        ("host.mount_of = lambda path: None", "/proc/self/mountinfo does not tell what /dev/shm is"),
+        ("host.pids = lambda: None", "/proc cannot be listed"),
+    ],
+)
+def test_everything_stays_where_too_little_is_known(container: Container, unknown: str, why: str) -> None:
     leave(container, PSM)
-    told = sweep(container, before="s.host.mounts = lambda: ()")
-    assert f"/proc/self/mountinfo does not tell what /dev/shm is; {sweeping.BY_HAND}\n" in told
+    assert f"{why}; {verdicts.BY_HAND}\n" in sweep(container, before=unknown)
     assert there(container) == {PSM}
 
 
 def test_a_kernel_without_leases(container: Container) -> None:
     leave(container, PSM)
-    broken = f"def refuse(*_): raise OSError({errno.EINVAL}, 'Invalid argument')\ns.fcntl.fcntl = refuse"
+    broken = f"def refuse(*_): raise OSError({errno.EINVAL}, 'Invalid argument')\nfcntl.fcntl = refuse"
     assert "left 1 segment" in (told := sweep(container, before=broken))
     assert "Invalid argument, so that nothing can be known of them" in told
     assert there(container) == {PSM}
@@ -380,11 +373,11 @@ def test_a_kernel_without_leases(container: Container) -> None:
 
 def test_in_the_first_namespace_everybody_is_in_sight() -> None:
     """And this process runs Python and is older than what it leaves."""
-    if Path("/proc/self/ns/pid").stat().st_ino != sweeping.FIRST_PID_NAMESPACE or not can_be_private():
+    if Path("/proc/self/ns/pid").stat().st_ino != verdicts.FIRST_PID_NAMESPACE or not can_be_private():
         pytest.skip("needs the right to make namespaces, and the first pid namespace")
     script = (
         f"umask 077; head -c {MIB} /dev/zero > /dev/shm/{PSM}; "
-        f"{sys.executable} -c 'from mmlane_patches.sweeping import sweep; sweep()'; ls /dev/shm"
+        f"{sys.executable} -c 'from mmlane_patches.shm_sweep import sweep; sweep()'; ls /dev/shm"
     )
     done = subprocess.run(privately(["sh", "-c", script], 2 * MIB), capture_output=True, text=True, check=True)
     assert re.search(r"left 1 segment \(1.0 MiB\).*: process \d+ \(.+\) is older", done.stderr), done.stderr
@@ -405,9 +398,9 @@ def test_in_the_first_namespace_everybody_is_in_sight() -> None:
 def test_what_is_no_longer_what_was_looked_at_stays(container: Container, change: str) -> None:
     leave(container, PSM)
     meanwhile = (
-        "import os\njudge = s.Judge\n"
-        f"def late(private):\n    file = '/dev/shm/{PSM}'\n    {change}\n    return judge(private)\n"
-        "s.Judge = late\ns._younger = lambda *_: True"
+        "made = leftovers.Verdicts\n"
+        f"def late(private):\n    file = '/dev/shm/{PSM}'\n    {change}\n    return made(private)\n"
+        "leftovers.Verdicts = late\nverdicts._younger = lambda *_: True"
     )
     assert sweep(container, before=meanwhile) == ""
     assert there(container) == {PSM}
@@ -429,9 +422,9 @@ def test_the_other_one_has_just_finished(container: Container) -> None:
     """And has removed the lock's file. The next to start makes a new one, and must not meet us."""
     leave(container, PSM)
     finished = (
-        "import os\nflock = s.fcntl.flock\n"
+        "flock = fcntl.flock\n"
         f"def late(*how):\n    os.unlink('/dev/shm/{LOCK}')\n    flock(*how)\n"
-        "s.fcntl.flock = late"
+        "fcntl.flock = late"
     )
     assert sweep(container, before=finished) == ""
     assert there(container) == {PSM}
@@ -442,7 +435,7 @@ def test_where_no_lock_can_be_had_the_sweep_goes_on(container: Container) -> Non
     failing = (
         "import errno\n"
         "def none_left(*how):\n    raise OSError(errno.ENOLCK, 'No locks available')\n"
-        "s.fcntl.flock = none_left"
+        "fcntl.flock = none_left"
     )
     assert sweep(container, before=failing) == SWEPT
     assert PSM not in there(container)
@@ -494,7 +487,7 @@ for _ in range(8):
     if sweepers[-1] == 0:
         os.close(start)
         os.read(go, 1)
-        s.sweep()
+        sweep()
         os._exit(0)
 os.close(start)
 for sweeper in sweepers:
@@ -527,12 +520,12 @@ def test_who_opens_a_segment_meanwhile_waits_and_kills_nobody(container: Contain
     opened = (
         "import os, subprocess\nunlink = os.unlink\n"
         "def slow(name, dir_fd):\n"
-        "    s.os.unlink = unlink\n"
+        "    os.unlink = unlink\n"
         f"    opener = subprocess.Popen(['cat', '/dev/shm/{PSM}'], stdout=subprocess.DEVNULL)\n"
         "    while not b'break_lease' in (wchan := open(f'/proc/{opener.pid}/wchan', 'rb').read()):\n"
         "        assert opener.poll() is None, wchan\n"
         "    unlink(name, dir_fd=dir_fd)\n"
-        "s.os.unlink = slow"
+        "os.unlink = slow"
     )
     assert sweep(container, before=opened) == SWEPT
 
@@ -552,9 +545,9 @@ def test_nothing_in_it_stops_the_engine(monkeypatch: pytest.MonkeyPatch, caplog:
     def fail(private: bool) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/dev/shm")
 
-    monkeypatch.setattr(sweeping, "_sweep", fail)
+    monkeypatch.setattr(leftovers, "reclaim", fail)
     monkeypatch.delenv("MMLANE_SWEEP", raising=False)
-    launch = sweeping.before_launch(lambda server_args: [server_args])
+    launch = shm_sweep.before_launch(lambda server_args: [server_args])
     assert launch("args") == ["args"]
     (line,) = caplog.messages
     assert line.startswith("mmlane: sweep failed: PermissionError: ") and "leftovers in /dev/shm stay" in line

@@ -26,8 +26,9 @@ from mmlane.transport import scheduler_side, tokenizer_side  # noqa: E402
 from mmlane.transport.base import Declined, Here, Scheduler, Tokenizer  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
 from mmlane.transport.inline import SMALL  # noqa: E402
-from mmlane.transport.lane import RETRY_S, LaneTransport, Producer, Rank, Ticket  # noqa: E402
+from mmlane.transport.lane import LaneTransport, Producer, Ticket  # noqa: E402
 from mmlane.transport.pointer import slot  # noqa: E402
+from mmlane.transport.rank import RETRY_S, Rank  # noqa: E402
 from mmlane.transport.samples import Samples  # noqa: E402
 from mmlane.transport.segment import Segment  # noqa: E402
 from mmlane.transport.tokenizer_side import SIDE, TokenizerSide  # noqa: E402
@@ -971,7 +972,7 @@ def test_a_lane_that_is_gone_is_tried_again_later(
         times += 1
         join(self, *arguments)
 
-    monkeypatch.setattr("mmlane.transport.lane.time", clock)
+    monkeypatch.setattr("mmlane.transport.rank.time", clock)
     monkeypatch.setattr(Reader, "join", counted)
     for _ in range(3):  # while it tries, and when it has
         rank.notice(NOWHERE)
@@ -995,7 +996,7 @@ def test_a_lane_that_is_gone_is_tried_again_later(
 
 def test_a_rank_joins_at_a_later_try(opening: Opening, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("mmlane.transport.lane.time", clock)
+    monkeypatch.setattr("mmlane.transport.rank.time", clock)
     invitation = opening.begin()
     rank = Rank(Scheduler("dp1", 0))  # which this lane does not expect
     rank.notice(invitation)
@@ -1040,7 +1041,7 @@ def test_a_rank_without_room_for_a_thread_goes_on(
     """An invitation is heard while a message is unpickled, where an error would part this rank from its peers."""
     invitation = opening.begin()
     clock = Clock()
-    monkeypatch.setattr("mmlane.transport.lane.time", clock)
+    monkeypatch.setattr("mmlane.transport.rank.time", clock)
 
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -25,14 +25,15 @@ from mmlane import __version__, host, log  # noqa: E402
 from mmlane.engine.topology import RankPlace  # noqa: E402
 from mmlane.lane import Lane  # noqa: E402
 from mmlane.lane.ticket import read, write  # noqa: E402
-from mmlane.transport import nodes, scheduler_side  # noqa: E402
+from mmlane.transport import gate, scheduler_side  # noqa: E402
 from mmlane.transport.base import Here, LostFeature, Scheduler  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
+from mmlane.transport.gate import KEPT_S, LATE_S, LOOK_S, Gate  # noqa: E402
 from mmlane.transport.hand import InHand  # noqa: E402
 from mmlane.transport.inline import Inline  # noqa: E402
 from mmlane.transport.lane import Ticket  # noqa: E402
 from mmlane.transport.link import Crossing, Landed  # noqa: E402
-from mmlane.transport.nodes import KEPT_S, LATE_S, LOOK_S, Gate, Node, announce, look, name_of  # noqa: E402
+from mmlane.transport.nodes import Node, announce, look, name_of  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
 from mmlane.transport.samples import Samples, Shared  # noqa: E402
 from mmlane.transport.segment import Segment  # noqa: E402
@@ -132,7 +133,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(nodes, "time", made)
+    monkeypatch.setattr(gate, "time", made)
     return made
 
 
@@ -159,7 +160,7 @@ def unopened(monkeypatch: pytest.MonkeyPatch, announced: Callable[..., None]) ->
         first.links.append(FakeDeparture(*args))
         return first.links[-1]
 
-    monkeypatch.setattr(nodes, "Departure", make)
+    monkeypatch.setattr(gate, "Departure", make)
     announced()
     yield first
     os.close(first.gate.bell)
@@ -302,7 +303,7 @@ def test_text_looks_for_nobody(unopened: First, monkeypatch: pytest.MonkeyPatch)
     def none(ranks: Any) -> Any:
         raise AssertionError("looked")
 
-    monkeypatch.setattr(nodes, "look", none)
+    monkeypatch.setattr(gate, "look", none)
     assert len(unopened.handle(text(), request(torch.ones(1)))) == 2
     assert unopened.links == []
 
@@ -489,7 +490,7 @@ def test_what_travels_inside_is_compact(first: First) -> None:
 
 def test_the_link_is_between_the_leaders(unopened: First, monkeypatch: pytest.MonkeyPatch) -> None:
     unopened.handle(request(inline(torch.ones(1))))
-    monkeypatch.setattr(nodes, "TorchWire", lambda leaders: leaders)
+    monkeypatch.setattr(gate, "TorchWire", lambda leaders: leaders)
     assert unopened.link.nodes == [B, C] and unopened.link.wire() == [0, 2, 4]
     unopened.link.count_bytes("sent", 5)
     assert unopened.counted == [("sent", 5)]
@@ -592,7 +593,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, announced: Callable[..., None]) -> It
     def make(*args: Any) -> Any:
         raise AssertionError("a link is made")
 
-    monkeypatch.setattr(nodes, "Departure", make)
+    monkeypatch.setattr(gate, "Departure", make)
     announced(0, 1, 2, 3)
     first = First()
     yield first
@@ -620,7 +621,7 @@ def test_ranks_without_mmlane_get_tensors(
 
 def test_a_look_is_taken_now_and_then(alone: First, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[float] = []
-    monkeypatch.setattr(nodes, "look", lambda ranks: looks.append(clock.now))
+    monkeypatch.setattr(gate, "look", lambda ranks: looks.append(clock.now))
     began = clock.now
     for delay in (0.0, LOOK_S / 2, LOOK_S / 4, LOOK_S / 4, LOOK_S / 2, LOOK_S * 2):
         clock.now += delay

@@ -35,7 +35,7 @@ torch = pytest.importorskip("torch")
 import msgpack  # type: ignore[import-untyped]  # noqa: E402
 
 from devkit.wheels import wheel_source  # noqa: E402
-from mmlane import log  # noqa: E402
+from mmlane import host, log  # noqa: E402
 from mmlane.lane import (  # noqa: E402
     Invitation,
     Lane,
@@ -48,13 +48,14 @@ from mmlane.lane import (  # noqa: E402
     status,
 )
 from mmlane.lane.ticket import read  # noqa: E402
-from mmlane.transport import inline, pointer, scheduler_side, segment  # noqa: E402
+from mmlane.transport import inline, pointer, scheduler_side, segment_memory  # noqa: E402
 from mmlane.transport.agreement import RefusedInputs  # noqa: E402
 from mmlane.transport.base import Here, LostFeature, Scheduler, Tokenizer  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
 from mmlane.transport.inline import SMALL, Inline  # noqa: E402
-from mmlane.transport.lane import LaneTransport, Producer, Rank, Ticket  # noqa: E402
+from mmlane.transport.lane import LaneTransport, Producer, Ticket  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
+from mmlane.transport.rank import Rank  # noqa: E402
 from mmlane.transport.scheduler_side import SchedulerSide  # noqa: E402
 from mmlane.transport.segment import EngineSegment, Segment  # noqa: E402
 from mmlane.transport.tokenizer_side import SIDE, TokenizerSide, around_send, sending  # noqa: E402
@@ -93,7 +94,7 @@ def engines_own() -> ModuleType:
     module = ModuleType(MM_UTILS)
     vars(module).update(
         {"torch": torch, "os": os, "sys": sys, "mmap": mmap, "Optional": Optional, "shared_memory": shared_memory},
-        make_shm_name=lambda kind: segment.segment_name(),
+        make_shm_name=lambda kind: host.new_segment_name(),
         logger=logging.getLogger("engine"),
     )
     define(vars(module), "managers/mm_utils.py", "ShmPointerMMData")
@@ -253,7 +254,7 @@ def no_room_in(module: ModuleType) -> Iterator[None]:
         raise OSError(errno.ENOSPC, "made to fail")
 
     with pytest.MonkeyPatch.context() as there:
-        there.setattr(segment, "SharedMemory", full)
+        there.setattr(segment_memory, "SharedMemory", full)
         there.setitem(vars(module), "shared_memory", SimpleNamespace(SharedMemory=full))
         yield
 
@@ -282,7 +283,7 @@ def payload_class(kind: str, base: str) -> type:
 
 
 def segments() -> list[Path]:
-    return list(segment.SHM.glob(f"{segment.PREFIX}{os.getpid()}_*"))
+    return list(host.SHM.glob(f"{host.OUR_PREFIX}{os.getpid()}_*"))
 
 
 def random(nbytes: int = LARGE, seed: int = 0) -> Any:
@@ -292,7 +293,7 @@ def random(nbytes: int = LARGE, seed: int = 0) -> Any:
 def same(one: Any, other: Any) -> bool:
     """Whether two tensors hold the same bytes, not-a-number among them."""
     alike = (one.shape, one.dtype) == (other.shape, other.dtype)
-    return alike and bool(torch.equal(segment.plain_bytes(one), segment.plain_bytes(other)))
+    return alike and bool(torch.equal(segment_memory.plain_bytes(one), segment_memory.plain_bytes(other)))
 
 
 def arrived_as(state: Any) -> ShmPointerMMData:
@@ -726,8 +727,8 @@ def test_what_the_engines_rust_server_makes_is_a_segment(
     tensor = random(4 * LARGE).view(torch.float32).reshape(-1, 1)
 
     def stub() -> tuple[dict[str, Any], ShmPointerMMData]:
-        name = segment.segment_name()
-        (segment.SHM / name).write_bytes(tensor.numpy().tobytes())
+        name = host.new_segment_name()
+        (host.SHM / name).write_bytes(tensor.numpy().tobytes())
         state = {
             "shm_name": name,
             "shape": tuple(tensor.shape),

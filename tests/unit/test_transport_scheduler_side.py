@@ -26,12 +26,13 @@ from mmlane.engine.requests import places  # noqa: E402
 from mmlane.engine.topology import carrying_groups  # noqa: E402
 from mmlane.lane import StaleTicket  # noqa: E402
 from mmlane.patching import Refusal, apply  # noqa: E402
-from mmlane.transport import agreement, inline, scheduler_side  # noqa: E402
+from mmlane.transport import agreement, inline, processing, scheduler_side  # noqa: E402
 from mmlane.transport.agreement import RefusedInputs, arrivals, refuse_lost  # noqa: E402
 from mmlane.transport.base import Here, LostFeature, Scheduler  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
-from mmlane.transport.lane import Rank, Ticket  # noqa: E402
+from mmlane.transport.lane import Ticket  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
+from mmlane.transport.rank import Rank  # noqa: E402
 from mmlane.transport.scheduler_side import SchedulerSide  # noqa: E402
 from mmlane_patches import shm_pointer, tp_barrier  # noqa: E402
 from tests.forkserver import FORKED  # noqa: E402
@@ -774,7 +775,7 @@ def raw_inputs() -> Any:
 
 
 def test_the_first_rank_makes_inputs_ready_for_all_and_each_has_its_own_tensors() -> None:
-    make = scheduler_side.without_tensors(Maker.process)
+    make = processing.without_tensors(Maker.process)
     first, raw = Maker(0), raw_inputs()
     processed = [make(first, raw), make(Maker(1, first.sent), own := raw_inputs())]
     assert len(first.sent) < 10_000
@@ -790,7 +791,7 @@ def test_the_first_rank_makes_inputs_ready_for_all_and_each_has_its_own_tensors(
 def test_what_cannot_be_hashed_is_the_engines_to_tell() -> None:
     raw = SimpleNamespace(mm_items=[Item(torch.ones(inline.SMALL)), Item("text")])
     with pytest.raises(TypeError, match="cannot be hashed"):
-        scheduler_side.without_tensors(Maker.process)(Maker(0), raw)
+        processing.without_tensors(Maker.process)(Maker(0), raw)
     assert raw.mm_items[0].feature is not None
 
 
@@ -802,13 +803,13 @@ def test_tensors_come_back_when_the_engine_fails() -> None:
 
     raw = raw_inputs()
     with pytest.raises(OSError, match="mine"):
-        scheduler_side.without_tensors(Fails.process)(Fails(0), raw)
+        processing.without_tensors(Fails.process)(Fails(0), raw)
     assert all(item.feature is not None for item in raw.mm_items)
 
 
 @pytest.mark.parametrize("raw", [None, {"mm_items": [1]}, SimpleNamespace(mm_items=[])], ids=str)
 def test_other_inputs_are_processed_as_they_are(raw: Any) -> None:
-    assert scheduler_side.without_tensors(lambda self, raw_mm_inputs: raw_mm_inputs)(None, raw) is raw
+    assert processing.without_tensors(lambda self, raw_mm_inputs: raw_mm_inputs)(None, raw) is raw
 
 
 def test_nothing_of_this_process_is_left() -> None:

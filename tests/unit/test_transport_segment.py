@@ -24,27 +24,21 @@ torch = pytest.importorskip("torch")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from mmlane.host import OUR_PREFIX, SHM  # noqa: E402
 from mmlane.transport.base import Here, LostFeature, Ownership  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData  # noqa: E402
-from mmlane.transport.segment import (  # noqa: E402
-    PREFIX,
-    NotTransportable,
-    Segment,
-    SegmentTransport,
-    plain_bytes,
-    segment_name,
-)
+from mmlane.transport.segment import Segment, SegmentTransport  # noqa: E402
+from mmlane.transport.segment_memory import NotTransportable, plain_bytes  # noqa: E402
 from tests.lane.harness.child import run  # noqa: E402
 from tests.unit.launches import without_a_side  # noqa: E402
 
-SHM = Path("/dev/shm")
 QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)} - QUANTIZED, key=str)
 
 
 def segments() -> set[str]:
     """The segments of this process: others on this machine run engines too."""
-    return {file.name for file in SHM.glob(f"{PREFIX}{os.getpid()}_*")}
+    return {file.name for file in SHM.glob(f"{OUR_PREFIX}{os.getpid()}_*")}
 
 
 def open_descriptors() -> int:
@@ -293,7 +287,7 @@ def test_an_empty_state_never_raises_while_unpickling() -> None:
 
 def test_the_states_of_every_engine_version_are_understood() -> None:
     """Versions below 0.5.14 have no hash; the Rust server makes stubs with a name of its own and a plain tuple."""
-    foreign = SharedMemory(create=True, size=8, name=f"{PREFIX}{os.getpid()}_foreign")
+    foreign = SharedMemory(create=True, size=8, name=f"{OUR_PREFIX}{os.getpid()}_foreign")
     assert foreign.buf is not None
     foreign.buf[:8] = bytes(8)
     foreign.close()
@@ -350,15 +344,6 @@ def test_what_cannot_travel_by_pointer_stays_a_tensor(caplog: pytest.LogCaptureF
     assert all(value is tensor for value in made)
     (record,) = caplog.records
     assert "inline" in record.message and "sparse" in record.message
-
-
-def test_the_name_tells_whose_it_is() -> None:
-    name = segment_name()
-    pid, started, namespace, random = name.removeprefix(PREFIX).split("_")
-    assert pid == str(os.getpid())
-    assert f" {started} " in Path("/proc/self/stat").read_text()
-    assert namespace == str(Path("/proc/self/ns/pid").stat().st_ino)
-    assert len(random) == 16 and name != segment_name() and len(name) <= 250
 
 
 # --- a full /dev/shm ----------------------------------------------------------------------------------------
@@ -431,7 +416,8 @@ DROPPED = """
     import gc, pickle, torch
     from multiprocessing import resource_tracker
     from mmlane.transport.pointer import ShmPointerMMData
-    from mmlane.transport.segment import SHM, Segment
+    from mmlane.host import SHM
+    from mmlane.transport.segment import Segment
 
     sent = ShmPointerMMData(torch.ones(4))
     cycle = [ShmPointerMMData(torch.ones(4)), ShmPointerMMData()]

@@ -21,24 +21,24 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mmlane.engine.requests import places  # noqa: E402
+from mmlane.host import OUR_PREFIX, SHM  # noqa: E402
 from mmlane.transport import samples  # noqa: E402
 from mmlane.transport.base import Tokenizer  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
 from mmlane.transport.compacting import compacting  # noqa: E402
 from mmlane.transport.inline import Inline  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
-from mmlane.transport.segment import PREFIX, SHM, Segment  # noqa: E402
+from mmlane.transport.segment import Segment  # noqa: E402
+from mmlane.transport.sharing import around_samples, with_samples  # noqa: E402
 from mmlane.transport.tokenizer_side import (  # noqa: E402
     SIDE,
     Sending,
     TokenizerSide,
-    around_samples,
     around_send,
     around_send_batch,
     around_wrap,
     offering,
     sending,
-    with_samples,
 )
 from tests.unit.launches import engine_takes_pointers, without_a_side  # noqa: E402
 
@@ -55,7 +55,7 @@ class Unpicklable:
 
 
 def segments() -> list[str]:
-    return [file.name for file in SHM.glob(f"{PREFIX}{os.getpid()}_*")]
+    return [file.name for file in SHM.glob(f"{OUR_PREFIX}{os.getpid()}_*")]
 
 
 def send(self: Any, tokenized_obj: Any) -> bytes:

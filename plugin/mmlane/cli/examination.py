@@ -39,11 +39,10 @@ _NVIDIA = Path("/dev/nvidiactl")  # there where a process can use a GPU of that 
 
 @dataclass(frozen=True)
 class Here:
-    """This interpreter and this machine. `read_only`: how its /dev/shm is mounted."""
+    """This interpreter and this machine."""
 
     triggers: triggers.Triggers
     shm: host.SharedMemory | None
-    read_only: bool
     memory: host.Memory
     kernel: tuple[host.Feature, ...]
     gpu: bool
@@ -169,7 +168,7 @@ class Examination:
             "settings": self._settings_dict(),
             "patches": report["patches"] if report is not None else [],
             "triggers": self.here and _triggers_dict(self.here.triggers),
-            "shm": self.here and self.here.shm and _shm_dict(self.here.shm, self.here.read_only),
+            "shm": self.here and self.here.shm and _shm_dict(self.here.shm),
             "memory": self.here and asdict(self.here.memory),
             "kernel": self.here and [asdict(feature) for feature in self.here.kernel],
         }
@@ -198,15 +197,14 @@ def examine(asked: Version | None, environ: Mapping[str, str] | None = None) -> 
     chosen = settings.read(os.environ if environ is None else environ)
     if asked is not None:
         return Examination(chosen, _report(chosen, engine.Engine(asked, None)), None, None)
-    found, shm = engine.installed(), host.shared_memory()
+    found = engine.installed()
     return Examination(
         settings=chosen,
         report=_report(chosen, found) if found is not None else None,
         root=found.root if found is not None else None,
         here=Here(
             triggers=triggers.installed(),
-            shm=shm,
-            read_only=shm is not None and bool(os.statvfs(shm.path).f_flag & os.ST_RDONLY),
+            shm=host.shared_memory(),
             memory=host.memory(),
             kernel=host.kernel_features(),
             gpu=_NVIDIA.exists(),
@@ -244,7 +242,7 @@ def _shm_problems(here: Here, carrier: Carrier) -> list[str]:
     shm, follows = here.shm, INLINE[carrier]
     if shm is None:
         return [f"no {host.SHM}: {follows}; mount a tmpfs there"]
-    if here.read_only:
+    if shm.read_only:
         return [
             f"{shm.path} is mounted read-only: {follows}; `mount -o remount,rw {shm.path}`, or mount it without "
             "`ro` (Docker) or `readOnly` (Kubernetes)"
@@ -257,7 +255,7 @@ def _shm_problems(here: Here, carrier: Carrier) -> list[str]:
 def _shm_notes(here: Here, carrier: Carrier) -> list[str]:
     """Whether there is room enough, where more room would help."""
     shm = here.shm
-    if shm is None or not shm.writable or here.read_only or shm.free >= SMALL_SHM[carrier]:
+    if shm is None or not shm.writable or shm.read_only or shm.free >= SMALL_SHM[carrier]:
         return []
     return [
         f"{shm.path} has {size(shm.free)} left of {size(shm.total)}: {FULL[carrier]}; with Docker, raise "
@@ -274,13 +272,13 @@ def _triggers_dict(found: triggers.Triggers) -> dict[str, Any]:
     }
 
 
-def _shm_dict(shm: host.SharedMemory, read_only: bool) -> dict[str, Any]:
+def _shm_dict(shm: host.SharedMemory) -> dict[str, Any]:
     return {
         "path": str(shm.path),
         "total": shm.total,
         "free": shm.free,
         "writable": shm.writable,
-        "read_only": read_only,
+        "read_only": shm.read_only,
         "segments": [asdict(segment) for segment in shm.segments],
     }
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mmlane import PREFIX
+from mmlane import PREFIX, host
 from mmlane.cli.console import console, is_live, until_closed
 from mmlane.cli.examination import FINE, TROUBLE
 from mmlane.cli.units import size
@@ -177,16 +176,7 @@ def _found(name: str) -> Found:
         stats = ask(name)
     except StatusError as error:
         return Found(name, None, problem=str(error), is_ours=not isinstance(error, OtherUser))
-    return Found(name, stats, _command(stats.pid))
-
-
-def _command(pid: int) -> str:
-    """What a process calls itself, in one line."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ").split()
-    except OSError:  # it has just ended, or is out of sight
-        return ""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(words))
+    return Found(name, stats, host.command_line(stats.pid))
 
 
 def render(lanes: list[Found]) -> Group:

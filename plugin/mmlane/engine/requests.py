@@ -25,20 +25,32 @@ OF_ALL_ITEMS = ("mrope_positions", "token_type_ids", "vision_position_ids", "vis
 def single_requests(requests: Iterable[Any]) -> Iterator[Any]:
     """The requests, with batches opened up."""
     for request in requests:
-        batch = getattr(request, "batch", None)
-        if isinstance(batch, list):
-            yield from single_requests(batch)
-        else:
+        batch = batch_of(request)
+        if batch is None:
             yield request
+        else:
+            yield from single_requests(batch)
+
+
+def batch_of(request: Any) -> list[Any] | None:
+    """The requests in a batch, as the list that it has; None for a single request, and for other messages."""
+    batch = getattr(request, "batch", None)
+    return batch if isinstance(batch, list) else None
+
+
+def id_of(request: Any) -> str | None:
+    """By what a request is known to the user; None where it has no such thing."""
+    rid: str | None = getattr(request, "rid", None)
+    return rid
 
 
 def items(request: Any) -> list[Any]:
     """The multimodal items of a single request; none where it has none, or where they are still pickled."""
-    return items_of(_inputs(request))
+    return items_of(inputs_of(request))
 
 
-def _inputs(request: Any) -> Any:
-    """The multimodal inputs of a request, or None."""
+def inputs_of(request: Any) -> Any:
+    """The multimodal inputs of a request, or what `refuse` has put in their place; None where there is neither."""
     try:
         return request.mm_inputs
     except AttributeError:
@@ -55,12 +67,12 @@ def items_of(mm_inputs: Any) -> list[Any]:
 
 def may_hold_tensors(request: Any) -> bool:
     """Whether it is worth while to look at a single request at all."""
-    return _inputs(request) is not None or getattr(request, OVERRIDES, None) is not None
+    return inputs_of(request) is not None or getattr(request, OVERRIDES, None) is not None
 
 
 def places(request: Any) -> list[Place]:
     """Where a single request has values: once each, whatever number of values there is in a list."""
-    mm_inputs, overrides = _inputs(request), getattr(request, OVERRIDES, None)
+    mm_inputs, overrides = inputs_of(request), getattr(request, OVERRIDES, None)
     if mm_inputs is None and overrides is None:  # most often: text
         return []
     found = [place for item in items_of(mm_inputs) for place in places_of(item)]
@@ -87,6 +99,23 @@ def _may_be_tensors(value: Any) -> bool:
     while isinstance(value, list | tuple):
         value = next((part for part in value if part is not None), None)
     return hasattr(type(value), "shape")
+
+
+def features_of(item: Any) -> list[Any]:
+    """What stands in an item's `feature`: the values of a list, or the one that there is, which may be None."""
+    feature = getattr(item, "feature", None)
+    return list(feature) if isinstance(feature, list | tuple) else [feature]
+
+
+def hash_of(item: Any) -> int | None:
+    """The engine's hash of an item: of its tensor, or of a list of tensors together; None before it is known."""
+    found: int | None = getattr(item, "hash", None)
+    return found
+
+
+def is_padded(item: Any) -> bool:
+    """Whether the engine has computed an item's `pad_value`, for which it looks at the feature."""
+    return getattr(item, "pad_value", None) is not None
 
 
 class Place(NamedTuple):
@@ -165,7 +194,7 @@ def own_items(request: Any) -> None:
 
     Code that replaces something in a request calls this first: other requests may share the objects.
     """
-    mm_inputs = _inputs(request)
+    mm_inputs = inputs_of(request)
     if mm_inputs:
         own = copy.copy(mm_inputs)
         if isinstance(own, dict):

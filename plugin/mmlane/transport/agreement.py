@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from mmlane.engine.requests import Place, places, single_requests
+from mmlane.engine.requests import Place, batch_of, id_of, inputs_of, places, single_requests
 from mmlane.log import logger
 from mmlane.transport.base import lost_message
 from mmlane.transport.pointer import ShmPointerMMData, is_pointer
@@ -125,7 +125,7 @@ def _give_up(arrival: Arrival, error: str | None) -> None:
     payloads = [pointer.payload for pointer in arrival.pointers()]
     logger.error(
         "request %s: %s",
-        getattr(arrival.request, "rid", None),
+        id_of(arrival.request),
         lost_message(payloads, error or f"{cause}; this one has them"),
     )
     arrival.lost = lost_message(payloads, cause)
@@ -142,8 +142,8 @@ def move_out_of_batches(requests: list[Any], lost: list[Any]) -> None:
 
     kept: list[Any] = []
     for request in requests:
-        batch = getattr(request, "batch", None)
-        if not isinstance(batch, list) or not any(map(is_lost, batch)):
+        batch = batch_of(request)
+        if batch is None or not any(map(is_lost, batch)):
             kept.append(request)
             continue
         refused = [single for single in batch if is_lost(single)]
@@ -160,7 +160,7 @@ def refuse_lost(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any
 
     @wraps(original)
     def handle(self: Any, recv_req: Any) -> Any:
-        lost = getattr(recv_req, "mm_inputs", None)
+        lost = inputs_of(recv_req)
         if not isinstance(lost, RefusedInputs):
             return original(self, recv_req)
         return aborted(recv_req, lost.message)

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
+from mmlane.engine.launch import without_lane
 from mmlane.engine.requests import Place
-from mmlane.engine.topology import CONTROLLER, replicas_elsewhere, without_lane
+from mmlane.engine.topology import CONTROLLER, replicas_elsewhere
 from mmlane.log import guarded, logger
 from mmlane.transport.agreement import arrivals
 from mmlane.transport.base import Controller, Ownership

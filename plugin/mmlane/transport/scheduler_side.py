@@ -12,16 +12,22 @@ and taking have a function of their own, we agree and take before it, and it fin
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
 
-from mmlane.engine.requests import Place, items, items_of, own_items, places_of, refuse
+from mmlane.engine.launch import on_cuda, rust_server, without_lane
+from mmlane.engine.requests import id_of, refuse
+from mmlane.engine.scheduler import (
+    answer_tokenizer,
+    may_hold_pointers,
+    put_before_broadcast,
+    receiver_of,
+    unwrap,
+    wake_when_readable,
+)
 from mmlane.engine.topology import (
     RankPlace,
     carrying_groups,
@@ -29,10 +35,7 @@ from mmlane.engine.topology import (
     is_on_several_nodes,
     node_of,
     number_of,
-    on_cuda,
     peers_of,
-    rust_server,
-    without_lane,
 )
 from mmlane.lane import Lane, memory
 from mmlane.lane.cuda import watch_streams
@@ -49,14 +52,12 @@ from mmlane.transport.agreement import (
 )
 from mmlane.transport.base import LostFeature, Scheduler
 from mmlane.transport.chain import Chain
+from mmlane.transport.gate import Gate
 from mmlane.transport.hand import HandTransport
-from mmlane.transport.inline import SMALL, is_sent
 from mmlane.transport.link import Landing
-from mmlane.transport.nodes import Gate, Route, announce, name_of
+from mmlane.transport.nodes import Route, announce, name_of
 from mmlane.transport.pointer import are_ours, is_pointer, slot
 from mmlane.transport.wire import TorchWire
-
-# --- the side of a scheduler process ------------------------------------------------------------------------
 
 
 class SchedulerSide:
@@ -123,7 +124,7 @@ def _take_alone(arrival: Arrival) -> None:
             # The rank that received it could take it, and other nodes may, too.
             raise RuntimeError(f"features of a request are lost on this node alone: {error}") from error
         arrival.lost = str(error)
-        logger.error("request %s: %s", getattr(arrival.request, "rid", None), arrival.lost)
+        logger.error("request %s: %s", id_of(arrival.request), arrival.lost)
         arrival.release()
 
 
@@ -172,21 +173,16 @@ def _takes_part(server_args: Any, place: RankPlace) -> bool:
 
 def _take_part(scheduler: Any, server_args: Any, place: RankPlace, this: SchedulerSide) -> None:
     """Announce this rank to those on other nodes; where it is the first of them, open the gate."""
-    import zmq
-
     ranks = peers_of(server_args, place)
     if ranks[0] == place.tp_rank:
-        # From 0.5.13 on the engine receives with an object of its own.
-        receiver = getattr(scheduler, "request_receiver", scheduler)
+        receiver = receiver_of(scheduler)
 
         def answer(request: Any, message: str) -> None:
-            channels = getattr(scheduler, "ipc_channels", scheduler)
-            channels.send_to_tokenizer.send_output(aborted(request, message), request)
+            answer_tokenizer(scheduler, request, aborted(request, message))
 
         gate = Gate(ranks, this.chain.here.node, receiver.input_blocker, answer, this.count_bytes)
-        object.__setattr__(receiver, "input_blocker", gate)  # it is frozen
-        if getattr(scheduler, "idle_sleeper", None) is not None:  # --sleep-on-idle
-            scheduler.idle_sleeper.poller.register(gate.bell, zmq.POLLIN)
+        put_before_broadcast(receiver, gate)
+        wake_when_readable(scheduler, gate.bell)
     announce(this.chain.here.node)
 
 
@@ -198,9 +194,6 @@ def _become(side: SchedulerSide) -> SchedulerSide:
 def side() -> SchedulerSide:
     """This process's side; made now where no lane is wanted, so that `start` was not called."""
     return slot.scheduler or _become(SchedulerSide(slot.chain))
-
-
-# --- requests are received ----------------------------------------------------------------------------------
 
 
 def take_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -224,13 +217,11 @@ def take_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _take_others(receiver: Any, received: list[Any]) -> None:
     """Take the pointers of another plugin that has replaced ours since, as the engine would have done."""
-    mm_utils = sys.modules["sglang.srt.managers.mm_utils"]
-    has = getattr(mm_utils, "has_shm_features", None)  # not on 0.5.9
-    if has is None or has(received):
+    if may_hold_pointers(received):
         for group in carrying_groups(receiver):
             torch.distributed.barrier(group=group)
         for request in received:
-            mm_utils.unwrap_shm_features(request)
+            unwrap(request)
 
 
 def unwrap_nothing_while_receiving(unwrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -292,91 +283,3 @@ def _take_and_refuse(receiver: Any, received: list[Any] | None) -> None:
         for request, message in lost:
             refuse(request, RefusedInputs(message))
         move_out_of_batches(received, [request for request, _ in lost])
-
-
-# --- requests are made ready, with --enable-broadcast-mm-inputs-process ---------------------------------------
-
-
-def without_tensors(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`Scheduler._process_and_broadcast_mm_inputs(self, raw_mm_inputs)`, which broadcasts no tensors.
-
-    The first rank hashes the inputs for all, and pickles them to ranks that have the same tensors already. There
-    they are set aside meanwhile, and the others put their own in. 0.5.9, which splits items then, does as it did.
-    """
-
-    @wraps(process)
-    def process_mm_inputs(self: Any, raw_mm_inputs: Any) -> Any:
-        if not items_of(raw_mm_inputs) or isinstance(raw_mm_inputs, dict):
-            return process(self, raw_mm_inputs)
-        kept = [item for item in items_of(raw_mm_inputs) if item.is_valid()]  # as the engine does
-        if self.dp_tp_group.rank_in_group == 0:
-            with _set_aside(kept):
-                return process(self, raw_mm_inputs)
-        processed = process(self, raw_mm_inputs)
-        for own, item in zip(kept, items_of(processed), strict=False):
-            for place in places_of(own):
-                if place.in_other(item).value is None:
-                    place.in_other(item).put(place.value)
-        return processed
-
-    return process_mm_inputs
-
-
-@contextmanager
-def _set_aside(there: list[Any]) -> Iterator[None]:
-    """While inside, items are hashed and have none of their large CPU tensors."""
-    aside: list[tuple[Place, Any]] = []
-    with suppress(Exception):  # the engine meets the same error where it hashes, and tells the other ranks
-        for item in there:
-            item.set_pad_value()
-        aside = [(place, place.value) for item in there for place in places_of(item) if _is_large(place.values())]
-    for place, _ in aside:
-        place.put(None)
-    try:
-        yield
-    finally:
-        for place, value in aside:
-            place.put(value)
-
-
-def _is_large(values: list[Any]) -> bool:
-    return all(map(is_sent, values)) and sum(value.nbytes for value in values) > SMALL
-
-
-# --- requests are passed on to the next pipeline stage ------------------------------------------------------
-
-
-def without_features(send: Callable[..., Any]) -> Callable[..., Any]:
-    """`_pp_send_pyobj_to_next_stage(self, data, async_send=False)`: of `data`, the requests are sent lighter.
-
-    The engine pickles requests to the next stage once it has taken their features, whole tensors that is, and each
-    stage broadcasts them to all of its ranks. A later stage needs an item's `pad_value`, place and grid; its
-    feature is read by the vision tower alone, which is on the first stage.
-    """
-
-    @wraps(send)
-    def send_pyobj(self: Any, data: Any, async_send: bool = False) -> Any:
-        with guarded("pipeline", "the next stage is sent all tensors, which is slower"):
-            if isinstance(data, list):
-                data = [_lighter(request) for request in data]
-        return send(self, data, async_send)
-
-    return send_pyobj
-
-
-def _lighter(request: Any) -> Any:
-    """A copy of a request without the tensors that are not needed any more; or the request itself."""
-    if not any(map(_is_spare, items(request))):
-        return request
-    request = copy.copy(request)
-    own_items(request)
-    for item in filter(_is_spare, items(request)):
-        item.feature = None
-    return request
-
-
-def _is_spare(item: Any) -> bool:
-    """Whether later stages do without the feature: they would only compute `pad_value` from it, which is there."""
-    feature = getattr(item, "feature", None)
-    tensors = feature if isinstance(feature, list | tuple) else [feature]
-    return getattr(item, "pad_value", None) is not None and all(isinstance(t, torch.Tensor) for t in tensors)

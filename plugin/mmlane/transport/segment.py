@@ -10,15 +10,9 @@ from __future__ import annotations
 import atexit
 import errno
 import math
-import mmap
 import os
-import secrets
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from functools import lru_cache
-from multiprocessing import resource_tracker, shared_memory
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,16 +20,9 @@ import torch
 
 from mmlane import host
 from mmlane.log import logger
+from mmlane.transport import segment_memory
 from mmlane.transport.base import Declined, Here, LostFeature, Ownership, Payload, Transport, lost_message
 from mmlane.transport.samples import Samples
-
-PREFIX = "mmlane_"
-
-SHM = Path("/dev/shm")
-
-
-class NotTransportable(TypeError):
-    """A tensor whose bytes alone do not make it up (sparse, quantized, without storage)."""
 
 
 class Segment(Payload):
@@ -50,7 +37,7 @@ class Segment(Payload):
     needs_agreement = True
     what = "the shared-memory segment"
     advice = (
-        f". If it happens again, look for what removes files from {SHM} (a cleaner, a restarted container,"
+        f". If it happens again, look for what removes files from {host.SHM} (a cleaner, a restarted container,"
         " RemoveIPC of systemd-logind)"
     )
 
@@ -59,7 +46,7 @@ class Segment(Payload):
         self.shape = shape
         self.dtype = dtype
         self.error: str | None = None  # why it cannot be taken
-        self._handle: SharedMemory | None = None
+        self._handle: segment_memory.SharedMemory | None = None
         self._private: torch.Tensor | None = None
         self.ownership = Ownership.DONE
         # A process forked since holds a copy of this object, and must leave the segment alone.
@@ -72,10 +59,10 @@ class Segment(Payload):
         Raises `OSError` when there is no room (ENOSPC) or no descriptor left, `NotTransportable` for a tensor that
         is more than its bytes. Nothing is left behind then.
         """
-        data = plain_bytes(tensor)
+        data = segment_memory.plain_bytes(tensor)
         made = cls("", tensor.shape, tensor.dtype)
         if data.numel():
-            made.name = _store(data)
+            made.name = segment_memory.store(data)
             made._own()
         return made
 
@@ -85,8 +72,8 @@ class Segment(Payload):
         arrived = cls(name, shape, dtype)
         try:
             if arrived._nbytes():
-                _tell_tracker()
-                arrived._handle = SharedMemory(name=name)
+                segment_memory.tell_tracker()
+                arrived._handle = segment_memory.SharedMemory(name=name)
                 arrived._own()
         except Exception as error:  # noqa: BLE001 - kept for the agreement of all ranks
             arrived.error = f"{type(error).__name__}: {error}"
@@ -120,17 +107,8 @@ class Segment(Payload):
         if nbytes == 0:
             return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         if self._handle is None:
-            self._handle = SharedMemory(name=self.name)
-        if sys.platform != "linux":
-            shared = torch.frombuffer(self._handle.buf, dtype=torch.uint8, count=nbytes)
-            return shared.clone().view(self.dtype).reshape(self.shape)
-        # Private and copy-on-write: reading costs no copy, writing stays here. The tensor's storage owns the
-        # mapping, which goes with the last view of it, whatever becomes of the segment meanwhile.
-        options: dict[str, Any] = {"access": mmap.ACCESS_COPY}
-        if sys.version_info >= (3, 13):
-            options["trackfd"] = False
-        mapping = mmap.mmap(_descriptor(self._handle), nbytes, **options)
-        return torch.frombuffer(mapping, dtype=torch.uint8).view(self.dtype).reshape(self.shape)
+            self._handle = segment_memory.SharedMemory(name=self.name)
+        return segment_memory.mapped_privately(self._handle, nbytes).view(self.dtype).reshape(self.shape)
 
     def take(self) -> torch.Tensor:
         """A writable tensor, private to this process. The segment is unlinked, on failure too.
@@ -155,7 +133,7 @@ class Segment(Payload):
             return
         try:
             if handle is None:
-                handle = SharedMemory(name=self.name)
+                handle = segment_memory.SharedMemory(name=self.name)
             try:
                 handle.unlink()
             finally:
@@ -163,7 +141,7 @@ class Segment(Payload):
         except FileNotFoundError:
             return  # a peer was first
         except (OSError, ValueError, RuntimeError) as error:
-            logger.warning("could not remove %s from %s: %s", self.name, SHM, error)
+            logger.warning("could not remove %s from %s: %s", self.name, host.SHM, error)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if ending():
@@ -173,16 +151,22 @@ class Segment(Payload):
             handle.close()
 
     def _remove_if_ours(self) -> None:
-        """Remove the segment's name if that is up to this process. For finalizers: takes no lock.
-
-        The garbage collector may run one while this very thread holds the resource tracker's lock: no unlink() of
-        the segment, which takes it. The tracker hears of it later.
-        """
+        """Remove the segment's name if that is up to this process. For finalizers: takes no lock."""
         if getattr(self, "ownership", None) is Ownership.OURS and self._pid == os.getpid():
             self.ownership = Ownership.DONE
-            with suppress(FileNotFoundError):  # a peer was first, and has told the tracker
-                (SHM / self.name).unlink()
-                _removed.append(self.name)
+            segment_memory.remove_name(self.name)
+
+
+_owned: WeakValueDictionary[int, Segment] = WeakValueDictionary()  # once; by id
+
+
+@atexit.register
+def _leave_nothing() -> None:
+    """Remove the segments that are up to this process: finalizers come too late to do so."""
+    for reference in _owned.valuerefs():
+        if (segment := reference()) is not None:
+            segment._remove_if_ours()
+    segment_memory.tell_tracker()
 
 
 class EngineSegment(Payload):
@@ -236,9 +220,9 @@ class SegmentTransport(Transport):
             return Segment.holding(tensor) if self._engines is None else EngineSegment(self._engines(tensor))
         except OSError as error:
             if self._engines is not None and error.errno in (errno.ENOSPC, errno.ENOMEM):
-                error = OSError(error.errno, no_room_message(tensor.numel() * tensor.itemsize))
+                error = OSError(error.errno, segment_memory.no_room_message(tensor.numel() * tensor.itemsize))
             return self._declined(f"errno {error.errno}", error)
-        except NotTransportable as error:
+        except segment_memory.NotTransportable as error:
             return self._declined(str(error), error)
 
     def receive(self, state: Mapping[str, Any]) -> Segment | EngineSegment:
@@ -254,95 +238,3 @@ class SegmentTransport(Transport):
             self._warned.add(cause)
             logger.warning("%s. The feature is sent inline, which is slower; said once per cause.", str(error))
         return Declined(cause)
-
-
-# --- segments -----------------------------------------------------------------------------------------------
-
-
-def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor in row-major order: 1-dim, uint8, on the CPU; a view where they lie so already."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        kind = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
-        raise NotTransportable(f"wanted a dense tensor for shared memory, found a {kind} one of {tensor.dtype}")
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    # A contiguous tensor of no or one element may have any strides, which `view` minds.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-class SharedMemory(shared_memory.SharedMemory):
-    """Python's own, without its finalizer's word at the end of the interpreter, when its module is gone."""
-
-    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not ending():
-            super().__del__()
-
-
-_removed: list[str] = []  # names that the resource tracker still has to hear of
-os.register_at_fork(after_in_child=_removed.clear)  # from the parent
-_owned: WeakValueDictionary[int, Segment] = WeakValueDictionary()  # once; by id
-
-
-def _tell_tracker() -> None:
-    """Have Python's resource tracker forget the segments that were removed behind its back."""
-    while _removed:
-        resource_tracker.unregister(f"/{_removed.pop()}", "shared_memory")
-
-
-@atexit.register
-def _leave_nothing() -> None:
-    """Remove the segments that are up to this process: finalizers come too late to do so."""
-    for reference in _owned.valuerefs():
-        if (segment := reference()) is not None:
-            segment._remove_if_ours()
-    _tell_tracker()
-
-
-def _store(data: torch.Tensor) -> str:
-    """The name of a new segment with the bytes of `data` (1-dim, uint8). `OSError` leaves nothing behind."""
-    _tell_tracker()
-    nbytes = data.numel()
-    segment = SharedMemory(name=segment_name(), create=True, size=nbytes)
-    try:
-        if hasattr(os, "posix_fallocate"):
-            # A segment gets its pages when they are written, and a full /dev/shm is then a SIGBUS.
-            os.posix_fallocate(_descriptor(segment), 0, nbytes)
-        torch.frombuffer(segment.buf, dtype=torch.uint8, count=nbytes).copy_(data)
-    except BaseException as error:
-        segment.unlink()
-        segment.close()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
-            raise OSError(error.errno, no_room_message(nbytes)) from error
-        raise
-    segment.close()
-    return segment.name
-
-
-def _descriptor(segment: SharedMemory) -> int:
-    """The open file behind a segment; the standard library keeps it, but does not publish it."""
-    descriptor: int = segment._fd  # type: ignore[attr-defined]
-    return descriptor
-
-
-def no_room_message(nbytes: int) -> str:
-    stat = os.statvfs(SHM)
-    free, size = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
-    return (
-        f"wanted {nbytes / 2**20:.1f} MiB in {SHM}, found {free / 2**20:.1f} MiB free of {size / 2**20:.1f} MiB; "
-        "enlarge it (docker run --shm-size=..., or a memory-backed emptyDir on Kubernetes)"
-    )
-
-
-def segment_name() -> str:
-    """A fresh name that tells for certain whose it is: mmlane_PID_STARTTIME_PIDNAMESPACE_RANDOM.
-
-    STARTTIME is field 22 of /proc/PID/stat (clock ticks since boot), PIDNAMESPACE the inode of /proc/PID/ns/pid;
-    both are 0 where /proc does not tell.
-    """
-    pid = os.getpid()
-    return f"{PREFIX}{pid}_{_identity(pid)}_{secrets.token_hex(8)}"
-
-
-@lru_cache(maxsize=1)
-def _identity(pid: int) -> str:
-    process, namespace = host.process(pid), host.pid_namespace()
-    return "0_0" if process is None or namespace is None else f"{process.started}_{namespace}"

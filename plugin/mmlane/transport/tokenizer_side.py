@@ -1,7 +1,7 @@
 """How a request leaves a tokenizer, from top to bottom.
 
 The engine's manager is made, and given its side (`start`). It sends a request (`around_send`), perhaps one of
-several samples (`with_samples`), or a batch of them (`around_send_batch`). Where the engine wraps features
+several samples (`sharing`), or a batch of them (`around_send_batch`). Where the engine wraps features
 (`around_wrap`), every tensor of the request is offered to the transports, one after the other, and a pointer
 stands in its place (`Sending.offer_all`). What was made for a request that could not be sent is released
 (`sending`). A request without tensors is sent as if nothing stood here.
@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmlane.engine.requests import Place, argument, may_hold_tensors, own_places
-from mmlane.engine.topology import engine_takes_pointers, on_cuda, readers_of, speaks_msgpack, without_lane
+from mmlane.engine.launch import engine_takes_pointers, is_multimodal, on_cuda, speaks_msgpack, without_lane
+from mmlane.engine.requests import Place, argument, hash_of, may_hold_tensors, own_places
+from mmlane.engine.topology import readers_of
 from mmlane.lane import Lane, memory
 from mmlane.log import guarded, logger
 from mmlane.transport.base import Here, Payload, Tokenizer
@@ -37,10 +38,6 @@ SIDE = "_mmlane_side"  # the attribute of the engine's tokenizer manager that ho
 
 Step = Callable[[Any, Any], AbstractContextManager[None]]  # of a manager and the request that it sends
 Wrapping = Callable[[list[Any]], AbstractContextManager[None]]  # of requests
-Sharing = Callable[[Any, AsyncGenerator[Any, None]], AsyncGenerator[Any, None]]  # of a request and its responses
-
-
-# --- the side of a tokenizer manager ------------------------------------------------------------------------
 
 
 class TokenizerSide:
@@ -62,7 +59,7 @@ def start(manager: Any, server_args: Any, *, capacity: int | None, pinned: int, 
     capacity: bytes of its lane, None: the machine's share. pinned: bytes of it that ranks on CUDA register. mode:
     that of mmlane, for the metrics.
     """
-    multimodal = getattr(manager.model_config, "is_multimodal", True)
+    multimodal = is_multimodal(manager)
     meter = _meter(manager) if server_args.enable_metrics else None
     engines = slot.chain.here.engines
     here = Here(engines=engines)
@@ -114,9 +111,6 @@ def _watch(manager: weakref.ref[Any], meter: Meter | None, mode: str) -> Callabl
             there.watch(lane)
 
     return watch
-
-
-# --- a request is sent --------------------------------------------------------------------------------------
 
 
 def around_send(send: Callable[..., Any], steps: tuple[Step, ...]) -> Callable[..., Any]:
@@ -211,7 +205,7 @@ class Sending:
     def _sender(self, place: Place, *, agreed: bool) -> Callable[[Any], Any]:
         # The engine's hash of an item is one of a list of tensors together.
         is_hashed = place.is_wrapped_by_engine and isinstance(place.value, torch.Tensor)
-        precomputed_hash = getattr(place.holder, "hash", None) if is_hashed else None
+        precomputed_hash = hash_of(place.holder) if is_hashed else None
 
         def sent(value: Any) -> Any:
             if not is_sent(value):
@@ -260,9 +254,6 @@ def sending(manager: Any, request: Any) -> Iterator[None]:
             slot.scope.reset(token)
 
 
-# --- its tensors are offered --------------------------------------------------------------------------------
-
-
 def around_wrap(wrap: Callable[[Any], Any], steps: tuple[Wrapping, ...]) -> Callable[[Any], Any]:
     """`mm_utils.wrap_shm_features(obj)` inside of the steps that patches want, the first outermost.
 
@@ -290,48 +281,3 @@ def offering(requests: list[Any]) -> Iterator[None]:
         if current is not None and are_ours():
             current.offer_all(requests)
     yield
-
-
-# --- samples: n > 1 -----------------------------------------------------------------------------------------
-
-
-def around_samples(handle: Callable[..., Any], steps: tuple[Sharing, ...]) -> Callable[..., Any]:
-    """`TokenizerManager._handle_batch_request`, whose responses pass through the steps that patches want."""
-
-    @wraps(handle)
-    def handle_batch_request(self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        responses = handle(self, obj, *args, **kwargs)
-        for step in steps:
-            responses = step(obj, responses)
-        return responses
-
-    return handle_batch_request
-
-
-def with_samples(obj: Any, responses: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """A step of `around_samples`: the samples of a request share one copy of a tensor."""
-    with guarded("share", "each sample of this request has a copy of its own"):
-        samples = getattr(obj, "parallel_sample_num", 1)
-        if samples != 1:
-            return _sharing(responses, Samples(samples + 1))  # the first request warms the prefix
-    return responses
-
-
-async def _sharing(responses: AsyncGenerator[Any, None], samples: Samples) -> AsyncGenerator[Any, None]:
-    """The responses of a request with n > 1; all that it sends is sent while one of them is waited for."""
-    around = Sending(slot.chain, samples)
-    try:
-        async with aclosing(responses):
-            while True:
-                token = slot.scope.set(around)
-                try:
-                    response = await anext(responses)
-                except StopAsyncIteration:
-                    return
-                finally:
-                    slot.scope.reset(token)
-                yield response
-    finally:
-        around.end()
-        with guarded("share", "a copy that samples shared may stay in the lane"):
-            samples.close()

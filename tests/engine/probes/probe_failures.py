@@ -25,10 +25,10 @@ SEAMS = {
     "mmlane.transport.metrics": ("_write",),
     "mmlane.transport.samples": ("Samples.put", "Samples.close"),
     "mmlane.transport.scheduler_side": ("start",),
-    "mmlane.transport.segment": ("_store",),
+    "mmlane.transport.segment_memory": ("store",),
     "mmlane.transport.tokenizer_side": ("start",),
     "mmlane_patches.fan_out_images": ("_keep_together",),
-    "mmlane_patches.sweeping": ("_sweep",),
+    "mmlane_patches.leftovers": ("reclaim",),
 }
 
 

@@ -118,7 +118,7 @@ class Group:
 def memory_group(nbytes: int) -> Iterator[Group]:
     """A memory control group with a limit, within this process's own. Skips the test where none can be made."""
     problem = "no memory control group in sight"
-    for above, limit_file, _ in host._memory_groups(Path("/proc/self")):
+    for above, limit_file, _ in host.memory_groups(Path("/proc/self")):
         version = 1 if limit_file == "memory.limit_in_bytes" else 2
         directory = above / f"mmlane-test-{secrets.token_hex(6)}"
         try:

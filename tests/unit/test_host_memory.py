@@ -1,161 +1,15 @@
-"""Facts about the machine: segments in the real /dev/shm, kernel features really tried, cgroup limits."""
+"""How much memory there is, by files as the kernel writes them, and by any others."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
-from hypothesis import strategies as st
 
 from mmlane import host
-
-
-@pytest.fixture
-def segment() -> Iterator[Callable[[str, int], Path]]:
-    """Makes files in the real /dev/shm and deletes them afterwards."""
-    made: list[Path] = []
-
-    def make(name: str, size: int) -> Path:
-        file = host.SHM / name
-        assert not file.exists()
-        made.append(file)
-        file.write_bytes(b"x" * size)
-        return file
-
-    yield make
-    for file in made:
-        file.unlink(missing_ok=True)
-
-
-@pytest.fixture(scope="module")
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def our_name(pid: int, started: int | None = None, namespace: int | None = None) -> str:
-    """The name that our pointer gives a segment of a process, by default of one that runs here."""
-    if started is None:
-        started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    if namespace is None:
-        namespace = Path("/proc/self/ns/pid").stat().st_ino
-    return f"mmlane_{pid}_{started}_{namespace}_{os.urandom(8).hex()}"
-
-
-def test_segments_of_every_kind_are_listed_and_others_are_not(
-    segment: Callable[[str, int], Path], dead_pid: int
-) -> None:
-    suffix = os.urandom(4).hex()
-    ours = segment(our_name(os.getpid()), 5000)
-    alive = segment(f"sgl_shm_mm_{os.getpid()}_{suffix}", 100)
-    dead = segment(f"sgl_shm_mm_{dead_pid}_{suffix}", 70000)
-    python = segment(f"psm_{suffix}", 4096)
-    stranger = segment(f"stranger_{suffix}", 10)
-
-    shm = host.shared_memory()
-    assert shm is not None and shm.writable and 0 < shm.free < shm.total
-    found = {s.name: s for s in shm.segments}
-    assert stranger.name not in found
-    assert found[ours.name] == host.Segment(ours.name, "mmlane", 8192, os.getpid(), True)
-    assert found[alive.name] == host.Segment(alive.name, "engine", 4096, os.getpid(), True)
-    assert found[dead.name] == host.Segment(dead.name, "engine", 73728, dead_pid, False)
-    assert found[python.name] == host.Segment(python.name, "python", 4096, None, None)
-    assert found[dead.name] in shm.abandoned()
-    assert not {found[ours.name], found[alive.name], found[python.name]} & set(shm.abandoned())
-
-
-def test_our_names_tell_the_maker_for_certain(dead_pid: int) -> None:
-    here = os.getpid()
-    assert host.maker(our_name(here)) == (here, True)
-    assert host.maker(our_name(here, started=1)) == (here, False)  # the number was given to another process
-    assert host.maker(our_name(dead_pid, started=1)) == (dead_pid, False)
-    assert host.maker(our_name(here, namespace=1)) == (here, None)  # a container's: cannot be known from here
-
-
-def test_where_our_own_pid_namespace_is_hidden_no_maker_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "pid_namespace", lambda: None)
-    assert host.maker(our_name(os.getpid())) == (os.getpid(), None)
-
-
-def test_the_names_are_those_that_our_pointer_gives() -> None:
-    pytest.importorskip("torch")
-    from mmlane.transport.segment import segment_name
-
-    assert host.maker(segment_name()) == (os.getpid(), True)
-
-
-@pytest.mark.parametrize(
-    ("name", "pid"),
-    [
-        ("sgl_shm_mm_1_0a1b2c3d", 1),
-        ("sgl_shm_some_kind_1_0a1b2c3d", 1),
-        ("sgl_shm_mm_99999999999999999999_0a1b2c3d", 99999999999999999999),
-        ("sgl_shm_mm_0_0a1b2c3d", None),
-        ("sgl_shm_mm", None),
-        ("psm_12345678", None),
-        ("mmlane_something", None),
-        ("mmlane_0_1_2_0a", None),
-    ],
-)
-def test_pids_in_names(name: str, pid: int | None) -> None:
-    found, alive = host.maker(name)
-    assert found == pid
-    assert alive is (None if pid is None else pid == 1)
-
-
-def test_only_plain_files_are_segments(tmp_path: Path) -> None:
-    """Any user can put these into /dev/shm."""
-    (tmp_path / "psm_a").write_bytes(b"x")
-    (tmp_path / "psm_loop").symlink_to("psm_loop")
-    (tmp_path / "psm_link").symlink_to("psm_a")
-    (tmp_path / "psm_directory").mkdir()
-    os.mkfifo(tmp_path / "psm_fifo")
-    shm = host.shared_memory(tmp_path)
-    assert shm is not None and [segment.name for segment in shm.segments] == ["psm_a"]
-
-
-def test_without_a_dev_shm(tmp_path: Path) -> None:
-    assert host.shared_memory(tmp_path / "missing") is None
-
-
-def descriptors() -> int:
-    """How many file descriptors this process has open."""
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
-def test_kernel_features_are_tried() -> None:
-    found = {feature.name: feature for feature in host.kernel_features()}
-    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
-    for name, feature in found.items():
-        assert feature.works or feature.problem, name
-        if not name.startswith("MADV_POPULATE") or release >= (5, 14):
-            assert feature.works, feature.problem
-    assert len(found) == 10
-
-
-def test_a_feature_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcntl, "fcntl", lambda fd, command, argument: 0)  # seals that do not hold
-    monkeypatch.delattr(os, "posix_fallocate")
-    before = descriptors()
-    found = {feature.name: feature for feature in host.kernel_features()}
-    assert found["F_ADD_SEALS"].problem == "a sealed memfd could be shrunk"
-    assert "built without it" in found["posix_fallocate"].problem
-    assert not found["F_ADD_SEALS"].works and not found["posix_fallocate"].works
-    assert descriptors() == before
-
-
-def test_nothing_is_left_open_or_bound() -> None:
-    before = descriptors()
-    host.kernel_features()
-    assert descriptors() == before
-    assert f"mmlane-doctor-{os.getpid()}-" not in Path("/proc/net/unix").read_text()
+from tests.unit.kernel_files import FILES
 
 
 def proc(path: Path, cgroup: str, mount: str) -> Path:
@@ -295,33 +149,6 @@ def test_a_mount_whose_name_is_no_text(tmp_path: Path, meminfo: Path) -> None:
     assert host.memory(here, meminfo).available == GIB
 
 
-# --- whatever is in the files -------------------------------------------------------------------------------
-
-FIELDS = [
-    "",
-    "-",
-    "30",
-    "0:26",
-    "/",
-    "/..",
-    "//",
-    "rw",
-    "cgroup",
-    "cgroup2",
-    "memory",
-    "rw,memory",
-    "max",
-    "kB",
-    "0",
-]
-WORDS = st.one_of(
-    st.sampled_from([*FIELDS, "\\040", "a\\134b", "\\777", "\0", "²", "٣", "\ud800", "9" * 5000, "MemAvailable:"]),
-    st.text(max_size=4),
-)
-LINES = st.lists(st.lists(WORDS, max_size=12).map(" ".join), max_size=4).map("\n".join)
-FILES = st.one_of(st.binary(max_size=80), LINES.map(lambda text: text.encode(errors="surrogatepass")))
-
-
 @pytest.fixture(scope="module")
 def anything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("anything")
@@ -356,45 +183,6 @@ def test_memory_is_told_whatever_a_control_group_says(
     assert 0 <= found.available <= found.total
 
 
-@given(FILES)
-@example(b"")
-@example(b"7 (a) b) S 1 2")
-@example(b"7 (a) S " + b"9" * 5000 + b" x" * 40)
-@example(b"7 (a) S" + b" \xc2\xb2" * 40)
-def test_a_process_is_told_or_not_whatever_is_in_its_file(anything: Path, content: bytes) -> None:
-    (anything / "7").mkdir(exist_ok=True)
-    (anything / "7" / "stat").write_bytes(content)
-    assert isinstance(host.process(7, anything), (host.Process, type(None)))
-
-
-def test_a_process_with_any_name(tmp_path: Path) -> None:
-    (tmp_path / "7").mkdir()
-    fields = " ".join(str(number) for number in range(4, 53))
-    (tmp_path / "7" / "stat").write_text(f"7 (a) R (b) S {fields}\n")
-    assert host.process(7, tmp_path) == host.Process("a) R (b", "S", 22)
-    assert host.process(8, tmp_path) is None
-
-
-def test_mounts_as_the_kernel_writes_them(tmp_path: Path) -> None:
-    file = tmp_path / "mountinfo"
-    file.write_bytes(
-        b"30 20 0:26 / /a\\040b rw,nosuid - tmpfs  rw,size=1k\n"  # without a source
-        b"31 20 0:27 /in /c\\134040 rw shared:1 master:2 - ext4 /dev/a\\011b rw\n"
-        b"32 20 0:28 / - rw - proc proc rw\n"  # mounted on a directory of this name
-        b"33 20 0:29 / /\xff\x85\x0c rw - tmpfs x rw\n"  # what Python takes for the end of a line is none
-        b"34 20 0:30 / /short rw - tmpfs\n"
-        b"nonsense\n"
-        b"\n"
-    )
-    assert host.mounts(file) == (
-        host.Mount("0:26", "/", "/a b", "tmpfs", "rw,size=1k"),
-        host.Mount("0:27", "/in", "/c\\040", "ext4", "rw"),
-        host.Mount("0:28", "/", "-", "proc", "rw"),
-        host.Mount("0:29", "/", os.fsdecode(b"/\xff\x85\x0c"), "tmpfs", "rw"),
-    )
-    assert host.mounts(tmp_path / "missing") == ()
-
-
 @pytest.mark.parametrize(
     ("group", "root", "inside"),
     [
@@ -414,3 +202,14 @@ def test_the_way_to_a_group_in_what_is_mounted(tmp_path: Path, group: str, root:
     (here / "memory.max").write_text("4096\n")
     mount = f"30 20 0:26 {root} {tmp_path / 'top'} rw - cgroup2 x rw\n"
     assert host.memory(proc(tmp_path, f"0::{group}\n", mount)).limit == 4096
+
+
+@pytest.mark.parametrize("nbytes", [-1, 0, 1 << 62, 1 << 80])
+def test_a_size_for_which_there_is_no_room(nbytes: int) -> None:
+    assert host.room_problem(nbytes)
+    assert not host.room_problem(1 << 20)
+
+
+def test_where_nothing_can_be_tried_no_problem_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    assert host.room_problem(1 << 80) == ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmlane_patches.private_lock import NAME, VARIABLE, PrivateLock, in_its_place
+from mmlane_patches.ipc_lock import NAME, VARIABLE, PrivateLock, private_lock
 
 ENGINES = "/tmp/shm_wr_lock.lock"
 
@@ -34,7 +34,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_the_first_place(places: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    lock = in_its_place(ENGINES)
+    lock = private_lock(ENGINES)
     assert os.fspath(lock) == str(lock) == os.environ[VARIABLE] == str(places[0] / NAME)
     assert places[0].stat().st_mode & 0o777 == 0o700
     with open(lock, "a") as opened:  # noqa: PTH123 - as the engine does
@@ -47,7 +47,7 @@ def test_a_directory_for_caches(places: list[Path], tmp_path: Path, monkeypatch:
     monkeypatch.setenv("MMLANE_CACHE", str(tmp_path / "cache"))
     for place in places[:2]:
         place.touch()
-    assert os.fspath(in_its_place(ENGINES)) == str(tmp_path / "cache" / "lock" / NAME)
+    assert os.fspath(private_lock(ENGINES)) == str(tmp_path / "cache" / "lock" / NAME)
 
 
 def a_link(place: Path) -> None:
@@ -87,12 +87,12 @@ TAKEN = [a_link, a_file, open_to_others, of_another_user, below_what_others_may_
 @pytest.mark.parametrize("taken", TAKEN)
 def test_a_place_that_is_taken_is_passed_over(taken: Callable[[Path], None], places: list[Path]) -> None:
     taken(places[0])
-    assert os.fspath(in_its_place(ENGINES)) == str(places[1] / NAME)
+    assert os.fspath(private_lock(ENGINES)) == str(places[1] / NAME)
 
 
 def test_a_sticky_directory_will_do(places: list[Path]) -> None:
     places[0].parent.chmod(0o1777)
-    assert os.fspath(in_its_place(ENGINES)) == str(places[0] / NAME)
+    assert os.fspath(private_lock(ENGINES)) == str(places[0] / NAME)
 
 
 def test_no_place(places: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,22 +100,22 @@ def test_no_place(places: list[Path], capsys: pytest.CaptureFixture[str]) -> Non
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
-    assert in_its_place(ENGINES) == ENGINES
+    assert private_lock(ENGINES) == ENGINES
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mmlane: wanted a directory that is ours alone for a lock file, found none (")
     assert all(str(place) in line for place in places)
     assert line.endswith("silence this with MMLANE_DISABLE=ipc_lock")
     places[0].unlink()
-    assert in_its_place(ENGINES) == ENGINES
+    assert private_lock(ENGINES) == ENGINES
     assert capsys.readouterr().err == ""
 
 
 def test_children_use_what_the_first_has_found(places: list[Path]) -> None:
     """Also where a better place has come up since."""
     places[0].touch()
-    in_its_place(ENGINES)
+    private_lock(ENGINES)
     places[0].unlink()
-    code = f"import os; from mmlane_patches.private_lock import *; print(os.fspath(in_its_place({ENGINES!r})))"
+    code = f"import os; from mmlane_patches.ipc_lock import *; print(os.fspath(private_lock({ENGINES!r})))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout == f"{places[1] / NAME}\n"
     assert not places[0].exists()
@@ -127,17 +127,17 @@ def test_what_a_process_of_another_user_has_found_is_not_ours(
     theirs = tmp_path / "theirs"
     of_another_user(theirs)
     monkeypatch.setenv(VARIABLE, str(theirs / NAME))
-    assert os.fspath(in_its_place(ENGINES)) == os.environ[VARIABLE] == str(places[0] / NAME)
+    assert os.fspath(private_lock(ENGINES)) == os.environ[VARIABLE] == str(places[0] / NAME)
 
 
 def test_a_directory_that_was_cleaned_away_is_made_again(places: list[Path]) -> None:
-    lock = in_its_place(ENGINES)
+    lock = private_lock(ENGINES)
     places[0].rmdir()
     assert Path(os.fspath(lock)).parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_directory_that_was_changed_is_not_used(places: list[Path]) -> None:
-    lock = in_its_place(ENGINES)
+    lock = private_lock(ENGINES)
     assert isinstance(lock, PrivateLock)
     places[0].chmod(0o777)
     with pytest.raises(PermissionError, match=r"is open to others \(mode 0777\)"):
