@@ -13,6 +13,8 @@ from __future__ import annotations
 from mmlane.compat import matrix
 from mmlane.patching import Target
 
+PROXY = "sglang.srt.utils.cuda_ipc_transport_utils.CudaIpcTensorTransportProxy"
+
 SPEC = matrix().spec(
     "ipc_lock",
     targets=(
@@ -23,5 +25,11 @@ SPEC = matrix().spec(
             replace="mmlane_patches.private_lock:in_its_place",
             before="0.5.18",
         ),
+    ),
+    # All that open the lock file.
+    relies_on=(
+        f"{PROXY}.reconstruct_on_target_device",
+        f"{PROXY}._copy_slice_tensor_to_target",
+        f"{PROXY}._acknowledge_consumption",
     ),
 )

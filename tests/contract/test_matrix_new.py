@@ -47,9 +47,12 @@ def test_a_release_that_brings_a_fix(table: Path, capsys: pytest.CaptureFixture[
     assert main(["0.5.21", "--table", str(table)]) == 1
     told = capsys.readouterr().out
     assert "shm_pointer: 0.5.19 apply:" in told
-    assert "! the engine has the fix: start a `native` cell" in told
+    assert "! the cell names a fault that is gone: clones_on_receipt" in told
+    assert '! the engine has the fix: add the cell 0.5.21: {native: "..."}' in told
+    assert '! add before="0.5.21" to' in told
     assert "! read again, changed: sglang.srt.managers.mm_utils.ShmPointerMMData" in told
-    assert "fan_out: 0.5.13 native: each expanded request owns its items\n    holds" in told
+    (fan_out,) = [paragraph for paragraph in told.split("\n\n") if paragraph.startswith("fan_out:")]
+    assert fan_out.startswith("fan_out: 0.5.13 native:") and fan_out.endswith("\n    holds")
 
 
 def test_a_release_that_moves_a_target(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,6 +60,7 @@ def test_a_release_that_moves_a_target(table: Path, capsys: pytest.CaptureFixtur
     assert main(["0.5.13", "--table", str(table)]) == 1
     told = capsys.readouterr().out
     assert "a fault that is gone: embeddings_inline" in told
+    assert "! add the cell 0.5.13: {apply: [" in told
     assert "read again, gone: sglang.srt.managers.scheduler.Scheduler.recv_requests" in told
     assert "a person has to look at: shm_pointer, tp_barrier, fan_out" in told
 
