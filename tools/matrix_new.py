@@ -116,7 +116,7 @@ def _changed(engine: Engine, before: Version) -> dict[str, str]:
 def unknown_releases(known: Matrix) -> list[Version]:
     """Published releases, from the oldest supported one on, that the table does not have."""
     published = [version for version in releases.published() if not version.is_prerelease]
-    return [version for version in published if version > known.engines[0] and not known.knows(version)]
+    return [version for version in published if version > known.oldest and not known.knows(version)]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,6 +28,7 @@ RECEIVER, SCHEDULER = (module for module, _ in RECEIVERS)
 WRAPPED = "self.text = [self.text]; self.image_data = [self.image_data]"
 
 # Patch, module, what is put in place of what, and the fault that appears or, after "-", goes; None: unknown.
+# By the release whose code is quoted: it may be any that has it.
 Change = tuple[str, str, tuple[str, str], str | None]
 CHANGES: dict[str, list[Change]] = {
     "0.5.9": [
