@@ -91,12 +91,9 @@ def report(engine: Engine, known: Matrix) -> tuple[list[str], bool]:
             lines.append("    holds")
         needed += [verdict.patch] if verdict.wanted else []
     lines.append("")
-    if needed:
-        lines.append(f"a person has to look at: {', '.join(needed)}")
-    elif is_known:
-        lines.append("nothing needs a person")
-    else:
-        lines.append(f"nothing needs a person: add {engine.version} to `engines`, then `make fingerprints table`")
+    lines.append(f"a person has to look at: {', '.join(needed)}" if needed else "nothing needs a person")
+    if not is_known:
+        lines.append(f"then add {engine.version} to `engines`, and run `make fingerprints table`")
     return lines, bool(needed)
 
 
