@@ -93,7 +93,8 @@ def report(engine: Engine, known: Matrix) -> tuple[list[str], bool]:
     lines.append("")
     lines.append(f"a person has to look at: {', '.join(needed)}" if needed else "nothing needs a person")
     if not is_known:
-        lines.append(f"then add {engine.version} to `engines`, and run `make fingerprints table`")
+        then = f"make fingerprints table transcripts ONLY={engine.version}"
+        lines.append(f"then add {engine.version} to `engines`, and run `{then}`")
     return lines, bool(needed)
 
 

@@ -66,7 +66,7 @@ def test_a_release_that_moves_a_target(table: Path, capsys: pytest.CaptureFixtur
     assert "! add the cell 0.5.13: {apply: [" in told
     assert "read again, gone: sglang.srt.managers.scheduler.Scheduler.recv_requests" in told
     assert "a person has to look at: shm_pointer, tp_barrier, fan_out" in told
-    assert told.endswith("then add 0.5.13 to `engines`, and run `make fingerprints table`\n")
+    assert "then add 0.5.13 to `engines`, and run `make fingerprints table transcripts" in told
 
 
 def test_a_release_that_fits_no_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
