@@ -31,6 +31,7 @@ from bench.engine.cases import Case
 from bench.engine.measuring import ask, order, per_request, read_notes
 from bench.engine.probe import sitecustomize as probe
 from bench.machine import facts, processor
+from bench.releases import NEWEST
 from devkit.client import IMAGE_SLOT, data_url
 from devkit.demo import build_wheel
 from devkit.environment import engine_environment
@@ -41,7 +42,7 @@ IMAGES = 5
 INLINE = 32
 IMAGE_TOKENS, WORD = [265, 268, 266], list(b"What is this?")  # of the devkit's checkpoints
 MODES = ("off", "lane")
-INLINE_RELEASES = ("0.5.12.post1", "0.5.23")
+INLINE_RELEASES = ("0.5.12.post1", NEWEST)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Launch:
         return f"{self.release} {self.flag}"
 
 
-LAUNCHES = (Launch("0.5.23", "--skip-tokenizer-init", by_tokens=True), Launch("0.5.12.post1", "--dist-init-addr"))
+LAUNCHES = (Launch(NEWEST, "--skip-tokenizer-init", by_tokens=True), Launch("0.5.12.post1", "--dist-init-addr"))
 
 
 @dataclass

@@ -35,6 +35,7 @@ from bench.engine.cases import Case
 from bench.engine.measuring import ask, order, per_request, read_notes
 from bench.engine.probe import sitecustomize as probe
 from bench.machine import facts, processor
+from bench.releases import NEWEST
 from devkit.client import IMAGE_SLOT, data_url
 from devkit.demo import build_wheel
 from devkit.images import jpeg
@@ -42,7 +43,7 @@ from devkit.nodes import LINK, Network, OnNodes
 from devkit.server import dies_with_us, free_port
 
 MODES = ("off", "lane")
-RELEASES = ("0.5.12.post1", "0.5.23")
+RELEASES = ("0.5.12.post1", NEWEST)
 RANKS = 4
 UNCOUNTED = 4  # requests to each server before those that count: the model is cold, and the lanes are closed
 

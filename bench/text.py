@@ -24,7 +24,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-RELEASES = ("0.5.9", "0.5.12.post1", "0.5.18", "0.5.23")
 CALLS = 10_000
 REPETITIONS = 9
 SEND = "TokenizerManager._send_one_request"
@@ -116,12 +115,14 @@ def main() -> None:
     from rich.console import Console
 
     from bench.ratios import Spread, put, quartiles
+    from bench.releases import NEWEST
     from bench.transport.tables import Grid, render
     from devkit.demo import CHECKOUT, build_wheel
     from devkit.environment import engine_environment
 
     parser = argparse.ArgumentParser(prog="python -m bench.text", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--releases", nargs="+", default=RELEASES, metavar="VERSION", help=", ".join(RELEASES))
+    usual = ("0.5.9", "0.5.12.post1", "0.5.18", NEWEST)
+    parser.add_argument("--releases", nargs="+", default=usual, metavar="VERSION", help=", ".join(usual))
     rows = []
     ratios: dict[str, Spread | None] = {}
     with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:

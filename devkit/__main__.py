@@ -17,9 +17,9 @@ from devkit.client import Client
 from devkit.environment import engine_environment
 from devkit.images import jpeg
 from devkit.nodes import OnNodes
-from devkit.releases import VERSIONS
 from devkit.server import EngineServer, ServerDied
 from devkit.wheels import wheel_source
+from mmlane.compat import matrix
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         words, engine_args = words[:cut], words[cut + 1 :]
     options = _parser().parse_args(words)
     if options.command == "env":
-        return _env(options.versions or VERSIONS, options.plugin)
+        return _env(options.versions or _supported(), options.plugin)
     if options.command == "serve":
         return _serve(options, engine_args)
     if options.command == "ask":
         return _ask(options)
     if options.command == "wheels":
-        return _wheels(options.versions or VERSIONS)
+        return _wheels(options.versions or _supported())
     return _clean()
 
 
@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     wheels.add_argument("versions", nargs="*", metavar="VERSION", help="default: every supported release")
     commands.add_parser("clean", help="delete the cache")
     return parser
+
+
+def _supported() -> list[str]:
+    return [str(version) for version in matrix().engines]
 
 
 def _env(versions: Sequence[str], plugin: Path | None) -> int:

@@ -1,6 +1,6 @@
 """An engine on several nodes: network namespaces of this machine, each with an address and a /dev/shm of its own.
 
-    with OnNodes("0.5.23", nodes=2, tp=4) as server:
+    with OnNodes("0.5.18", nodes=2, tp=4) as server:
         print(server.chat([jpeg(640, 480)], "What is this?").texts)
 
 Needs root, as in a privileged container, and iproute2. The namespaces, and with them their links, end with the

@@ -32,12 +32,17 @@ def plugin_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
-# The releases on which `make test` starts the engine; `--engines all` takes every one in the table.
-SIX = ("0.5.9", "0.5.10.post1", "0.5.12.post1", "0.5.14", "0.5.18", "0.5.23")
+EVERY, USUAL = (tuple(map(str, versions)) for versions in (matrix().engines, matrix().usual))
+NEWEST = str(matrix().newest)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--engines", default=",".join(SIX), help="engine releases for tests/engine: all, or V[,V...]")
+    parser.addoption(
+        "--engines",
+        default="usual",
+        metavar="WHICH",
+        help="releases for tests/engine, by the table: usual (those of `make test`), all, or V[,V...]",
+    )
     parser.addoption(
         "--all-of",
         metavar="V",
@@ -47,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 NO_RELEASE = "no-release"
 
-# Those of the six on which it also starts it with the back-ports alone.
+# Of the usual ones, those on which `make test` also starts the engine with the back-ports alone.
 WITHOUT_LANE = ("0.5.9", "0.5.12.post1", "0.5.18")
 
 
@@ -70,7 +75,7 @@ def register_profiles() -> None:
 
 def take_all_of(release: str | None, config: pytest.Config) -> None:
     if release:
-        known = [*map(str, matrix().engines), NO_RELEASE]
+        known = [*EVERY, NO_RELEASE]
         if release not in known:
             raise pytest.UsageError(f"--all-of {release}: wanted one of {', '.join(known)}")
         config.option.engines = "all"
@@ -95,11 +100,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = metafunc.config.getoption("--engines")
-    releases = metafunc.definition.get_closest_marker("releases")
-    wanted = releases and (releases.args[:1] if chosen == ",".join(SIX) else releases.args)
+    marker = metafunc.definition.get_closest_marker("releases")
+    wanted = named(*marker.args) if marker else []
     if "version" in metafunc.fixturenames:
-        every = [str(version) for version in matrix().engines]
-        versions = every if chosen == "all" else chosen.split(",")
+        versions = {"usual": USUAL, "all": EVERY}.get(chosen) or chosen.split(",")
+        if chosen == "usual":
+            wanted = wanted[:1]
         metafunc.parametrize("version", [v for v in versions if not wanted or v in wanted], scope="session")
     elif wanted:
         metafunc.parametrize("release", wanted if chosen == "all" else wanted[:1])
+
+
+def named(*releases: str) -> list[str]:
+    """Each release once, in their order, "newest" as the table's. Raises for one that the table does not have."""
+    found = list(dict.fromkeys(NEWEST if release == "newest" else release for release in releases))
+    if unknown := [release for release in found if release not in EVERY]:
+        raise pytest.UsageError(f"releases({unknown[0]!r}): wanted newest, or one of {', '.join(EVERY)}")
+    return found

@@ -31,11 +31,10 @@ def overview(table: Matrix) -> str:
     ):
         versions = list(alike)
         rows.append([_span(versions[0], versions[-1]), *("applied" if s == "apply" else "native" for s in states)])
-    newest = table.engines[-1]
     note = (
         "*applied*: mmlane makes the change; *native*: the engine has it. "
-        f"Releases newer than {newest}, development versions and forks are treated like the release before them, "
-        "if the functions to be changed are as expected, and reported as untested."
+        f"Releases newer than {table.newest}, development versions and forks are treated like the release before "
+        "them, if the functions to be changed are as expected, and reported as untested."
     )
     return f"{_markdown(rows)}\n\n{note}"
 
@@ -44,11 +43,11 @@ def details(table: Matrix) -> str:
     """The overview, then every patch: why, what follows without it, and each of its cells."""
     parts = [overview(table)]
     for spec in _specs(table):
-        rows = [["SGLang", "mmlane", "the engine there"]]
+        rows = [["SGLang", "mmlane"]]
         for cell, alike in groupby(table.engines, key=lambda version: _cell(spec, version)):
             versions = list(alike)
-            state = "applies it" if cell.state == "apply" else "leaves it"
-            rows.append([_span(versions[0], versions[-1]), state, cell.reason])
+            does = "fixes" if cell.state == "apply" else "native"
+            rows.append([_span(versions[0], versions[-1]), f"{does}: {cell.reason}"])
         upstream = ", ".join(f"[{ref}]({PULL}{ref.removeprefix('#')})" for ref in spec.upstream) or "none"
         parts.append(
             f"### `{spec.id}`\n\n{spec.why}\n\nWithout it: {spec.consequence}.\n\n{_markdown(rows)}\n\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -20,7 +20,7 @@ from mmlane.compat import Matrix, matrix
 from mmlane.engine import Engine
 from mmlane.engine.source import EngineSource
 from mmlane.patching import Cell, PatchSpec, Refusal, check
-from tools import bodies, probes, releases, table
+from tools import bodies, probes, releases
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def judge(spec: PatchSpec, engine: Engine, changed: dict[str, str]) -> Verdict:
         return Verdict(spec.id, None, ("older than the oldest cell: not supported",), ())
     source = engine.source
     assert source is not None
-    wanted = _against_probes(spec, cell, source)
+    wanted = _against_probes(spec, cell, engine.version, source)
     read_again = [
         f"{what}: {path}" for path, what in changed.items() if path in bodies.paths(spec, engine.version)
     ]
@@ -57,16 +57,19 @@ def judge(spec: PatchSpec, engine: Engine, changed: dict[str, str]) -> Verdict:
     return Verdict(spec.id, cell, tuple(wanted + [f"read again, {line}" for line in read_again]), ())
 
 
-def _against_probes(spec: PatchSpec, cell: Cell, source: EngineSource) -> list[str]:
-    claimed = probes.claimed(spec.id, cell)
+def _against_probes(spec: PatchSpec, cell: Cell, version: Version, source: EngineSource) -> list[str]:
     try:
         found = probes.faults(source, spec.id)
     except probes.Unknown as unknown:
         return [f"neither fault nor fix was recognised: {unknown}"]
-    if claimed and not found:
-        return ["the engine has the fix: start a `native` cell"]
-    lines = [f"the cell does not name a fault that is there: {name}" for name in sorted(found - claimed)]
-    return lines + [f"the cell names a fault that is gone: {name}" for name in sorted(claimed - found)]
+    lines = [f"the cell does not name a fault that is there: {id}" for id in found if id not in cell.faults]
+    lines += [f"the cell names a fault that is gone: {id}" for id in cell.faults if id not in found]
+    if lines and found:
+        lines.append(f"add the cell {version}: {{apply: [{', '.join(found)}]}}")
+    elif lines:
+        lines.append(f'the engine has the fix: add the cell {version}: {{native: "..."}}')
+        lines.append(f'add before="{version}" to the targets that have no `before`')
+    return lines
 
 
 def report(engine: Engine, known: Matrix) -> tuple[list[str], bool]:
@@ -78,7 +81,7 @@ def report(engine: Engine, known: Matrix) -> tuple[list[str], bool]:
     ]
     changed = _changed(engine, before) if before else {}
     needed = []
-    for verdict in (judge(spec, engine, changed) for spec in table.patches_under(known)):
+    for verdict in (judge(spec, engine, changed) for spec in _patches_under(known)):
         lines.append("")
         cell = verdict.cell
         lines.append(f"{verdict.patch}: " + (f"{cell.since} {cell.state}: {cell.reason}" if cell else "no cell"))
@@ -88,13 +91,16 @@ def report(engine: Engine, known: Matrix) -> tuple[list[str], bool]:
             lines.append("    holds")
         needed += [verdict.patch] if verdict.wanted else []
     lines.append("")
-    if needed:
-        lines.append(f"a person has to look at: {', '.join(needed)}")
-    elif is_known:
-        lines.append("nothing needs a person")
-    else:
-        lines.append(f"nothing needs a person: add {engine.version} to `engines`, then `make fingerprints table`")
+    lines.append(f"a person has to look at: {', '.join(needed)}" if needed else "nothing needs a person")
+    if not is_known:
+        then = f"make fingerprints table transcripts ONLY={engine.version}"
+        lines.append(f"then add {engine.version} to `engines`, and run `{then}`")
     return lines, bool(needed)
+
+
+def _patches_under(known: Matrix) -> list[PatchSpec]:
+    """Our patches with the cells of that table."""
+    return [replace(spec, cells=known.spec(spec.id, targets=()).cells) for spec in releases.our_patches()]
 
 
 def _changed(engine: Engine, before: Version) -> dict[str, str]:
@@ -108,7 +114,7 @@ def _changed(engine: Engine, before: Version) -> dict[str, str]:
 def unknown_releases(known: Matrix) -> list[Version]:
     """Published releases, from the oldest supported one on, that the table does not have."""
     published = [version for version in releases.published() if not version.is_prerelease]
-    return [version for version in published if version > known.engines[0] and not known.knows(version)]
+    return [version for version in published if version > known.oldest and not known.knows(version)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", type=Version, help="which version a directory is, where it does not say so")
     parser.add_argument("--table", type=Path, help="another file in the form of compat_matrix.yaml")
     options = parser.parse_args(arguments)
-    known = table.load(options.table) if options.table else matrix()
+    known = Matrix.load(options.table) if options.table else matrix()
     if options.engine is None:
         try:
             unknown = unknown_releases(known)

@@ -1,19 +1,16 @@
 """What is wrong in an engine's source, fault by fault: this is what a cell of compat_matrix.yaml claims.
 
-A probe says yes when it sees the fault, no when it sees the fix, and raises `Unknown` when it sees neither:
-then a person has to read the engine. Each fault has the phrase by which the reasons in the matrix name it, so that
-the text of a cell is itself what is checked.
+Each fault of the table has a probe: the function with the fault's id as its name. It says yes when it sees the
+fault, no when it sees the fix, and raises `Unknown` when it sees neither: then a person has to read the engine.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 from mmlane.engine.source import EngineSource, signature_of
-from mmlane.patching import Cell
 from tools.steps import Function, Step, steps, steps_in
 
 MM_UTILS = "sglang.srt.managers.mm_utils"
@@ -41,25 +38,23 @@ class Unknown(Exception):
     """Neither the fault nor its fix was found; the message says what was looked for."""
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One thing that can be wrong: its name, what a cell's reason says where it is, and how it is seen."""
-
-    name: str
-    phrase: str
-    shown_by: Callable[[EngineSource], bool]
+Probe = Callable[[EngineSource], bool]
+PROBES: dict[str, dict[str, Probe]] = {}
 
 
-def faults(source: EngineSource, patch: str) -> frozenset[str]:
-    """The names of the faults that this engine has, among those that the patch mends. Raises `Unknown`."""
-    return frozenset(fault.name for fault in FAULTS[patch] if fault.shown_by(source))
+def fault_of(patch: str) -> Callable[[Probe], Probe]:
+    """Makes a function the probe of the fault that has its name, in the row of that patch."""
+
+    def add(probe: Probe) -> Probe:
+        PROBES.setdefault(patch, {})[probe.__name__] = probe
+        return probe
+
+    return add
 
 
-def claimed(patch: str, cell: Cell) -> frozenset[str]:
-    """The names of the faults that a cell says are there: none where the engine has the fix."""
-    if cell.state == "native":
-        return frozenset()
-    return frozenset(fault.name for fault in FAULTS[patch] if fault.phrase in cell.reason)
+def faults(source: EngineSource, patch: str) -> list[str]:
+    """The ids of the faults that this engine has, among those that the patch fixes. Raises `Unknown`."""
+    return [id for id, probe in PROBES.get(patch, {}).items() if probe(source)]
 
 
 # --- shm_pointer: the class, and who survives a lost segment -----------------------------------------------
@@ -71,6 +66,7 @@ _PLAIN_COPY = (
 )  # fmt: skip
 
 
+@fault_of("shm_pointer")
 def unlinks_in_setstate(source: EngineSource) -> bool:
     if "unlink" in _names(_pointer(source, "__setstate__")):
         return True
@@ -78,6 +74,7 @@ def unlinks_in_setstate(source: EngineSource) -> bool:
     return False
 
 
+@fault_of("shm_pointer")
 def clones_on_receipt(source: EngineSource) -> bool:
     made = _pointer(source, "materialize", otherwise="__setstate__")
     if any(step.name == "mmap" and (step.keyword("access") or "").endswith("ACCESS_COPY") for step in made):
@@ -86,7 +83,8 @@ def clones_on_receipt(source: EngineSource) -> bool:
     return True
 
 
-def no_reserve(source: EngineSource) -> bool:
+@fault_of("shm_pointer")
+def sigbus_on_full_shm(source: EngineSource) -> bool:
     made = _names(_pointer(source, "__init__"))
     _found("SharedMemory" in made, "no SharedMemory in __init__")
     if "posix_fallocate" in made:
@@ -97,13 +95,15 @@ def no_reserve(source: EngineSource) -> bool:
     return True
 
 
-def no_inline(source: EngineSource) -> bool:
+@fault_of("shm_pointer")
+def full_shm_fails_request(source: EngineSource) -> bool:
     wrappers = [source.find(MM_UTILS, name) for name in WRAPPERS]
     made = [step for node in wrappers if isinstance(node, Function) for step in steps(node)]
     makers = [step for step in made if step.name == "ShmPointerMMData"]
     return not _every([step.caught("OSError") for step in makers], "place where pointers are made")
 
 
+@fault_of("shm_pointer")
 def embeddings_inline(source: EngineSource) -> bool:
     wrap = _need(source, MM_UTILS, "wrap_shm_features")
     read = {node.attr for node in ast.walk(wrap) if isinstance(node, ast.Attribute)}
@@ -111,7 +111,8 @@ def embeddings_inline(source: EngineSource) -> bool:
     return "precomputed_embeddings" not in read
 
 
-def open_raises_in_setstate(source: EngineSource) -> bool:
+@fault_of("shm_pointer")
+def raises_in_setstate(source: EngineSource) -> bool:
     opened = [step for step in _pointer(source, "__setstate__") if step.name == "SharedMemory"]
     if not opened:
         _found("SharedMemory" in _names(_pointer(source, "materialize")), "no SharedMemory in __setstate__")
@@ -119,7 +120,8 @@ def open_raises_in_setstate(source: EngineSource) -> bool:
     return not _every([step.caught() for step in opened], "place where segments are opened")
 
 
-def no_isolation(source: EngineSource) -> bool:
+@fault_of("shm_pointer")
+def lost_segment_ends_server(source: EngineSource) -> bool:
     received = _received(source)
     unwraps = [step for step in received if step.name == "unwrap_shm_features"]
     if not _every([step.caught() for step in unwraps], "unwrap_shm_features in recv_requests"):
@@ -142,6 +144,7 @@ def _pointer(source: EngineSource, method: str, otherwise: str | None = None) ->
 # --- deferred_unwrap, tp_barrier: the order of things in the receiver --------------------------------------
 
 
+@fault_of("deferred_unwrap")
 def unwraps_before_broadcast(source: EngineSource) -> bool:
     broadcasts, unwraps = _exchange(source)
     if max(unwraps) < min(broadcasts):
@@ -150,10 +153,12 @@ def unwraps_before_broadcast(source: EngineSource) -> bool:
     return False
 
 
+@fault_of("tp_barrier")
 def no_barrier(source: EngineSource) -> bool:
     return not _barrier_groups(source)
 
 
+@fault_of("tp_barrier")
 def barrier_on_tp_only(source: EngineSource) -> bool:
     return _barrier_groups(source) == {"tp"}
 
@@ -197,6 +202,7 @@ def _received(source: EngineSource) -> tuple[Step, ...]:
 # --- fan_out, fan_out_images: n > 1 ------------------------------------------------------------------------
 
 
+@fault_of("fan_out")
 def shares_items(source: EngineSource) -> bool:
     function = _need(source, TOKENIZER, "TokenizerManager._handle_batch_request")
     loops = [node.body for node in ast.walk(function) if isinstance(node, ast.For)]
@@ -231,6 +237,7 @@ def _owns_items(request: str, prepared: list[ast.stmt]) -> bool:
     return False
 
 
+@fault_of("fan_out_images")
 def images_as_batch(source: EngineSource) -> bool:
     if not _flat(source, "image_data"):
         return False
@@ -243,6 +250,7 @@ def images_as_batch(source: EngineSource) -> bool:
     return True
 
 
+@fault_of("fan_out_images")
 def videos_cut(source: EngineSource) -> bool:
     fields = ("video_data", "audio_data")
     for field in fields:
@@ -263,6 +271,7 @@ def _flat(source: EngineSource, field: str) -> bool:
 # --- one_node, inline_views: what is pickled inside of a request --------------------------------------------
 
 
+@fault_of("one_node")
 def address_means_nodes(source: EngineSource) -> bool:
     older = (source.find(TOKENIZER, f"{private}determine_tensor_transport_mode") for private in ("", "_"))
     decides = next((node for node in older if isinstance(node, Function)), None)
@@ -274,6 +283,7 @@ def address_means_nodes(source: EngineSource) -> bool:
     return False
 
 
+@fault_of("inline_views")
 def whole_storage(source: EngineSource) -> bool:
     _found("value[start:end]" in ast.unparse(_need(source, MM_UTILS, "_slice_value")), "an image is no slice")
     wrapping = [node for name in WRAPPERS if (node := source.find(MM_UTILS, name)) is not None]
@@ -281,6 +291,7 @@ def whole_storage(source: EngineSource) -> bool:
     return not copies & {"clone", "contiguous"}
 
 
+@fault_of("inline_views")
 def splits_in_tokenizer(source: EngineSource) -> bool:
     """0.5.9 does so in its ranks, in `MultimodalInputs.from_dict`."""
     there = {
@@ -295,6 +306,7 @@ def splits_in_tokenizer(source: EngineSource) -> bool:
 # --- shm_sweep: what a launch does before it starts processes ----------------------------------------------
 
 
+@fault_of("shm_sweep")
 def no_sweep(source: EngineSource) -> bool:
     """From 0.5.15 on there is `stale_shm_cleanup`, for the engine's own CI and by pid alone: nothing calls it."""
     homes = (source.find(ENGINE, "_launch_subprocesses"), source.find(ENGINE, "Engine._launch_subprocesses"))
@@ -316,6 +328,7 @@ _OPENERS = {"_new_shared_cuda", "_pool_handle_cache_get_or_open", "_open_pooled_
 _READER = "rebuild_device_idx"
 
 
+@fault_of("ipc_redirect")
 def opens_on_producer(source: EngineSource) -> bool:
     owner, received = _reconstructed(source)
     values = _assigned(owner)
@@ -328,6 +341,7 @@ def opens_on_producer(source: EngineSource) -> bool:
     return bool(as_shared)
 
 
+@fault_of("ipc_redirect")
 def guards_producer(source: EngineSource) -> bool:
     _, received = _reconstructed(source)
     devices = {ast.unparse(step.call.args[0]) for step in received if _is_call_of(step, "torch.device")}
@@ -337,6 +351,7 @@ def guards_producer(source: EngineSource) -> bool:
     return bool(producers)
 
 
+@fault_of("ipc_pool_budget")
 def whole_pool_each(source: EngineSource) -> bool:
     init = _need(source, PROCESSORS, "BaseMultimodalProcessor.__init__")
     assert isinstance(init, Function)
@@ -349,6 +364,7 @@ def whole_pool_each(source: EngineSource) -> bool:
     return whole
 
 
+@fault_of("ipc_pool_budget")
 def four_gib(source: EngineSource) -> bool:
     default = signature_of(_need(source, ENVIRON, "Envs.SGLANG_MM_FEATURE_CACHE_MB"))
     four, one = "EnvInt(4 * 1024)", "EnvInt(1 * 1024)"
@@ -356,6 +372,7 @@ def four_gib(source: EngineSource) -> bool:
     return default == four
 
 
+@fault_of("ipc_pool_budget")
 def silent_when_full(source: EngineSource) -> bool:
     owner = source.find(CUDA_IPC, "MmItemMemoryPool") or source.find(LEASES, "MmItemMemoryPool")
     if not isinstance(owner, ast.ClassDef):
@@ -368,6 +385,7 @@ def silent_when_full(source: EngineSource) -> bool:
     return "warning" not in made
 
 
+@fault_of("ipc_lock")
 def lock_in_tmp(source: EngineSource) -> bool:
     owner, _ = _reconstructed(source)
     constant = source.find(CUDA_IPC, "SHM_LOCK_FILE")
@@ -414,6 +432,7 @@ def _is_call_of(step: Step, dotted: str) -> bool:
 # --- lane: how each feature travels ------------------------------------------------------------------------
 
 
+@fault_of("lane")
 def a_segment_each(source: EngineSource) -> bool:
     _found("SharedMemory" in _names(_pointer(source, "__init__")), "no SharedMemory in __init__")
     return True
@@ -441,47 +460,3 @@ def _every(answers: list[bool], what: str) -> bool:
 
 def _names(of: tuple[Step, ...]) -> list[str]:
     return [step.name for step in of]
-
-
-# --- the faults of each patch ------------------------------------------------------------------------------
-
-FAULTS: Mapping[str, tuple[Fault, ...]] = {
-    "shm_pointer": (
-        Fault("unlinks_in_setstate", "unlinks while unpickling", unlinks_in_setstate),
-        Fault("clones_on_receipt", "clones on receipt", clones_on_receipt),
-        Fault("no_reserve", "SIGBUS when /dev/shm is full", no_reserve),
-        Fault("no_inline", "SIGBUS when /dev/shm is full", no_inline),
-        Fault("open_raises_in_setstate", "a lost segment ends the server", open_raises_in_setstate),
-        Fault("embeddings_inline", "embeddings travel by pickle", embeddings_inline),
-        Fault("no_isolation", "a lost segment ends the server", no_isolation),
-    ),
-    "deferred_unwrap": (
-        Fault("unwraps_before_broadcast", "unwraps before the broadcast", unwraps_before_broadcast),
-    ),
-    "tp_barrier": (
-        Fault("no_barrier", "no barrier", no_barrier),
-        Fault("barrier_on_tp_only", "a barrier on the TP group only", barrier_on_tp_only),
-    ),
-    "lane": (Fault("a_segment_each", "a segment for each tensor", a_segment_each),),
-    "fan_out": (Fault("shares_items", "their items are shared", shares_items),),
-    "fan_out_images": (
-        Fault("images_as_batch", "400 for several images with n > 1", images_as_batch),
-        Fault("videos_cut", "only the first of several videos or audios", videos_cut),
-    ),
-    "ipc_redirect": (
-        Fault("opens_on_producer", "opens handles on the producer's device", opens_on_producer),
-        Fault("guards_producer", "opens handles on the producer's device", guards_producer),
-    ),
-    "ipc_pool_budget": (
-        Fault("whole_pool_each", "a pool of the whole size in each tokenizer worker", whole_pool_each),
-        Fault("four_gib", "4 GiB by default", four_gib),
-        Fault("silent_when_full", "nothing is said when it is full", silent_when_full),
-    ),
-    "one_node": (Fault("address_means_nodes", "--dist-init-addr on one node", address_means_nodes),),
-    "inline_views": (
-        Fault("whole_storage", "pickles the whole storage", whole_storage),
-        Fault("splits_in_tokenizer", "for each image of a request", splits_in_tokenizer),
-    ),
-    "ipc_lock": (Fault("lock_in_tmp", "locks a file of a fixed name in /tmp", lock_in_tmp),),
-    "shm_sweep": (Fault("no_sweep", "without a look at what a crash left", no_sweep),),
-}

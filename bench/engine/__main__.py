@@ -20,11 +20,12 @@ from bench.engine.records import Results, ratios
 from bench.engine.tables import markdown, show
 from bench.machine import facts, processor
 from bench.ratios import put
+from bench.releases import NEWEST
 from devkit.demo import build_wheel
 from devkit.server import ServerDied
 
 OUT = Path(__file__).resolve().parent.parent / "out"
-RELEASES = ("0.5.9", "0.5.12.post1", "0.5.23")
+RELEASES = ("0.5.9", "0.5.12.post1", NEWEST)
 MODES = ("off", "backport", "lane")
 KINDS = get_args(Kind)
 ROUNDS, QUICK_ROUNDS = 2, 1

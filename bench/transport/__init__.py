@@ -6,8 +6,8 @@ The peers, each with a producing process and reading processes of its own, all i
 taking turns in every round of every case:
 
 - `lane`, this project's, with tensors taken as `view`, `cow` and `clone`;
-- `engine`, as the releases 0.5.9, 0.5.12.post1 and 0.5.23 do it: their own `wrap_shm_features`, their own coding
-  of a request, their own `recv_requests`, over real gloo groups as wide as there are readers;
+- `engine`, as the releases 0.5.9, 0.5.12.post1 and the newest do it: their own `wrap_shm_features`, their own
+  coding of a request, their own `recv_requests`, over real gloo groups as wide as there are readers;
 - `torch.multiprocessing` with the sharing strategy `file_system`;
 - `iceoryx2`, publish-subscribe, one copy into a loaned sample, tensors over the received ones;
 - `memcpy`, the limit: torch's `copy_` between two buffers of the producer, both in memory already, measured by

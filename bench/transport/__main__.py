@@ -97,7 +97,7 @@ def _options() -> argparse.Namespace:
         prog="python -m bench.transport", description=(__doc__ or "").partition(":")[0]
     )
     parser.add_argument("--quick", action="store_true", help="a few cases, a few rounds: minutes")
-    parser.add_argument("--only", nargs="+", metavar="TRANSPORT", help="'lane', 'lane view', 'engine 0.5.23', ...")
+    parser.add_argument("--only", nargs="+", metavar="TRANSPORT", help="'lane', 'lane view', 'engine 0.5.9', ...")
     parser.add_argument("--sizes", nargs="+", type=parse_size, metavar="SIZE", help="payloads, such as 64K or 1G")
     parser.add_argument("--readers", nargs="+", type=int, metavar="R", help="numbers of reading processes")
     parser.add_argument("--rounds", type=int, help=f"rounds that count ({ROUNDS}, quick {QUICK_ROUNDS})")

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.releases import NEWEST
 from bench.transport.cases import Case
 
 MEMCPY = "memcpy"  # measured by every peer
@@ -73,7 +74,7 @@ class Peer:
 
 PEERS = (
     *(Peer("lane", "bench.transport.via_lane", mode=mode) for mode in ("view", "cow", "clone")),
-    *(Peer("engine", "bench.transport.via_engine", engine=v) for v in ("0.5.9", "0.5.12.post1", "0.5.23")),
+    *(Peer("engine", "bench.transport.via_engine", engine=v) for v in ("0.5.9", "0.5.12.post1", NEWEST)),
     Peer("torch.multiprocessing", "bench.transport.via_torch", mode="file_system"),
     Peer("iceoryx2", "bench.transport.via_iceoryx"),
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.ratios import Spread
+from bench.releases import NEWEST
 from bench.transport.cases import FAN_OUT, JUDGED, ONE_WAY, Case, size
 from bench.transport.records import Record, find
 
@@ -52,7 +53,7 @@ def _goals(records: Sequence[Record]) -> Iterator[Goal]:
     for mode, limit in (("view", 1.3), ("cow", 3.5)):
         figure = of(f"lane {mode}", lambda r: _ratio(r.median_s, r.memcpy_s))
         yield Goal(f"lane {mode} over a plain copy, {at}, 1 reader", limit, figure, " x")
-    for engine, view, cow in (("0.5.23", 10, 5), ("0.5.12.post1", 25, 10)):
+    for engine, view, cow in ((NEWEST, 10, 5), ("0.5.12.post1", 25, 10)):
         theirs = of(f"engine {engine}", lambda r: r.median_s)
         for mode, limit in (("view", float(view)), ("cow", float(cow))):
             figure = _ratio(theirs, of(f"lane {mode}", lambda r: r.median_s))
@@ -72,12 +73,12 @@ def ratios(records: Sequence[Record]) -> dict[str, Spread | None]:
     """The lane over the newest engine and over a plain copy, in each case measured; spread over rounds."""
     found: dict[str, Spread | None] = {}
     for case in sorted({record.case for record in records if record.measure == "cost"}):
-        theirs = _spread(find(records, "engine 0.5.23", case))
+        theirs = _spread(find(records, f"engine {NEWEST}", case))
         for mode in ("view", "cow"):
             record = find(records, f"lane {mode}", case)
             ours = _spread(record)
             if ours and theirs:
-                found[f"{case}: lane {mode} over engine 0.5.23"] = ours.over(theirs)
+                found[f"{case}: lane {mode} over engine {NEWEST}"] = ours.over(theirs)
             if ours and record and record.memcpy_s and mode == "view":
                 copy = record.memcpy_s
                 found[f"{case}: lane view over memcpy"] = ours.over(Spread(copy, copy, copy))

@@ -8,39 +8,16 @@ Some patches rest on other files: `shm_sweep` on `leftovers` and `verdicts`, `ip
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 
+from mmlane.compat import matrix
 from mmlane.hookspecs import hookimpl
 from mmlane.patching import PatchSpec
-from mmlane_patches import (
-    deferred_unwrap,
-    fan_out,
-    fan_out_images,
-    inline_views,
-    ipc_lock,
-    ipc_pool_budget,
-    ipc_redirect,
-    lane,
-    one_node,
-    shm_pointer,
-    shm_sweep,
-    tp_barrier,
-)
+
+PATCHES: tuple[PatchSpec, ...] = tuple(import_module(f"{__name__}.{id}").SPEC for id in matrix().rows)
 
 
 @hookimpl
 def mmlane_patches() -> Sequence[PatchSpec]:
-    """Our patches, in the order in which they are to be applied."""
-    return [
-        shm_pointer.SPEC,
-        deferred_unwrap.SPEC,
-        tp_barrier.SPEC,
-        fan_out.SPEC,
-        fan_out_images.SPEC,
-        ipc_redirect.SPEC,
-        ipc_pool_budget.SPEC,
-        ipc_lock.SPEC,
-        one_node.SPEC,
-        inline_views.SPEC,
-        lane.SPEC,
-        shm_sweep.SPEC,
-    ]
+    """Our patches, in the order in which they are to be applied: that of the table's rows."""
+    return PATCHES

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from mmlane.compat import matrix
 from mmlane.patching import Target
+from mmlane_patches.tp_barrier import RECEIVING
 
 SPEC = matrix().spec(
     "deferred_unwrap",
@@ -23,4 +24,5 @@ SPEC = matrix().spec(
             before="0.5.10",
         ),
     ),
+    relies_on=RECEIVING,
 )

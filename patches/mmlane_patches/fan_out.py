@@ -39,4 +39,8 @@ SPEC = matrix().spec(
             before="0.5.13",
         ),
     ),
+    relies_on=(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request",
+        "sglang.srt.managers.mm_utils.wrap_shm_features",
+    ),
 )

@@ -38,6 +38,8 @@ def _handle_parallel_sampling(original: Callable[[Any], None]) -> Callable[[Any]
     return handle_parallel_sampling
 
 
+REQUEST = "sglang.srt.managers.io_struct.GenerateReqInput"
+
 SPEC = matrix().spec(
     "fan_out_images",
     targets=(
@@ -47,5 +49,14 @@ SPEC = matrix().spec(
             signature="(self)",
             replace=_handle_parallel_sampling,
         ),
+    ),
+    relies_on=(
+        f"{REQUEST}.normalize_batch_and_arguments",
+        f"{REQUEST}._determine_batch_size",
+        f"{REQUEST}._handle_parallel_sampling",
+        f"{REQUEST}._normalize_image_data",
+        f"{REQUEST}._normalize_mm_hashes",
+        f"{REQUEST}._normalize_video_data",
+        f"{REQUEST}._normalize_audio_data",
     ),
 )

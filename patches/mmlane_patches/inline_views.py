@@ -15,11 +15,13 @@ from __future__ import annotations
 from mmlane.compat import matrix
 from mmlane.patching import Target
 
+MM_UTILS = "sglang.srt.managers.mm_utils"
+
 SPEC = matrix().spec(
     "inline_views",
     targets=(
         Target(
-            module="sglang.srt.managers.mm_utils",
+            module=MM_UTILS,
             name="wrap_shm_features",
             signature="(obj)",
             replace="mmlane.transport.tokenizer_side:around_wrap",
@@ -44,5 +46,12 @@ SPEC = matrix().spec(
             replace="mmlane.transport.sharing:around_samples",
             step="mmlane.transport.sharing:with_samples",
         ),
+    ),
+    relies_on=(
+        f"{MM_UTILS}.get_new_expanded_mm_items",
+        f"{MM_UTILS}._slice_value",
+        f"{MM_UTILS}._slice_model_data",
+        f"{MM_UTILS}._wrap_tensor_or_list",
+        f"{MM_UTILS}._wrap_shm_or_inline",
     ),
 )

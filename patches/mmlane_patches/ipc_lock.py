@@ -73,6 +73,8 @@ def private_lock(engines: str) -> PrivateLock | str:
     return engines
 
 
+PROXY = "sglang.srt.utils.cuda_ipc_transport_utils.CudaIpcTensorTransportProxy"
+
 SPEC = matrix().spec(
     "ipc_lock",
     targets=(
@@ -83,5 +85,11 @@ SPEC = matrix().spec(
             replace=private_lock,
             before="0.5.18",
         ),
+    ),
+    # All that open the lock file.
+    relies_on=(
+        f"{PROXY}.reconstruct_on_target_device",
+        f"{PROXY}._copy_slice_tensor_to_target",
+        f"{PROXY}._acknowledge_consumption",
     ),
 )

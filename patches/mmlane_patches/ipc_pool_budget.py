@@ -108,4 +108,10 @@ SPEC = matrix().spec(
             before="0.5.11",
         ),
     ),
+    relies_on=(
+        f"{MODULE}.MM_FEATURE_CACHE_SIZE",
+        f"{MODULE}.MmItemMemoryPool.return_a_slice_tensor_with_flag",
+        "sglang.srt.environ.Envs.SGLANG_MM_FEATURE_CACHE_MB",
+        "sglang.srt.server_args.get_global_server_args",
+    ),
 )

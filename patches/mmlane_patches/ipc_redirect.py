@@ -75,15 +75,25 @@ def _reconstruct(original: Callable[[Any, int], Any]) -> Callable[[Any, int], An
     return reconstruct_on_target_device
 
 
+IPC = "sglang.srt.utils.cuda_ipc_transport_utils"
+PROXY = f"{IPC}.CudaIpcTensorTransportProxy"
+
 SPEC = matrix().spec(
     "ipc_redirect",
     targets=(
         Target(
-            module="sglang.srt.utils.cuda_ipc_transport_utils",
+            module=IPC,
             name="CudaIpcTensorTransportProxy.reconstruct_on_target_device",
             signature="(self, rebuild_device_idx)",
             replace=_reconstruct,
             before="0.5.11",
         ),
+    ),
+    relies_on=(
+        f"{PROXY}.__init__",
+        f"{PROXY}.get_proxy_state",
+        f"{PROXY}._reconstruct_from_ipc_extra",
+        f"{IPC}._normalize_pool_cache_key",
+        f"{IPC}._pool_handle_cache_get_or_open",
     ),
 )

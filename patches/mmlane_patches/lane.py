@@ -26,6 +26,7 @@ from mmlane.compat import matrix
 from mmlane.engine.topology import place_of
 from mmlane.log import guarded
 from mmlane.patching import Target
+from mmlane_patches.tp_barrier import RECEIVING
 
 
 def _tokenizer(init: Callable[..., None]) -> Callable[..., None]:
@@ -72,11 +73,15 @@ def _scheduler(init: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+MM_UTILS = "sglang.srt.managers.mm_utils"
+CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
+MSGPACK = "sglang.srt.utils.msgpack_utils"
+
 SPEC = matrix().spec(
     "lane",
     targets=(
         Target(
-            module="sglang.srt.managers.mm_utils",
+            module=MM_UTILS,
             name="ShmPointerMMData",
             signature=("(self, tensor)", "(self, tensor, precomputed_hash=)"),
             replace="mmlane.transport.pointer:with_engine_segments",
@@ -92,7 +97,7 @@ SPEC = matrix().spec(
             replace=_tokenizer,
         ),
         Target(
-            module="sglang.srt.managers.mm_utils",
+            module=MM_UTILS,
             name="wrap_shm_features",
             signature="(obj)",
             replace="mmlane.transport.tokenizer_side:around_wrap",
@@ -169,5 +174,39 @@ SPEC = matrix().spec(
             signature="(self, data, async_send=)",
             replace="mmlane.transport.pipeline:without_features",
         ),
+    ),
+    relies_on=(
+        f"{MM_UTILS}.wrap_shm_features",
+        f"{MM_UTILS}._wrap_tensor_or_list",
+        f"{MM_UTILS}._wrap_shm_or_inline",
+        f"{MM_UTILS}._get_is_default_transport",
+        "sglang.srt.managers.io_struct.MMInputsProcessError",
+        "sglang.srt.managers.embed_types.PositionalEmbeds",
+        "sglang.srt.managers.schedule_batch.MultimodalDataItem",
+        "sglang.srt.managers.schedule_batch.MultimodalInputs.release_features",
+        f"{MSGPACK}._is_shm_pointer_mm_data",
+        f"{MSGPACK}._encode_shm_pointer_mm_data",
+        f"{MSGPACK}._decode_shm_pointer_mm_data",
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request",
+        f"{CONTROLLER}.launch_dp_attention_schedulers",
+        f"{CONTROLLER}.dispatching_with_trace",
+        f"{CONTROLLER}.dispatch_batch_generate",
+        f"{CONTROLLER}.dispatch_batch_embedding",
+        f"{CONTROLLER}.dispatch_health_check",
+        f"{CONTROLLER}.send_control_message",
+        f"{CONTROLLER}.send_to_all_workers",
+        f"{CONTROLLER}.init_dispatcher",
+        f"{CONTROLLER}.round_robin_scheduler",
+        f"{CONTROLLER}.total_requests_scheduler",
+        f"{CONTROLLER}.total_tokens_scheduler",
+        f"{CONTROLLER}.follow_bootstrap_room_scheduler",
+        f"{CONTROLLER}.maybe_external_dp_rank_routing",
+        "sglang.srt.managers.scheduler_input_blocker.SchedulerInputBlocker.handle",
+        "sglang.srt.managers.scheduler.Scheduler.init_watch_dog_memory_saver_input_blocker",
+        "sglang.srt.managers.scheduler.IdleSleeper",
+        "sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper",
+        "sglang.srt.managers.scheduler.SenderWrapper.send_output",
+        "sglang.srt.managers.scheduler_components.output_sender.SenderWrapper.send_output",
+        *RECEIVING,
     ),
 )

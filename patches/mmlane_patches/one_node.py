@@ -56,4 +56,5 @@ SPEC = matrix().spec(
             before="0.5.19",
         ),
     ),
+    relies_on=("sglang.srt.multimodal.transport.determine_tensor_transport_mode",),
 )

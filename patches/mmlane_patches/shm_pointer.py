@@ -22,6 +22,7 @@ from typing import Any
 from mmlane.compat import matrix
 from mmlane.log import guarded
 from mmlane.patching import Target
+from mmlane_patches.tp_barrier import RECEIVING
 
 
 def _answer_abort(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -36,18 +37,21 @@ def _answer_abort(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], 
     return handle_abort_req
 
 
+MM_UTILS = "sglang.srt.managers.mm_utils"
+MSGPACK = "sglang.srt.utils.msgpack_utils"
+
 SPEC = matrix().spec(
     "shm_pointer",
     targets=(
         Target(
-            module="sglang.srt.managers.mm_utils",
+            module=MM_UTILS,
             name="ShmPointerMMData",
             signature=("(self, tensor)", "(self, tensor, precomputed_hash=)"),
             replace="mmlane.transport.pointer:with_own_segments",
             before="0.5.21",
         ),
         Target(
-            module="sglang.srt.managers.mm_utils",
+            module=MM_UTILS,
             name="wrap_shm_features",
             signature="(obj)",
             replace="mmlane.transport.tokenizer_side:around_wrap",
@@ -91,5 +95,20 @@ SPEC = matrix().spec(
             replace="mmlane.transport.agreement:refuse_lost",
             before="0.5.19",
         ),
+    ),
+    relies_on=(
+        f"{MM_UTILS}.ShmPointerMMData",
+        f"{MM_UTILS}.wrap_shm_features",
+        f"{MM_UTILS}._wrap_tensor_or_list",
+        f"{MM_UTILS}._wrap_shm_or_inline",
+        f"{MM_UTILS}._unwrap_tensor_or_list",
+        f"{MM_UTILS}.discard_shm_features",
+        f"{MM_UTILS}._feature_has_shm",
+        f"{MM_UTILS}._get_is_default_transport",
+        "sglang.srt.managers.io_struct.AbortReq",
+        f"{MSGPACK}._is_shm_pointer_mm_data",
+        f"{MSGPACK}._encode_shm_pointer_mm_data",
+        f"{MSGPACK}._decode_shm_pointer_mm_data",
+        *RECEIVING,
     ),
 )

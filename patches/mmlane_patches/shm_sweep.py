@@ -65,4 +65,9 @@ SPEC = matrix().spec(
             replace=before_launch,
         ),
     ),
+    # What gives segments their names.
+    relies_on=(
+        "sglang.srt.utils.stale_shm_cleanup.make_shm_name",
+        "sglang.srt.managers.mm_utils.ShmPointerMMData",
+    ),
 )

@@ -14,6 +14,20 @@ from __future__ import annotations
 from mmlane.compat import matrix
 from mmlane.patching import Target
 
+MM_UTILS = "sglang.srt.managers.mm_utils"
+RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
+
+# How requests are received, on any release: also other patches rely on it.
+RECEIVING = (
+    "sglang.srt.managers.scheduler.Scheduler.recv_requests",
+    f"{RECEIVER}.recv_requests",
+    f"{RECEIVER}._broadcast_reqs_across_ranks",
+    f"{RECEIVER}.unwrap_pickle_wrapper",
+    f"{RECEIVER}._finalize_shm_features",
+    f"{MM_UTILS}.unwrap_shm_features",
+    f"{MM_UTILS}.has_shm_features",
+)
+
 SPEC = matrix().spec(
     "tp_barrier",
     targets=(
@@ -25,7 +39,7 @@ SPEC = matrix().spec(
             before="0.5.13",
         ),
         Target(
-            module="sglang.srt.managers.mm_utils",
+            module=MM_UTILS,
             name="unwrap_shm_features",
             signature="(obj)",
             replace="mmlane.transport.scheduler_side:unwrap_nothing_while_receiving",
@@ -33,7 +47,7 @@ SPEC = matrix().spec(
             before="0.5.13",
         ),
         Target(
-            module="sglang.srt.managers.mm_utils",
+            module=MM_UTILS,
             name="has_shm_features",
             signature="(recv_reqs)",
             replace="mmlane.transport.scheduler_side:has_nothing_while_receiving",
@@ -49,4 +63,5 @@ SPEC = matrix().spec(
             before="0.5.15",
         ),
     ),
+    relies_on=RECEIVING,
 )

@@ -25,23 +25,40 @@ MATRIX = "compat_matrix.yaml"
 
 @dataclass(frozen=True)
 class Matrix:
-    """The table: the engine releases that it was checked against, oldest first, and its rows by patch id."""
+    """The table: the engine releases that it was checked against, oldest first, and its rows by patch id.
+
+    usual: the releases on which `make test` starts the engine, the newest among them.
+    """
 
     engines: tuple[Version, ...]
+    usual: tuple[Version, ...]
     rows: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def load(cls, file: Path) -> Matrix:
+        """Read a file in the form of compat_matrix.yaml. Raises `OSError`, `KeyError` and what YAML raises."""
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
+        engines, usual = (tuple(Version(str(v)) for v in raw[key]) for key in ("engines", "usual"))
+        return cls(engines, (*usual, max(engines)), raw["patches"])
+
+    @property
+    def oldest(self) -> Version:
+        return min(self.engines)
+
+    @property
+    def newest(self) -> Version:
+        return max(self.engines)
 
     def knows(self, version: Version) -> bool:
         return version in self.engines
 
-    def spec(self, id: str, *, targets: tuple[Target, ...]) -> PatchSpec:
-        """The patch whose row is `id`, with the engine objects that its file replaces."""
+    def spec(self, id: str, *, targets: tuple[Target, ...], relies_on: tuple[str, ...] = ()) -> PatchSpec:
+        """The patch whose row is `id`, with the engine objects that its file replaces, and what it relies on.
+
+        Raises `ValueError` where a cell of the row is not as it must be.
+        """
         row = self.rows[id]
-        cells = []
-        for since, cell in row["cells"].items():
-            ((state, reason),) = cell.items()
-            if state not in ("apply", "native"):
-                raise ValueError(f"{MATRIX}: {id}, {since}: wanted apply or native, found {state}")
-            cells.append(Cell(Version(str(since)), state, reason))
         return PatchSpec(
             id=id,
             why=row["why"],
@@ -49,12 +66,23 @@ class Matrix:
             upstream=tuple(row["upstream"]),
             drop_when=row["drop_when"],
             group=row["group"],
-            roles=frozenset(row["roles"]),
-            cells=tuple(cells),
+            cells=tuple(_cell(id, str(since), cell, row["faults"]) for since, cell in row["cells"].items()),
             targets=targets,
             modes=frozenset(row.get("modes", ("lane", "backport"))),
             needs=frozenset(row.get("needs", ())),
+            relies_on=relies_on,
         )
+
+
+def _cell(patch: str, since: str, raw: Mapping[str, Any], faults: Mapping[str, str]) -> Cell:
+    """`native` and how the engine does it, or `apply` and ids of faults, for which `faults` has the phrases."""
+    match list(raw.items()):
+        case [("native", str(reason))]:
+            return Cell(Version(since), "native", reason)
+        case [("apply", [_, *_] as ids)] if set(ids) <= set(faults):
+            return Cell(Version(since), "apply", "; ".join(faults[id] for id in ids), tuple(ids))
+    wanted = f"native and a sentence, or apply and some of {', '.join(faults)}"
+    raise ValueError(f"{MATRIX}: {patch}, {since}: wanted {wanted}; found {dict(raw)}")
 
 
 @lru_cache(maxsize=1)
@@ -64,9 +92,7 @@ def matrix() -> Matrix:
     for place in (package, package.parent.parent):
         file = place / MATRIX
         if file.is_file():
-            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-            raw = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
-            return Matrix(tuple(Version(v) for v in raw["engines"]), raw["patches"])
+            return Matrix.load(file)
     raise FileNotFoundError(f"{MATRIX} is neither in {package} nor at the top of a checkout; reinstall mmlane")
 
 
@@ -117,7 +143,7 @@ def plan(specs: Iterable[PatchSpec], engine: Engine, settings: Settings) -> dict
 
 def _decide(spec: PatchSpec, engine: Engine, settings: Settings) -> Decision:
     # An engine of unknown version is a checkout: more likely new than old. Its source decides what fits.
-    version = engine.version if engine.version_known else max(matrix().engines)
+    version = engine.version if engine.version_known else matrix().newest
     cell = spec.cell(version)
     if cell is None:
         oldest = min(cell.since for cell in spec.cells)

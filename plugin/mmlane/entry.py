@@ -284,10 +284,9 @@ def untested(here: engine.Engine) -> str:
     if known.knows(version):
         return ""
     if not here.version_known:
-        return f"untested: of unknown version, taken for {max(known.engines)}, checked by signature"
-    oldest, newest = min(known.engines), max(known.engines)
-    if version > newest:
-        return f"untested: newer than {newest}, checked by signature"
-    if version < oldest:
-        return f"unsupported: older than {oldest}"
+        return f"untested: of unknown version, taken for {known.newest}, checked by signature"
+    if version > known.newest:
+        return f"untested: newer than {known.newest}, checked by signature"
+    if version < known.oldest:
+        return f"unsupported: older than {known.oldest}"
     return "untested: not a published release, checked by signature"

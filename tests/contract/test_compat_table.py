@@ -19,8 +19,8 @@ def test_every_release_and_patch_is_in_the_overview() -> None:
     head, _, *rows = [line for line in lines if line.startswith("|")]
     assert all(f"`{id}`" in head for id in matrix().rows)
     spans = [row.split("|")[1].split(" – ") for row in rows]  # noqa: RUF001 - a range of versions
-    assert spans[0][0].strip() == str(matrix().engines[0])
-    assert spans[-1][-1].strip() == str(matrix().engines[-1])
+    assert spans[0][0].strip() == str(matrix().oldest)
+    assert spans[-1][-1].strip() == str(matrix().newest)
 
 
 def test_a_stale_document_is_named_and_mended(tmp_path: Path) -> None:

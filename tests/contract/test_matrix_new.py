@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import yaml
 from packaging.version import Version
 
 from mmlane.compat import matrix
+from mmlane.patching import Target
 from tools.matrix_new import main
-from tools.releases import release
+from tools.probes import TOKENIZER
+from tools.releases import our_patches, release
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,9 +50,12 @@ def test_a_release_that_brings_a_fix(table: Path, capsys: pytest.CaptureFixture[
     assert main(["0.5.21", "--table", str(table)]) == 1
     told = capsys.readouterr().out
     assert "shm_pointer: 0.5.19 apply:" in told
-    assert "! the engine has the fix: start a `native` cell" in told
+    assert "! the cell names a fault that is gone: clones_on_receipt" in told
+    assert '! the engine has the fix: add the cell 0.5.21: {native: "..."}' in told
+    assert '! add before="0.5.21" to' in told
     assert "! read again, changed: sglang.srt.managers.mm_utils.ShmPointerMMData" in told
-    assert "fan_out: 0.5.13 native: each expanded request owns its items\n    holds" in told
+    (fan_out,) = [paragraph for paragraph in told.split("\n\n") if paragraph.startswith("fan_out:")]
+    assert fan_out.startswith("fan_out: 0.5.13 native:") and fan_out.endswith("\n    holds")
 
 
 def test_a_release_that_moves_a_target(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,33 +63,43 @@ def test_a_release_that_moves_a_target(table: Path, capsys: pytest.CaptureFixtur
     assert main(["0.5.13", "--table", str(table)]) == 1
     told = capsys.readouterr().out
     assert "a fault that is gone: embeddings_inline" in told
+    assert "! add the cell 0.5.13: {apply: [" in told
     assert "read again, gone: sglang.srt.managers.scheduler.Scheduler.recv_requests" in told
     assert "a person has to look at: shm_pointer, tp_barrier, fan_out" in told
+    assert "then add 0.5.13 to `engines`, and run `make fingerprints table transcripts" in told
 
 
 def test_a_release_that_fits_no_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A future engine, unpacked: a function that a patch replaces has another signature, a file is gone."""
-    real = release(matrix().engines[-1])
-    assert real.source is not None
-    for module in ("mm_utils", "io_struct", "scheduler_components.request_receiver"):
-        file = real.source.file(f"sglang.srt.managers.{module}")
-        assert file is not None and real.root is not None
-        copy = tmp_path / file.relative_to(real.root)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        text = file.read_text(encoding="utf-8")
-        copy.write_text(
-            text.replace("def _handle_parallel_sampling(self)", "def _handle_parallel_sampling(self, n)")
-        )
-    assert main([str(tmp_path), "--version", "0.9.0"]) == 1
+    """A future engine, unpacked: a method that a patch replaces has another signature, other files are gone."""
+    real = release(matrix().newest)
+    target = a_method(real.version)
+    assert real.root is not None and real.source is not None
+    file = real.source.file(target.module)
+    assert file is not None
+    copy = tmp_path / file.relative_to(real.root)
+    copy.parent.mkdir(parents=True)
+    text, found = re.subn(
+        rf"(def {target.name.split('.')[1]}\(\s*self)\b", r"\1, further", file.read_text(encoding="utf-8")
+    )
+    assert found
+    copy.write_text(text, encoding="utf-8")
+    assert main([str(tmp_path), "--version", "99.0"]) == 1
     told = capsys.readouterr().out
-    assert "sglang 0.9.0: not in the table; compared with" in told
+    assert f"sglang 99.0: not in the table; compared with {real.version}" in told
     assert "! neither fault nor fix was recognised: no sglang.srt.managers.tokenizer_manager" in told
-    assert "_handle_parallel_sampling(self), found (self, n)" in told
+    assert re.search(rf"! wanted {re.escape(target.path)}\(self.*, found \(self, further", told)
+
+
+def a_method(version: Version) -> Target:
+    """One that a patch replaces on that release, and that is not where the tokenizer is."""
+    applied = [spec for spec in our_patches() if (cell := spec.cell(version)) and cell.state == "apply"]
+    targets = [target for spec in applied for target in spec.targets_on(version)]
+    return next(t for t in targets if t.name.count(".") == 1 and t.module != TOKENIZER)
 
 
 def test_a_wheel_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The version is read from the wheel; a release of the table is compared with its own record."""
-    real = release(matrix().engines[-1])
+    real = release(matrix().newest)
     wheel = tmp_path / f"sglang-{real.version}-py3-none-any.whl"
     assert real.root is not None
     with zipfile.ZipFile(wheel, "w") as archive:

@@ -28,6 +28,7 @@ RECEIVER, SCHEDULER = (module for module, _ in RECEIVERS)
 WRAPPED = "self.text = [self.text]; self.image_data = [self.image_data]"
 
 # Patch, module, what is put in place of what, and the fault that appears or, after "-", goes; None: unknown.
+# By the release whose code is quoted: it may be any that has it.
 Change = tuple[str, str, tuple[str, str], str | None]
 CHANGES: dict[str, list[Change]] = {
     "0.5.9": [
@@ -99,12 +100,12 @@ CHANGES: dict[str, list[Change]] = {
         ("shm_pointer", MM_UTILS, ("self.tensor.clone()", "self.tensor.mend()"), None),
     ],
     "0.5.23": [
-        ("shm_pointer", MM_UTILS, ("os.posix_fallocate", "frombuffer"), "no_reserve"),
+        ("shm_pointer", MM_UTILS, ("os.posix_fallocate", "frombuffer"), "sigbus_on_full_shm"),
         ("shm_pointer", MM_UTILS, ("os.posix_fallocate", "reserve_in_a_new_way"), None),
         ("shm_pointer", MM_UTILS, ("ACCESS_COPY", "ACCESS_WRITE"), "clones_on_receipt"),
-        ("shm_pointer", MM_UTILS, ("except OSError as e", "except KeyError as e"), "no_inline"),
-        ("shm_pointer", MM_UTILS, ("except Exception as e", "except KeyError as e"), "open_raises_in_setstate"),
-        ("shm_pointer", RECEIVER, ("except Exception:", "except KeyError:"), "no_isolation"),
+        ("shm_pointer", MM_UTILS, ("except OSError as e", "except KeyError as e"), "full_shm_fails_request"),
+        ("shm_pointer", MM_UTILS, ("except Exception as e", "except KeyError as e"), "raises_in_setstate"),
+        ("shm_pointer", RECEIVER, ("except Exception:", "except KeyError:"), "lost_segment_ends_server"),
         ("shm_pointer", RECEIVER, ("all_reduce(", "vote("), None),
         ("shm_pointer", MM_UTILS, ("class ShmPointerMMData", "class Pointer"), None),
         ("tp_barrier", RECEIVER, ("barrier(group=parallel.attn", "print(of=parallel.attn"), "barrier_on_tp_only"),

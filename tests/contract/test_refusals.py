@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from mmlane.compat import plan
+from mmlane.compat import matrix, plan
 from mmlane.engine import Engine
 from mmlane.engine.source import EngineSource, defined
 from mmlane.patching import PatchSpec, Target
@@ -19,7 +19,7 @@ from mmlane.settings import Settings
 from tools.releases import our_patches, release
 
 # One release for each shape that the targets have.
-RELEASES = ("0.5.9", "0.5.12.post1", "0.5.14", "0.5.20", "0.5.23")
+RELEASES = ("0.5.9", "0.5.12.post1", "0.5.14", "0.5.20", str(matrix().newest))
 Mutation = Callable[[Path, Target], str]
 
 

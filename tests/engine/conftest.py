@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmlane.compat import matrix
-from tests.conftest import SIX, WITHOUT_LANE
+from tests.conftest import EVERY, WITHOUT_LANE
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
@@ -39,10 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _place(item: pytest.Item) -> tuple[int, ...]:
     assert isinstance(item, pytest.Function)
     parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
-    releases = [str(version) for version in matrix().engines]
-    if parameters.get("version") not in releases:  # none, or one is skipped because none was chosen
+    if parameters.get("version") not in EVERY:  # none, or one is skipped because none was chosen
         return (0,)
-    release = releases.index(parameters["version"])
+    release = EVERY.index(parameters["version"])
     mode = parameters.get("mode") or next((mode for mode in MODES if f"{mode}_server" in item.fixturenames), None)
     if mode is None:
         return (1, release, 0)
@@ -67,7 +65,7 @@ def backport_server(
     version: str, unpatched: Any, plugin_wheel: Path, request: pytest.FixtureRequest
 ) -> Iterator[WatchedServer]:
     """A release with the back-ports alone."""
-    if request.config.getoption("--engines") == ",".join(SIX) and version not in WITHOUT_LANE:
+    if request.config.getoption("--engines") == "usual" and version not in WITHOUT_LANE:
         pytest.skip("the back-ports alone: with --engines all, or naming this release")
     end_the_one_before()
     env = {"MMLANE": "backport", "MMLANE_LOG": "debug"}

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.engine
 MSGPACK = Version("0.5.19")
 
 
-@pytest.mark.releases("0.5.23", "0.5.9", "0.5.12.post1", "0.5.18", "0.5.19", "0.5.21")
+@pytest.mark.releases("newest", "0.5.9", "0.5.12.post1", "0.5.18", "0.5.19", "0.5.21")
 def test_images_travel_by_a_transport_that_was_added(
     release: str, plugin_wheel: Path, transcripts: Transcripts
 ) -> None:

@@ -47,7 +47,7 @@ def all_arrived(server: WatchedServer, *, answers: int) -> None:
         assert note["override"] is None or any(note["override"] == digests[0] for digests in made), note
 
 
-@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.10", "0.5.15", "0.5.18", "0.5.19", "0.5.21", "0.5.23")
+@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.10", "0.5.15", "0.5.18", "0.5.19", "0.5.21", "newest")
 def test_they_travel_by_the_lane_and_hold_no_room(release: str, plugin_wheel: Path) -> None:
     """The engine keeps them until a request has ended: what a rank takes is a copy, so that others find room."""
     wire = {"SGLANG_USE_PICKLE_IPC": "0"} if release in BY_MESSAGES else {}
@@ -84,7 +84,7 @@ def test_they_travel_by_the_lane_and_hold_no_room(release: str, plugin_wheel: Pa
 
 
 @pytest.mark.matrix
-@pytest.mark.releases("0.5.23", "0.5.12.post1")
+@pytest.mark.releases("newest", "0.5.12.post1")
 def test_they_travel_inline_where_there_is_no_lane(release: str, plugin_wheel: Path) -> None:
     env = {"MMLANE": "backport"}
     with WatchedServer(release, plugin=plugin_wheel, probes=["auxiliary"], env=env) as server:
@@ -95,7 +95,7 @@ def test_they_travel_inline_where_there_is_no_lane(release: str, plugin_wheel: P
 
 
 @pytest.mark.matrix
-@pytest.mark.releases("0.5.23", "0.5.12.post1")
+@pytest.mark.releases("newest", "0.5.12.post1")
 def test_later_pipeline_stages_get_them(release: str, plugin_wheel: Path) -> None:
     args = ["--model-path", str(tiny_qwen2_5_vl()), "--pp-size", "2"]
     with WatchedServer(release, plugin=plugin_wheel, probes=["auxiliary"], args=args, env=ENV) as server:

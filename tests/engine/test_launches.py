@@ -40,7 +40,7 @@ def by_tokens(server: WatchedServer, images: list[bytes], **sampling: object) ->
     return server._counted(images, server.client.post("/generate", request))
 
 
-@pytest.mark.releases("0.5.23", "0.5.9", "0.5.12.post1", "0.5.18", "0.5.21")
+@pytest.mark.releases("newest", "0.5.9", "0.5.12.post1", "0.5.18", "0.5.21")
 def test_without_a_tokenizer(release: str, plugin_wheel: Path) -> None:
     """--skip-tokenizer-init: the engine neither makes pointers nor takes them."""
     args = ["--skip-tokenizer-init"]
@@ -73,7 +73,7 @@ def larger_between_ranks(server: WatchedServer) -> int:
 
 
 @pytest.mark.matrix
-@pytest.mark.releases("0.5.23", "0.5.12.post1")
+@pytest.mark.releases("newest", "0.5.12.post1")
 def test_without_a_tokenizer_and_without_the_lane(release: str, plugin_wheel: Path) -> None:
     """By no segment, which nobody would take: inline, each image at its own size."""
     env = {"MMLANE_CAPACITY_MB": "1"}  # smaller than a feature
@@ -89,7 +89,7 @@ def test_without_a_tokenizer_and_without_the_lane(release: str, plugin_wheel: Pa
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.18", "0.5.23")
+@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.18", "newest")
 def test_an_address_for_the_ranks(release: str, mode: str, plugin_wheel: Path) -> None:
     """On one node, too, some give one. Up to 0.5.18 the engine takes it for several nodes."""
     arguments = ["--dist-init-addr", f"127.0.0.1:{free_port()}", "--enable-metrics"]
@@ -98,7 +98,7 @@ def test_an_address_for_the_ranks(release: str, mode: str, plugin_wheel: Path) -
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.releases("0.5.23", "0.5.10", "0.5.12.post1", "0.5.19")
+@pytest.mark.releases("newest", "0.5.10", "0.5.12.post1", "0.5.19")
 def test_inputs_made_ready_by_one_rank(release: str, mode: str, plugin_wheel: Path) -> None:
     """--enable-broadcast-mm-inputs-process: with the lane each rank has them, and nothing is sent to others."""
     arguments = ["--enable-broadcast-mm-inputs-process"]
@@ -109,7 +109,7 @@ def test_inputs_made_ready_by_one_rank(release: str, mode: str, plugin_wheel: Pa
 
 
 @pytest.mark.matrix
-@pytest.mark.releases("0.5.23", "0.5.12.post1", "0.5.16")
+@pytest.mark.releases("newest", "0.5.12.post1", "0.5.16")
 def test_a_node_for_each_pipeline_stage(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     """Over two nodes, here on one machine: the first stage is on the tokenizer's, and has the lane."""
     address = f"127.0.0.1:{free_port()}"

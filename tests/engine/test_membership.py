@@ -25,7 +25,7 @@ from tests.engine.watching import WatchedServer
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.18", "0.5.23"),
+    pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.18", "newest"),
 ]
 
 JOINING = [point for point in failpoints.READER if point.startswith("join.")]

@@ -101,7 +101,7 @@ def retractions(server: WatchedServer) -> int:
     return sum(map(int, re.findall(r"#retracted_reqs: (\d+)", server.log())))
 
 
-@on("0.5.23")
+@on("newest")
 def test_a_queue_that_is_full(release: str, plugin_wheel: Path) -> None:
     """The engine refuses what comes then with 503; the lane is empty after it, and the next is answered."""
     with WatchedServer(release, plugin=plugin_wheel, tp=1, args=["--max-queued-requests", "2"]) as server:

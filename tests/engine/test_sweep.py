@@ -56,7 +56,7 @@ def says_that_it_has_no_lane(server: WatchedServer) -> None:
 
 
 @pytest.mark.skipif(not can_be_private(), reason="needs the right to make namespaces")
-@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
+@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "newest")
 def test_a_start_reclaims_what_a_crash_left_and_nothing_of_a_living_engine(
     release: str, plugin_wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

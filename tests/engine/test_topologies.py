@@ -66,7 +66,7 @@ def modes(server: WatchedServer, mode: str, producers: int) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
+@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.16", "newest")
 def test_data_parallel(release: str, mode: str, plugin_wheel: Path) -> None:
     """The data-parallel controller decodes every pointer and encodes it again; each replica is a reader group."""
     env = {**DEBUG, "MMLANE": mode}
@@ -76,7 +76,7 @@ def test_data_parallel(release: str, mode: str, plugin_wheel: Path) -> None:
         assert mode == "backport" or looking.lane(server).joined == {"dp0": [0], "dp1": [0]}
 
 
-@pytest.mark.releases("0.5.23", "0.5.9", "0.5.12.post1", "0.5.18")
+@pytest.mark.releases("newest", "0.5.9", "0.5.12.post1", "0.5.18")
 def test_a_replica_on_another_node(release: str, plugin_wheel: Path) -> None:
     """The controller takes what goes there, and sends it inside of the request; all else it passes on."""
     probes = ["elsewhere", "auxiliary", "failures"]
@@ -94,7 +94,7 @@ def test_a_replica_on_another_node(release: str, plugin_wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.releases("0.5.18", "0.5.9", "0.5.12.post1", "0.5.23")
+@pytest.mark.releases("0.5.18", "0.5.9", "0.5.12.post1", "newest")
 def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> None:
     """Two producers, and a main process that only manages them. 0.5.18 is the newest with every kind of patch."""
     arguments = ["--tokenizer-worker-num", "2"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from devkit.environment import Environment, disposable_environment
+from tests.conftest import NEWEST
 from tests.engine import asking, looking
 from tests.engine.asking import image
 from tests.engine.racing import ANSWERED
@@ -25,7 +26,7 @@ from tests.engine.watching import WatchedServer
 pytestmark = pytest.mark.engine
 
 # Relays on the way, too: a router in front of two tokenizer workers, and a data-parallel controller.
-TOPOLOGY = {"0.5.18": ("--tokenizer-worker-num", "2"), "0.5.23": ("--dp", "2")}
+TOPOLOGY = {"0.5.18": ("--tokenizer-worker-num", "2"), NEWEST: ("--dp", "2")}
 
 
 def uninstall(environment: Environment) -> None:
@@ -69,7 +70,7 @@ def started(release: str, environment: Environment, **environ: str) -> WatchedSe
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.releases("0.5.12.post1", "0.5.18", "0.5.23")
+@pytest.mark.releases("0.5.12.post1", "0.5.18", "newest")
 def test_under_a_running_engine(
     release: str,
     change: Callable[[Environment], None],

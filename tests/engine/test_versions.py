@@ -48,7 +48,7 @@ def other_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "installed"
 
 
-@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.18", "0.5.23")
+@pytest.mark.releases("0.5.12.post1", "0.5.9", "0.5.18", "newest")
 def test_ranks_of_another_version(
     release: str, plugin_wheel: Path, other_version: Path, tmp_path: Path, transcripts: Transcripts
 ) -> None:

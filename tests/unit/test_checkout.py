@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import SIX
+from tests.conftest import USUAL
 
 
 def test_the_hooks_are_the_parts_of_make_lint(checkout: Path) -> None:
@@ -26,7 +26,7 @@ def test_engine_tests_of_one_release_can_be_asked_for(checkout: Path) -> None:
     """Also of one that some tests are not for."""
     command = [sys.executable, "-m", "pytest", "tests/engine", "--collect-only", "-q", "--engines"]
     (other,) = set(re.findall(r"--engines (\S+?)[`;]", (checkout / "CONTRIBUTING.md").read_text()))
-    for release in (other, SIX[0]):
+    for release in (other, USUAL[0]):
         found = subprocess.run([*command, release], cwd=checkout, capture_output=True, text=True, check=True)
         assert f"test_metrics_before_the_first_image[{release}]" in found.stdout
 

@@ -37,7 +37,7 @@ def double(original):
 def mmlane_patches():
     return [PatchSpec(
         id="theirs", why="", consequence="x is not doubled", upstream=(), drop_when="", group="theirs",
-        roles=frozenset({{"main"}}), cells=(Cell(Version("0.5.9"), "apply", "because"),),
+        cells=(Cell(Version("0.5.9"), "apply", "because"),),
         targets=(Target("sglang.srt.managers.target", "function", "{signature}", double),),
     )]
 """

@@ -329,10 +329,10 @@ def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(cache_root())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 << 30))
     with pytest.raises(SystemExit, match=r"2 engines to build .* 2\.0 GiB are free: make room"):
-        matrix.room(["0.5.9", "0.5.23"])
-    for made in ("base-0", "engines/0.5.9", "engines/0.5.23"):
+        matrix.room(["0.5.9", "0.5.18"])
+    for made in ("base-0", "engines/0.5.9", "engines/0.5.18"):
         (cache_root() / made).mkdir(parents=True)
-    assert matrix.room(["0.5.9", "0.5.23"]).startswith("0 engines to build")
+    assert matrix.room(["0.5.9", "0.5.18"]).startswith("0 engines to build")
 
 
 def test_no_room_is_needed_where_nothing_is_to_be_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ class Base:
         """On some releases the base class's; it has no part in this."""
 
 
-@pytest.fixture(scope="module", params=[str(version) for version in matrix().engines])
+@pytest.fixture(scope="module", params=[str(version) for version in matrix().engines if TARGET.serves(version)])
 def io_struct(request: pytest.FixtureRequest) -> ModuleType:
     """A module of the engine's name with its `GenerateReqInput` alone."""
     file = wheel_source(request.param) / "sglang/srt/managers/io_struct.py"

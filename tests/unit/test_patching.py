@@ -70,7 +70,6 @@ def spec(id: str, *targets: Target, group: str | None = None, state: str = "appl
         upstream=(),
         drop_when="",
         group=group or id,
-        roles=frozenset({"main"}),
         cells=(Cell(Version("1"), state, "because"),),  # type: ignore[arg-type]
         targets=targets,
     )

@@ -36,6 +36,7 @@ import msgpack  # type: ignore[import-untyped]  # noqa: E402
 
 from devkit.wheels import wheel_source  # noqa: E402
 from mmlane import host, log  # noqa: E402
+from mmlane.compat import matrix  # noqa: E402
 from mmlane.lane import (  # noqa: E402
     Invitation,
     Lane,
@@ -63,7 +64,7 @@ from tests.lane.harness.breakpoints import Gate  # noqa: E402
 from tests.lane.harness.child import run  # noqa: E402
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread  # noqa: E402
 
-ENGINE = "0.5.23"  # its own class stands on 0.5.21 and later
+ENGINE = str(matrix().newest)  # its own class stands on 0.5.21 and later
 MM_UTILS = "sglang.srt.managers.mm_utils"
 PARENTS = ("sglang", "sglang.srt", "sglang.srt.managers")
 LARGE = SMALL + 1

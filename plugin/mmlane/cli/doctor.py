@@ -160,7 +160,7 @@ def _patch(decision: Decision) -> Row:
     """A patch's state, and its fault, said such that a fixed fault is not taken for a present one."""
     id, reason = decision.spec.id, decision.explanation
     if decision.state in ("planned", "applied"):
-        return "applied", id, f"fixed; without mmlane: {reason}"
+        return "applied", id, f"fixes: {reason}"
     if decision.state == "native":
         return "native", id, f"already in the engine: {reason}"
     return decision.state, id, reason

@@ -15,11 +15,16 @@ State = Literal["apply", "native"]
 
 @dataclass(frozen=True)
 class Cell:
-    """What a patch does on the engine versions from `since` up to the next cell."""
+    """What a patch does on the engine versions from `since` up to the next cell.
+
+    `reason`: for "apply" what it fixes there, completing "fixes: ..."; for "native" how the engine does it.
+    `faults` are the ids of what it fixes, where `tools/probes.py` knows them.
+    """
 
     since: Version
     state: State
     reason: str
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,9 @@ class PatchSpec:
     """One fix. `cells` say on which engine versions it is applied and on which the engine has it.
 
     Patches of one `group` need each other: the group is applied whole or not at all. A patch that `needs` others
-    is skipped where one of them is, not the other way round. `modes`: where it is wanted. `roles` are the kinds of
-    process whose behaviour it changes ("main", "tokenizer", "dp_controller", "scheduler", "detokenizer").
-    `consequence` says, in a user's words, what follows where it is missing.
+    is skipped where one of them is, not the other way round. `modes`: where it is wanted.
+    `consequence` says, in a user's words, what follows where it is missing. `relies_on`: dotted paths of what it
+    leans on in the engine besides its targets, on any release; `make matrix-new` tells which of it has changed.
     """
 
     id: str
@@ -108,11 +113,11 @@ class PatchSpec:
     upstream: tuple[str, ...]
     drop_when: str
     group: str
-    roles: frozenset[str]
     cells: tuple[Cell, ...]
     targets: tuple[Target, ...]
     modes: frozenset[str] = frozenset({"lane", "backport"})
     needs: frozenset[str] = frozenset()
+    relies_on: tuple[str, ...] = ()
 
     def cell(self, version: Version) -> Cell | None:
         """The cell that holds for an engine version, or None below the oldest."""

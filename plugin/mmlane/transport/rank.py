@@ -1,4 +1,4 @@
-"""The end of the lane in a rank, or in the controller of replicas: it joins the lanes that invite it, and takes tickets."""
+"""The lane's end in a rank, or in the controller of replicas: it joins lanes, and takes tickets."""
 
 from __future__ import annotations
 
