@@ -163,20 +163,6 @@ def main() -> None:
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     table = Table("release, images", "mode", *COLUMNS, box=None)
-<<<<<<< HEAD
-    with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:
-        wheel = build_wheel(Path(scratch))
-        for release in options.releases:
-            for images in IMAGES:
-                found = {mode: Figures() for mode in MODES}
-                for _, mode in order(MODES, options.rounds):
-                    measure(release, images, mode, wheel, options.requests, found[mode])
-                for mode, figures in found.items():
-                    table.add_row(f"{release}, {images}", mode, *_cells(figures, found["off"], mode))
-                payload = found["lane"].payload
-                table.add_row("", f"bare, {payload >> 20} MiB", "", f"{bare(payload) * 1e3:.0f}")
-=======
->>>>>>> benchnodes
     console.print(f"{facts()['cores']} cores ({processor()}), mmlane {facts()['commit']}")
     try:
         with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:
