@@ -22,15 +22,13 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from bench.machine import facts, processor
-from devkit.nodes import LINK, Network
-from devkit.server import dies_with_us, free_port
+from bench.harness import command, machine, tables
+from bench.harness.nodes import run_on_each
+from bench.harness.tables import Grid
+from devkit.nodes import Network
+from devkit.server import dies_with_us
 
 NODES = (2, 3, 4, 8)
 READERS = 4
@@ -40,24 +38,9 @@ PAGE = 4096
 
 def measured(nodes: int, readers: int, nbytes: int, times: int, rate: str | None) -> dict[str, list[float]]:
     """Seconds of each column."""
-    with Network(nodes, rate) as network, ExitStack() as ending:
-        address = f"tcp://{network.address(0)}:{free_port()}"
-        ends = []
-        for rank in range(nodes):
-            words = ["--end", str(rank), str(nodes), str(readers), str(nbytes), str(times), address]
-            command = network.inside(rank, [sys.executable, "-m", "bench.crossing", *words])
-            end = subprocess.Popen(
-                [*dies_with_us(), *command],
-                env={**os.environ, "GLOO_SOCKET_IFNAME": LINK, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-            )
-            ending.callback(end.kill)
-            ends.append(end)
-        said = [end.communicate()[0] for end in ends]
-        if any(end.returncode for end in ends):
-            raise RuntimeError(f"an end failed: {[end.returncode for end in ends]}")
-    found: dict[str, list[float]] = json.loads(said[0].splitlines()[-1])
-    return found
+    with Network(nodes, rate) as network:
+        found: dict[str, list[float]] = run_on_each(network, "bench.crossing", nodes, readers, nbytes, times)
+        return found
 
 
 def end_of_link(rank: int, nodes: int, readers: int, nbytes: int, times: int, address: str) -> None:
@@ -168,9 +151,7 @@ def reader(invitation: str, number: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.crossing", description=(__doc__ or "").partition(":")[0]
-    )
+    parser = command.parser("crossing", __doc__)
     parser.add_argument("--nodes", type=int, nargs="+", default=NODES, metavar="N")
     parser.add_argument("--readers", type=int, default=READERS, help="on each node but the first (4)")
     parser.add_argument("--mib", type=int, default=64, help="payload (64)")
@@ -185,19 +166,20 @@ def main() -> None:
     elif options.reader:
         reader(options.reader[0], int(options.reader[1]))
     else:
-        table = Table("nodes", *(f"{name}, ms" for name in COLUMNS), box=None)
-        first: dict[str, float] = {}
+        console = tables.console()
+        console.print(machine.in_short())
+        rate = options.rate or "as fast as the machine"
+        console.print(f"{options.mib} MiB, {options.readers} readers a node, links: {rate}")
+        middle: dict[int, dict[str, float]] = {}
         for nodes in options.nodes:
             found = measured(nodes, options.readers, options.mib << 20, options.times, options.rate)
-            middle = {name: statistics.median(found[name]) for name in COLUMNS}
-            first = first or middle
-            cells = [f"{middle[name] * 1e3:.0f} ({middle[name] / first[name]:.1f} x)" for name in COLUMNS]
-            table.add_row(str(nodes), *cells)
-        console = Console(highlight=False)
-        rate = options.rate or "as fast as the machine"
-        console.print(f"{facts()['cores']} cores ({processor()}), mmlane {facts()['commit']}")
-        console.print(f"{options.mib} MiB, {options.readers} readers a node, links: {rate}")
-        console.print(table)
+            middle[nodes] = {name: statistics.median(found[name]) for name in COLUMNS}
+        first = middle[options.nodes[0]]
+        rows = [
+            [str(nodes), *(f"{of[name] * 1e3:.0f} ({of[name] / first[name]:.1f} x)" for name in COLUMNS)]
+            for nodes, of in middle.items()
+        ]
+        tables.render([Grid("Between nodes", ["nodes", *(f"{name}, ms" for name in COLUMNS)], rows)], console)
 
 
 if __name__ == "__main__":

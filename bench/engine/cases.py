@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bench.engine.probe.sitecustomize import EMBEDDING
-from bench.transport.cases import MIB, size
+from bench.harness.sizes import MIB, size
 from devkit.client import IMAGE_SLOT, data_url
 from devkit.images import jpeg
 

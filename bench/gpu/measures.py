@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from bench.gpu.device import Device, Watcher
-from bench.gpu.records import COPY, Record, absent
+from bench.gpu.records import COPY
 from bench.gpu.team import Round, Team, take_turns
 from bench.gpu.ways import (
     LANE_PAGEABLE,
@@ -23,10 +23,11 @@ from bench.gpu.ways import (
     TORCH_PINNED,
     Load,
 )
-from bench.gpu.workers import Worker
-from bench.transport.cases import GIB, MIB, size
-from bench.transport.clock import seconds, stamp
-from bench.transport.group import Failed, Refusal
+from bench.gpu.workers import Spawned, spawned
+from bench.harness.clock import seconds, stamp
+from bench.harness.results import Record, absent
+from bench.harness.sizes import GIB, MIB, size
+from bench.harness.workers import Failed, Refusal
 from mmlane.lane import memory
 from mmlane.lane.cuda import Cuda
 
@@ -76,7 +77,7 @@ def _room(load: Load) -> int:
     return load.nbytes + load.count * memory.PAGE + 4 * MIB
 
 
-def contexts(plan: Plan) -> Iterator[Record]:
+def contexts(plan: Plan) -> Iterator[Record[str]]:
     """GPU memory that a consumer adds."""
     producing, consuming = plan.devices[0], plan.devices[-1]
     case = f"producer on GPU {producing.index}, consumer on GPU {consuming.index}"
@@ -87,7 +88,7 @@ def contexts(plan: Plan) -> Iterator[Record]:
         yield absent("contexts", case, POOL, Refusal(reason))
     load = _words(MIB)
     found: dict[str, list[dict[int, int]]] = {way: [] for way in ways}
-    with _watcher(plan) as watcher:
+    with spawned(Watcher, plan.devices) as watcher:
         for _ in range(plan.fresh):
             for way in list(ways):
                 try:
@@ -102,7 +103,7 @@ def contexts(plan: Plan) -> Iterator[Record]:
         yield Record("contexts", case, way, figures=figures)
 
 
-def _added(way: str, load: Load, watcher: Worker, producing: Device, consuming: Device) -> dict[int, int]:
+def _added(way: str, load: Load, watcher: Spawned, producing: Device, consuming: Device) -> dict[int, int]:
     """Bytes on each GPU that one consumer adds, its allocator's left out."""
     with Team([consuming], _room(load), producing) as team:
         team.offer(way)
@@ -115,17 +116,7 @@ def _added(way: str, load: Load, watcher: Worker, producing: Device, consuming: 
     return {index: after[index] - before[index] - own * (index == consuming.index) for index in after}
 
 
-@contextmanager
-def _watcher(plan: Plan) -> Iterator[Worker]:
-    worker = Worker(Watcher, plan.devices)
-    try:
-        worker.answer()
-        yield worker
-    finally:
-        worker.end()
-
-
-def h2d(plan: Plan) -> Iterator[Record]:
+def h2d(plan: Plan) -> Iterator[Record[str]]:
     """GB/s to the device, by size."""
     room = _room(_words(max(plan.sizes)))
     with Team(plan.devices[:1], room, plan.devices[0]) as team:
@@ -144,7 +135,7 @@ def h2d(plan: Plan) -> Iterator[Record]:
             yield from _records("h2d", load.label, load, plan, ways, problems, figures, again)
 
 
-def concurrent(plan: Plan) -> Iterator[Record]:
+def concurrent(plan: Plan) -> Iterator[Record[str]]:
     """GB/s of several processes together."""
     load = _words(plan.shared)
     for processes in plan.processes:
@@ -160,27 +151,24 @@ def concurrent(plan: Plan) -> Iterator[Record]:
             yield from _records("concurrent", case, load, plan, ways, problems, figures)
 
 
-def registration(plan: Plan) -> Iterator[Record]:
+def registration(plan: Plan) -> Iterator[Record[str]]:
     """Seconds per GiB to pin and unpin."""
     found: dict[tuple[int, str], list[float]] = {}
-    worker = Worker(Registrar, plan.devices[0])
     try:
-        worker.answer()
-        for number in range(1 + plan.rounds):
-            for nbytes in plan.registered:
-                for pages in ("fresh", "populated"):
-                    for what, took in worker.call("measure", nbytes, pages == "populated").items():
-                        way = what if what == COPY else f"{what}, {pages}"
-                        found.setdefault((nbytes, way), []).extend([took] if number else [])
+        with spawned(Registrar, plan.devices[0]) as worker:
+            for number in range(1 + plan.rounds):
+                for nbytes in plan.registered:
+                    for pages in ("fresh", "populated"):
+                        for what, took in worker.call("measure", nbytes, pages == "populated").items():
+                            way = what if what == COPY else f"{what}, {pages}"
+                            found.setdefault((nbytes, way), []).extend([took] if number else [])
     except (Failed, Refusal) as problem:
         yield absent("registration", "all", "register", problem)
-    finally:
-        worker.end()
     for (nbytes, way), times in found.items():
         if not times:
             continue
         figures = {"s/GiB": [took * GIB / nbytes for took in times]}
-        yield Record("registration", size(nbytes), way, nbytes, figures=figures)
+        yield Record("registration", size(nbytes), way, figures=figures)
 
 
 class Registrar:
@@ -225,7 +213,7 @@ class Registrar:
     def close(self) -> None: ...
 
 
-def first_byte(plan: Plan) -> Iterator[Record]:
+def first_byte(plan: Plan) -> Iterator[Record[str]]:
     """From the producer's CPU to the consumer's GPU, all in."""
     load, room = plan.images, max(plan.room, _room(plan.images))
     producing = plan.devices[0]
@@ -235,7 +223,7 @@ def first_byte(plan: Plan) -> Iterator[Record]:
         teams: dict[str, Team] = {}
         problems: dict[str, Exception] = {}
         with ExitStack() as scope:
-            watcher = scope.enter_context(_watcher(plan))
+            watcher = scope.enter_context(spawned(Watcher, plan.devices))
             for way in FIRST_BYTE:
                 before = watcher.call("used")
                 team = scope.enter_context(Team([consuming], room, producing))
@@ -260,7 +248,7 @@ def first_byte(plan: Plan) -> Iterator[Record]:
                     "GPU MiB": [gpu_bytes[way] / MIB],
                     "host pinned MiB": [room / MIB if way == LANE_PINNED else 0.0],
                 }
-                yield Record("first byte", case, way, load.nbytes, figures=figures)
+                yield Record("first byte", case, way, figures=figures)
         for way, reason in problems.items():
             yield absent("first byte", case, way, reason)
 
@@ -288,17 +276,17 @@ def _records(
     problems: dict[str, Exception],
     figures: Callable[[Sequence[Round]], dict[str, list[float]]],
     again: int = 0,
-) -> Iterator[Record]:
+) -> Iterator[Record[str]]:
     for way, problem in problems.items():
         yield absent(measure, case, way, problem)
     for way, found in take_turns(ways, load, plan.warm + plan.rounds, again).items():
         if isinstance(found, Exception):
             yield absent(measure, case, way, found)
         else:
-            yield Record(measure, case, way, load.nbytes, figures=figures(found))
+            yield Record(measure, case, way, figures=figures(found))
 
 
-MEASURES: dict[str, Callable[[Plan], Iterator[Record]]] = {
+MEASURES: dict[str, Callable[[Plan], Iterator[Record[str]]]] = {
     "contexts": contexts,
     "h2d": h2d,
     "concurrent": concurrent,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.device import Device
-from bench.transport.group import Refusal
+from bench.harness.workers import Refusal
 from mmlane.lane import Invitation, Lane, Reader, Refused, memory
 
 TORCH_PINNED, PAGEABLE, SHARED = "torch pinned", "pageable", "shared"

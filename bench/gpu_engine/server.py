@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from bench.harness.machine import CHECKOUT
 from devkit.client import Client
 from devkit.processes import Family
 from devkit.server import ServerDied, dies_with_us, free_port
 
 PLATFORM = "mmlane_bench_gpu"
-_CHECKOUT = Path(__file__).resolve().parents[2]
 _INSIDE = Path(__file__).with_name("inside")
 _READY_S = 180.0
 _LOOK_S = 0.2
@@ -124,7 +124,7 @@ def environ(ours: Mapping[str, str], mode: str, scratch: Path) -> dict[str, str]
     kept = {k: v for k, v in ours.items() if not k.startswith(("PYTHON", "SGLANG_", "MMLANE"))}
     return {
         **kept,
-        "PYTHONPATH": os.pathsep.join(map(str, (_INSIDE, scratch, _CHECKOUT))),
+        "PYTHONPATH": os.pathsep.join(map(str, (_INSIDE, scratch, CHECKOUT))),
         "SGLANG_PLATFORM": PLATFORM,
         "MMLANE": mode,
         "HF_HUB_OFFLINE": "1",

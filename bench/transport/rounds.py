@@ -1,4 +1,4 @@
-"""What one round comes to: passed from a peer's producer to the benchmark, which has no need of torch for it."""
+"""What one round comes to: passed from a way's producer to the benchmark, which has no need of torch for it."""
 
 from __future__ import annotations
 

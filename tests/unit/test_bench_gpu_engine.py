@@ -17,10 +17,12 @@ import pytest
 
 pytest.importorskip("torch")
 
+from bench.engine.asking import Unanswered
 from bench.gpu_engine import __main__ as command
-from bench.gpu_engine.records import Record, Results, about, table
-from bench.gpu_engine.requests import CASES, Case, Images, Unanswered, rounds
+from bench.gpu_engine.records import Results, about, table
+from bench.gpu_engine.requests import CASES, Case, Images, rounds
 from bench.gpu_engine.server import PLATFORM, end, entry_point, environ
+from bench.harness.results import Record
 from devkit.client import Client
 from devkit.processes import Family
 from mmlane.lane import Lane
@@ -34,13 +36,17 @@ def made_up() -> Results:
         "memory_bytes": 1 << 30, "kernel": "6", "commit": "abc", "began": "now",
     }  # fmt: skip
     records = [
-        Record("off", "1 image", [0.2, 0.1, 0.3], [["a"], ["b"], ["c"]]),
-        Record("off", "2 images", [0.2], [["a"]]),
-        Record("lane", "1 image", [0.1, 0.1, 0.1], [["a"], ["b"], ["c"]]),
-        Record("lane", "2 images", [0.2], [["x"]]),
+        Record("", "1 image", "off", figures={"seconds": [0.2, 0.1, 0.3]}),
+        Record("", "2 images", "off", figures={"seconds": [0.2]}),
+        Record("", "1 image", "lane", figures={"seconds": [0.1, 0.1, 0.1]}),
+        Record("", "2 images", "lane", figures={"seconds": [0.2]}),
     ]
+    texts = {
+        "off": {"1 image": [["a"], ["b"], ["c"]], "2 images": [["a"]]},
+        "lane": {"1 image": [["a"], ["b"], ["c"]], "2 images": [["x"]]},
+    }
     lanes: dict[str, list[dict[str, Any]]] = {"off": [], "lane": [{"stats": {"tickets": 0}, "problem": None}]}
-    return Results(machine, records, lanes, {"off": [], "lane": ["something"]})
+    return Results(machine, records, texts, lanes, {"off": [], "lane": ["something"]})
 
 
 def test_the_table_has_medians_ratios_and_whether_texts_are_the_same() -> None:
