@@ -26,14 +26,15 @@ KINDS = ("silent", "wrong proof", "nonsense")
 UNIT = 20_000  # steps of Python work between two puts: about half a millisecond
 
 
-def connect(name: str, kind: str, a_second: float, on: Event, end: Event) -> None:
-    """Connect to a lane so many times a second, while `on` is set."""
+def connect(name: str, kind: str, a_second: float, up: Event, on: Event, end: Event) -> None:
+    """Connect to a lane so many times a second, while `on` is set. `up`: this process has started."""
     messages = {
         "silent": b"",
         "wrong proof": protocol.hello(secrets.token_bytes(32), "tp", 0, "nonce"),
         "nonsense": b"\xff" * 100,
     }
     held: list[socket.socket] = []
+    up.set()
     while not end.is_set():
         on.wait(1.0)
         due = time.monotonic()
@@ -78,9 +79,10 @@ def main() -> None:
         assert lane.wait_open(30)
         loop(lane, reader, 1.0)
         for kind in KINDS:
-            on, end = spawn.Event(), spawn.Event()
-            process = spawn.Process(target=connect, args=(lane.name, kind, arguments.a_second, on, end))
+            up, on, end = (spawn.Event() for _ in range(3))
+            process = spawn.Process(target=connect, args=(lane.name, kind, arguments.a_second, up, on, end))
             process.start()
+            up.wait()
             work: dict[bool, list[float]] = {False: [], True: []}
             puts: dict[bool, list[float]] = {False: [], True: []}
             before = lane.stats().rejected_peers

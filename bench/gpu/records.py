@@ -1,5 +1,7 @@
-"""The results: for each measure, case and way the figures of each round; goals and ratios are computed from them and
-nothing else. Of a record's figures the first is what is compared."""
+"""The results: for each measure, case and way the figures of each round; goals and ratios are computed from them.
+
+Of a record's figures the first is what is compared.
+"""
 
 from __future__ import annotations
 
