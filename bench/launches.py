@@ -15,19 +15,18 @@ function that splits them, and with the plugin's way of sending what is left ins
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.engine.asking import ask, probed
-from bench.engine.cases import Case
+from bench.engine.cases import Case, body, question
 from bench.engine.inside import call_inside
 from bench.engine.modes import BLOCKED, HELD, LATENCY, RECEIVED, compare, of_requests, parser, rows
 from bench.harness import command, machine, tables
 from bench.harness.results import Results
 from bench.harness.tables import Grid
-from devkit.client import IMAGE_SLOT, data_url
+from devkit.client import data_url
 from devkit.demo import build_wheel
 from devkit.images import jpeg
 from devkit.server import EngineServer, free_port
@@ -52,6 +51,10 @@ class Launch:
         address = [] if self.by_tokens else [f"127.0.0.1:{free_port()}"]
         return [self.flag, *address]
 
+    def prompt(self, number: int) -> dict[str, Any]:
+        tokens = [*IMAGE_TOKENS * IMAGES, *WORD, number % 200]
+        return {"input_ids": tokens} if self.by_tokens else question(IMAGES, number)
+
     def __str__(self) -> str:
         return f"{self.release} {self.flag}"
 
@@ -62,7 +65,8 @@ LAUNCHES = (Launch("0.5.23", "--skip-tokenizer-init", by_tokens=True), Launch("0
 def measure(launch: Launch, plugin: Path | None, count: int) -> dict[str, list[float]]:
     """One server, and so many requests to it that count."""
     pictures = [data_url(jpeg(1280, 720, seed)) for seed in range(IMAGES)]
-    bodies = [_body(launch, pictures, number) for number in range(UNCOUNTED + count)]
+    prompts = [launch.prompt(number) for number in range(UNCOUNTED + count)]
+    bodies = [body(prompt, pictures, ignore_eos=True) for prompt in prompts]
     case = Case("image", IMAGES)
     with tempfile.TemporaryDirectory(prefix=command.SCRATCH) as scratch:
         notes = Path(scratch)
@@ -70,19 +74,6 @@ def measure(launch: Launch, plugin: Path | None, count: int) -> dict[str, list[f
             ask(server, bodies[:UNCOUNTED], case)
             answered = ask(server, bodies[UNCOUNTED:], case)
         return of_requests(notes, answered, server.tp)
-
-
-def _body(launch: Launch, pictures: Sequence[str], number: int) -> dict[str, Any]:
-    word = [*WORD, number % 200]
-    if launch.by_tokens:
-        prompt: dict[str, Any] = {"input_ids": IMAGE_TOKENS * IMAGES + word}
-    else:
-        prompt = {"text": IMAGE_SLOT * IMAGES + f"What is this? ({number})"}
-    return {
-        **prompt,
-        "image_data": list(pictures),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
-    }
 
 
 def pickled() -> dict[str, float]:

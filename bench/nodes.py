@@ -24,17 +24,16 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.engine.asking import ask, per_request, probed, read_notes, slowest
-from bench.engine.cases import Case
+from bench.engine.cases import Case, body, question
 from bench.engine.modes import BLOCKED, HELD, LATENCY, RECEIVED, compare, of_requests, parser, rows
 from bench.engine.records import Measure
 from bench.harness import command, machine, tables
 from bench.harness.nodes import run_on_each
 from bench.harness.results import Results
 from bench.harness.tables import Grid
-from devkit.client import IMAGE_SLOT, data_url
+from devkit.client import data_url
 from devkit.demo import build_wheel
 from devkit.images import jpeg
 from devkit.nodes import Network, OnNodes
@@ -72,21 +71,13 @@ def measure(images: Images, plugin: Path | None, count: int) -> dict[str, list[f
             answered, arrived = [], []
             for number in range(UNCOUNTED + count):
                 before = server.network.received(1)
-                answered += ask(server, [_body(pictures, number)], case)
+                answered += ask(server, [body(question(images.count, number), pictures, ignore_eos=True)], case)
                 arrived.append(server.network.received(1) - before)
-            text = ask(server, [_body([], number) for number in range(count)], case)
+            text = ask(server, [body(question(0, number), [], ignore_eos=True) for number in range(count)], case)
         figures = of_requests(notes, answered[UNCOUNTED:], RANKS)
         figures["of_text"] = slowest(per_request(read_notes(notes), text, 1), "text", RANKS)
     figures["crossed"] = [nbytes / figures["bytes"][-1] for nbytes in arrived[UNCOUNTED:]]
     return figures
-
-
-def _body(pictures: list[str], number: int) -> dict[str, Any]:
-    return {
-        "text": IMAGE_SLOT * len(pictures) + f"What is this? ({number})",
-        **({"image_data": pictures} if pictures else {}),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
-    }
 
 
 def bare(nbytes: int, times: int = 20) -> float:

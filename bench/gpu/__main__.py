@@ -15,9 +15,9 @@ from bench.gpu.device import Device, Watcher, lacking
 from bench.gpu.measures import MEASURES, Plan
 from bench.gpu.records import REHEARSAL, Results, ratios
 from bench.gpu.report import about, draw, grids
-from bench.gpu.workers import hurry, spawned
 from bench.harness import command, tables
 from bench.harness.results import absent
+from bench.harness.spawned import hurry, spawned
 from bench.harness.workers import Failed
 
 
@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace, path: Path, console: Console) -> Result
         plan = plan.quick()
     results = Results(note=REHEARSAL if options.rehearse else "")
     if options.rehearse:
-        hurry()
+        hurry("bench.gpu.device", "bench.gpu.team", "bench.gpu.measures")
     try:
         with spawned(Watcher, plan.devices) as watcher:
             results.machine = watcher.call("facts") | {"quick": options.quick}

@@ -23,10 +23,10 @@ from bench.gpu.ways import (
     TORCH_PINNED,
     Load,
 )
-from bench.gpu.workers import Spawned, spawned
 from bench.harness.clock import seconds, stamp
 from bench.harness.results import Record, absent
 from bench.harness.sizes import GIB, MIB, size
+from bench.harness.spawned import Spawned, spawned
 from bench.harness.workers import Failed, Refusal
 from mmlane.lane import memory
 from mmlane.lane.cuda import Cuda

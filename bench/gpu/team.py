@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bench.gpu.device import Device
 from bench.gpu.ways import Load, Receiver, Sender, fill, is_right, mark, receiver, sender
-from bench.gpu.workers import Spawned, gather
 from bench.harness.clock import seconds, stamp
 from bench.harness.memory import available, tidy
+from bench.harness.spawned import Spawned, gather
 from bench.harness.turns import turns
 from bench.harness.workers import Failed, Refusal
 

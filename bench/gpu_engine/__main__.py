@@ -28,7 +28,6 @@ MODES = ("off", "lane")
 ROUNDS = 6
 _UNCOUNTED = 2
 _WRITER = CHECKOUT / "devkit" / "checkpoint_writer.py"
-_SHM = Path("/dev/shm")
 _SETTLED_S = 15.0
 _LOOK_S = 0.5
 
@@ -68,7 +67,7 @@ def lacking() -> str | None:
 def machine() -> dict[str, Any]:
     """The GPU, the machine and what is installed."""
     from bench.gpu.device import Device, Watcher
-    from bench.gpu.workers import spawned
+    from bench.harness.spawned import spawned
 
     with spawned(Watcher, [Device(0)]) as watcher:  # its context on the GPU ends with it
         found = watcher.call("facts")
@@ -83,10 +82,9 @@ def measure(options: argparse.Namespace, results: Results, path: Path, console: 
         scratch = Path(directory)
         model = options.model or _tiny(scratch)
         for mode in options.modes:
-            before = _names()
-            log = options.out / f"gpu-engine-{mode}.log"
+            server = Server(model, mode, scratch)
             try:
-                with Server(model, mode, scratch, log) as server:
+                with server:
                     images = Images()  # the same for each mode
                     for case in CASES:
                         found = list(rounds(server.client, case, images, _UNCOUNTED + ROUNDS))
@@ -97,9 +95,10 @@ def measure(options: argparse.Namespace, results: Results, path: Path, console: 
                         console.print(f"{mode}: {case}: done")
                     results.lanes[mode] = settled(server)
             except (ServerDied, Unanswered) as problem:
-                console.print(f"{mode}: {problem} (log: {log})")
+                console.print(f"{mode}: {problem} (log: {server.log_path})")
                 return False
-            results.left[mode] = sorted(_names() - before)
+            results.left[mode] = sorted(server.shm_listing())
+            server.close()
             results.save(path)
     return True
 
@@ -108,7 +107,7 @@ def settled(server: Server) -> list[dict[str, Any]]:
     """What the server's lane says of itself when no ticket is out, or after a while; [] without a lane."""
     deadline = time.monotonic() + _SETTLED_S
     while True:
-        lanes = [lane for lane in look() if lane.pid in server.pids()]
+        lanes = [lane for lane in look() if lane.pid in {process.pid for process in server.processes()}]
         if not any(lane.stats and lane.stats.tickets for lane in lanes) or time.monotonic() > deadline:
             return [lane.as_dict() for lane in lanes]
         time.sleep(_LOOK_S)
@@ -120,10 +119,6 @@ def _tiny(scratch: Path) -> Path:
     model.mkdir()
     subprocess.run([sys.executable, _WRITER, model, "qwen2_vl"], check=True)
     return model
-
-
-def _names() -> set[str]:
-    return {entry.name for entry in _SHM.iterdir()}
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from bench.harness.sizes import GIB, MIB, size
 from bench.harness.workers import Failed, Refusal
 from bench.transport import records
 from bench.transport.cases import ONE_WAY, Case
-from bench.transport.rounds import Round
+from bench.transport.records import Round
 from bench.transport.team import Team, shared_memory_room
 from bench.transport.ways import Way
 

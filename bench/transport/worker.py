@@ -29,7 +29,7 @@ from bench.transport.cases import Case
 from bench.transport.contract import Producer
 from bench.transport.payload import Payload, sample, sums
 from bench.transport.reading import Reading, serve
-from bench.transport.rounds import Round
+from bench.transport.records import Round
 
 _UNCOUNTED = 100  # one-way messages before those that count
 

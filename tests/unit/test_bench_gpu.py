@@ -19,8 +19,8 @@ from bench.gpu.measures import CONCURRENT, FIRST_BYTE, H2D, IMAGES, MEASURES, Pl
 from bench.gpu.records import REHEARSAL, Results, goals
 from bench.gpu.report import grids
 from bench.gpu.ways import LANE_PINNED, PAGEABLE, SEGMENTS, TORCH_PINNED
-from bench.gpu.workers import interrupts_held
 from bench.harness.results import Record
+from bench.harness.spawned import interrupts_held
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "bench.gpu"]

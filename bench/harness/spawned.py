@@ -1,4 +1,4 @@
-"""Spawned processes that do as they are told over a pipe, and end with the benchmark however that ends."""
+"""Workers that Python spawns; they end with the benchmark however that ends."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from typing import Any
 
 from bench.harness.workers import Failed, Refusal, Worker, answer_of, die_with, obey
 
-_ROLES = ("bench.gpu.device", "bench.gpu.team", "bench.gpu.measures")
 _GRACE_S = 10.0
 
 
 _context: Any = multiprocessing.get_context("spawn")  # each process as fresh as can be
 
 
-def hurry() -> None:
-    """For a rehearsal: fork processes from one that has imported torch, which takes seconds."""
+def hurry(*modules: str) -> None:
+    """For a rehearsal: fork processes from one that has imported these modules, which takes seconds."""
     global _context
     os.environ["OMP_NUM_THREADS"] = "1"  # theirs
     _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(list(_ROLES))
+    _context.set_forkserver_preload(list(modules))
 
 
 class Spawned(Worker):
