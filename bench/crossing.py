@@ -18,17 +18,15 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from typing import Any
 
 from bench.harness import command, machine, tables
 from bench.harness.nodes import run_on_each
+from bench.harness.spawned import Spawned, gather
 from bench.harness.tables import Grid
 from devkit.nodes import Network
-from devkit.server import dies_with_us
 
 NODES = (2, 3, 4, 8)
 READERS = 4
@@ -116,38 +114,34 @@ class Leader:
         from mmlane.transport.wire import TorchWire
 
         made = Lane({"node": readers})
-        words = [sys.executable, "-m", "bench.crossing", "--reader", bytes(made.invitation).hex()]
-        self._readers = [
-            subprocess.Popen(
-                [*dies_with_us(), *words, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            for number in range(readers)
-        ]
+        self._readers = [Spawned(Taking, made.invitation, number) for number in range(readers)]
+        gather(self._readers)
         ranks = list(range(nodes))
         self._landing = Landing(rank, nodes, lambda: TorchWire(ranks), lambda: made, {}, lambda *_: None)
 
     def read(self, ticket: bytes) -> None:
         """Have all readers take it, and wait until they have looked at it."""
         for reader in self._readers:
-            assert reader.stdin is not None
-            reader.stdin.write(ticket.hex() + "\n")
-            reader.stdin.flush()
-        for reader in self._readers:
-            assert reader.stdout is not None
-            reader.stdout.readline()
+            reader.ask("look", ticket)
+        gather(self._readers)
 
 
-def reader(invitation: str, number: int) -> None:
-    """Takes the tickets that come on standard input, and says when it has looked at each page."""
-    from mmlane.lane import Invitation, Reader
+class Taking:
+    """A reader's process."""
 
-    with Reader("node", number) as this:
-        this.join(Invitation.parse(bytes.fromhex(invitation)))
-        for line in sys.stdin:
-            tensor = this.take(bytes.fromhex(line), "view")
-            assert int(tensor[::PAGE].sum()) == len(tensor[::PAGE])
-            del tensor
-            print(flush=True)
+    def __init__(self, invitation: Any, number: int) -> None:
+        from mmlane.lane import Reader
+
+        self._reader = Reader("node", number)
+        self._reader.join(invitation)
+
+    def look(self, ticket: bytes) -> None:
+        """Take a tensor, and look at each page."""
+        tensor = self._reader.take(ticket, "view")
+        assert int(tensor[::PAGE].sum()) == len(tensor[::PAGE])
+
+    def close(self) -> None:
+        self._reader.close()
 
 
 def main() -> None:
@@ -158,13 +152,10 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--rate", help="of each node's link, such as 2gbit; without it what the machine can do")
     parser.add_argument("--end", nargs=6, help=argparse.SUPPRESS)
-    parser.add_argument("--reader", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.end:
         rank, nodes, readers, nbytes, times, address = options.end
         end_of_link(int(rank), int(nodes), int(readers), int(nbytes), int(times), address)
-    elif options.reader:
-        reader(options.reader[0], int(options.reader[1]))
     else:
         console = tables.console()
         console.print(machine.in_short())

@@ -70,18 +70,8 @@ def measure(options: argparse.Namespace, results: Results, path: Path, console: 
             wheel = build_wheel(Path(scratch))
             for release in options.releases:
                 for _, mode in turns(options.modes, rounds):
-                    measuring = Measuring(
-                        release,
-                        mode,
-                        wheel=None if mode == "off" else wheel,
-                        quick=options.quick,
-                        caches=not options.no_caches,
-                        results=results,
-                        keep=lambda: results.save(path),
-                        say=console.print,
-                    )
                     try:
-                        measuring.run(cases)
+                        Measuring(release, mode, wheel, results, path, console.print).run(cases)
                     except ServerDied as error:
                         complete = False
                         console.print(f"{release}, {mode}: {error}")

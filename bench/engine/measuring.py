@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.engine.asking import Unanswered, ask, per_request, probed, read_notes
 from bench.engine.cases import QUICK_REQUESTS, REQUESTS, Bodies, Case
-from bench.engine.records import Results
+from bench.engine.records import REFERENCE, Results
 from bench.harness.command import SCRATCH
 from bench.harness.memory import Memory, Peak, faults
 from bench.harness.results import Record
@@ -19,27 +19,17 @@ from devkit.server import EngineServer
 
 _DEATH_S = 30.0  # how long an engine may take to go down after it broke a connection
 _MOST_UNCOUNTED = 8
-_NO_CACHES = {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
 
 
 class Measuring:
     """One release in one mode and round: the cases, on one server, or more where it dies."""
 
     def __init__(
-        self,
-        release: str,
-        mode: str,
-        *,
-        wheel: Path | None,
-        quick: bool,
-        caches: bool,
-        results: Results,
-        keep: Callable[[], None],
-        say: Callable[[str], None],
+        self, release: str, mode: str, wheel: Path, results: Results, path: Path, say: Callable[[str], None]
     ) -> None:
         self._release, self._mode = release, mode
-        self._wheel, self._quick, self._caches = wheel, quick, caches
-        self._results, self._keep, self._say = results, keep, say
+        self._plugin = None if mode == REFERENCE else wheel
+        self._results, self._path, self._say = results, path, say
         self._bodies = Bodies()
 
     def run(self, cases: Iterable[Case]) -> None:
@@ -54,17 +44,18 @@ class Measuring:
                     case = waiting.pop(0)
                     record = self._measure(server, Path(notes), case)
                     self._results.records.append(record)
-                    self._keep()
+                    self._results.save(self._path)
                     self._say(f"  {case}: {_in_words(record)}")
 
     def _server(self, notes: Path) -> EngineServer:
         env = probed(notes)
-        if self._wheel is not None:
+        if self._plugin is not None:
             env["MMLANE"] = self._mode
-        if not self._caches:
-            env |= _NO_CACHES
-        args = [] if self._caches else ["--disable-radix-cache"]
-        return EngineServer(self._release, plugin=self._wheel, env=env, args=args)
+        args = []
+        if not self._results.machine["caches"]:
+            env["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
+            args = ["--disable-radix-cache"]
+        return EngineServer(self._release, plugin=self._plugin, env=env, args=args)
 
     def _ready(self, server: EngineServer) -> None:
         """Every list of images once, and what there is then is where memory is counted from."""
@@ -82,7 +73,7 @@ class Measuring:
         before = (r for r in self._results.records if (r.group, r.way) == (self._release, self._mode))
         if any(r.status == "died" and r.case.workload == case.workload for r in before):
             return Record(self._release, case, self._mode, "not tried", "it died of that before")
-        count = (QUICK_REQUESTS if self._quick else REQUESTS)[case.concurrency]
+        count = (QUICK_REQUESTS if self._results.machine["quick"] else REQUESTS)[case.concurrency]
         ranks = dict(enumerate(sorted_ranks(server)))
         processes = {"tokenizer": server.pid, **{f"rank{rank}": pid for rank, pid in ranks.items()}}
         try:

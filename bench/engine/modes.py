@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bench.engine.asking import Answered, per_request, read_notes, slowest
-from bench.engine.records import Measure
-from bench.engine.tables import REFERENCE
+from bench.engine.records import REFERENCE, Measure
 from bench.harness import command
 from bench.harness.results import Record, Results
 from bench.harness.tables import number, ratio

@@ -25,6 +25,7 @@ class Measure:
         return f"{self.name}, {self.unit}" if self.unit else self.name
 
 
+REFERENCE = "off"  # the mode in which the plugin is not installed
 _MIB = 1 / (1 << 20)
 CALLS = (
     Measure("send_s", "blocked", "ms", 1e3),

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bench.engine.cases import Case
-from bench.engine.records import CALLS, LATENCY, MEMORY, Measure, Results, ninetieth
+from bench.engine.records import CALLS, LATENCY, MEMORY, REFERENCE, Measure, Results, ninetieth
 from bench.harness.tables import Grid, number, ratio
-
-REFERENCE = "off"
 
 
 def grids(results: Results) -> Iterator[Grid]:
