@@ -19,7 +19,7 @@ CASE = Case(1, JUDGED)
 
 
 def measured() -> Results:
-    """The lane, with rounds of 4, 5 and 9 ms and copies of 4 ms; two ways that have no figures; single messages."""
+    """The lane, with rounds of 4, 5 and 9 ms and copies of 4 ms; two ways without figures; messages."""
     uncounted = [Round(0.1, 0.004, 0.0, 0.0, 0.0, 0.0, 0.0, nbytes) for nbytes in (JUDGED, 2 * JUDGED)]
     rounds = [Round(s, 0.004, 0.002, 0.001, 0.0001, 0.0002, 0.0003, None) for s in (0.009, 0.004, 0.005)]
     (view,) = chosen(["lane view"])
