@@ -27,6 +27,7 @@ from bench.harness.clock import seconds, stamp
 from bench.harness.results import Record, absent
 from bench.harness.sizes import GIB, MIB, size
 from bench.harness.spawned import Spawned, spawned
+from bench.harness.turns import Problem, each
 from bench.harness.workers import Failed, Refusal
 from mmlane.lane import memory
 from mmlane.lane.cuda import Cuda
@@ -90,12 +91,10 @@ def contexts(plan: Plan) -> Iterator[Record[str]]:
     found: dict[str, list[dict[int, int]]] = {way: [] for way in ways}
     with spawned(Watcher, plan.devices) as watcher:
         for _ in range(plan.fresh):
-            for way in list(ways):
-                try:
-                    found[way].append(_added(way, load, watcher, producing, consuming))
-                except (Failed, Refusal) as problem:
-                    yield absent("contexts", case, way, problem)
-                    ways.remove(way)
+            for way, problem in each(
+                ways, lambda way: found[way].append(_added(way, load, watcher, producing, consuming))
+            ):
+                yield absent("contexts", case, way, problem)
     for way in ways:
         figures = {"MiB in all": [sum(added.values()) / MIB for added in found[way]]}
         for device in dict.fromkeys((consuming, producing)):
@@ -221,50 +220,44 @@ def first_byte(plan: Plan) -> Iterator[Record[str]]:
         case = f"{load.label}, GPU {consuming.index}"
         gpu_bytes: dict[str, int] = {}
         teams: dict[str, Team] = {}
-        problems: dict[str, Exception] = {}
         with ExitStack() as scope:
             watcher = scope.enter_context(spawned(Watcher, plan.devices))
-            for way in FIRST_BYTE:
-                before = watcher.call("used")
-                team = scope.enter_context(Team([consuming], room, producing))
-                try:
-                    team.offer(way)
-                    team.join()
-                    team.open(way)
-                    team.round(way, load)
-                    (own,) = team.reserved()
-                except (Failed, Refusal) as problem:
-                    problems[way] = problem
-                    continue
-                gpu_bytes[way] = sum(watcher.call("used").values()) - sum(before.values()) - own
-                teams[way] = team
-            for way, found in take_turns(teams, load, plan.warm + plan.rounds).items():
-                if isinstance(found, Exception):
-                    problems[way] = found
-                    continue
-                figures = {
-                    "ms": [one.total * 1e3 for one in found[plan.warm :]],
-                    "put ms": [one.put * 1e3 for one in found[plan.warm :]],
-                    "GPU MiB": [gpu_bytes[way] / MIB],
-                    "host pinned MiB": [room / MIB if way == LANE_PINNED else 0.0],
-                }
-                yield Record("first byte", case, way, figures=figures)
-        for way, reason in problems.items():
-            yield absent("first byte", case, way, reason)
+
+            def start(way: str) -> None:
+                before = watcher.call("used")  # noqa: B023 - done before the next
+                team = scope.enter_context(Team([consuming], room, producing))  # noqa: B023
+                team.offer(way)
+                team.join()
+                team.open(way)
+                team.round(way, load)
+                (own,) = team.reserved()
+                gpu_bytes[way] = sum(watcher.call("used").values()) - sum(before.values()) - own  # noqa: B023
+                teams[way] = team  # noqa: B023
+
+            problems = dict(each(list(FIRST_BYTE), start))
+            found, failed = take_turns(teams, load, plan.warm + plan.rounds)
+        for way, rounds in found.items():
+            figures = {
+                "ms": [one.total * 1e3 for one in rounds[plan.warm :]],
+                "put ms": [one.put * 1e3 for one in rounds[plan.warm :]],
+                "GPU MiB": [gpu_bytes[way] / MIB],
+                "host pinned MiB": [room / MIB if way == LANE_PINNED else 0.0],
+            }
+            yield Record("first byte", case, way, figures=figures)
+        for way, problem in (problems | failed).items():
+            yield absent("first byte", case, way, problem)
 
 
-def _opened(team: Team, ways: Sequence[str]) -> tuple[dict[str, Team], dict[str, Exception]]:
+def _opened(team: Team, ways: Sequence[str]) -> tuple[dict[str, Team], dict[str, Problem]]:
     """The ways that could be opened, and why the others could not."""
-    opened: dict[str, Team] = {}
-    problems: dict[str, Exception] = {}
-    for way in ways:
-        try:
-            team.offer(way)
-            team.open(way)
-            opened[way] = team
-        except (Failed, Refusal) as problem:
-            problems[way] = problem
-    return opened, problems
+
+    def both_ends(way: str) -> None:
+        team.offer(way)
+        team.open(way)
+
+    there = list(ways)
+    problems = dict(each(there, both_ends))
+    return dict.fromkeys(there, team), problems
 
 
 def _records(
@@ -273,17 +266,15 @@ def _records(
     load: Load,
     plan: Plan,
     ways: dict[str, Team],
-    problems: dict[str, Exception],
+    problems: dict[str, Problem],
     figures: Callable[[Sequence[Round]], dict[str, list[float]]],
     again: int = 0,
 ) -> Iterator[Record[str]]:
-    for way, problem in problems.items():
+    found, failed = take_turns(ways, load, plan.warm + plan.rounds, again)
+    for way, problem in (problems | failed).items():
         yield absent(measure, case, way, problem)
-    for way, found in take_turns(ways, load, plan.warm + plan.rounds, again).items():
-        if isinstance(found, Exception):
-            yield absent(measure, case, way, found)
-        else:
-            yield Record(measure, case, way, figures=figures(found))
+    for way, rounds in found.items():
+        yield Record(measure, case, way, figures=figures(rounds))
 
 
 MEASURES: dict[str, Callable[[Plan], Iterator[Record[str]]]] = {

@@ -15,10 +15,8 @@ from bench.gpu.ways import Load, Receiver, Sender, fill, is_right, mark, receive
 from bench.harness.clock import seconds, stamp
 from bench.harness.memory import available, tidy
 from bench.harness.spawned import Spawned, gather
-from bench.harness.turns import turns
+from bench.harness.turns import Problem, each
 from bench.harness.workers import Failed, Refusal
-
-Problem = Failed | Refusal
 
 
 @dataclass(frozen=True)
@@ -186,15 +184,13 @@ class Team:
 
 def take_turns(
     teams: Mapping[str, Team], load: Load, rounds: int, again: int = 0
-) -> dict[str, list[Round] | Problem]:
+) -> tuple[dict[str, list[Round]], dict[str, Problem]]:
     """Each way's rounds, or why it has none: one of each way by turns, forwards and backwards."""
     found: dict[str, list[Round]] = {way: [] for way in teams}
     problems: dict[str, Problem] = {}
-    for _, way in turns(list(teams), rounds):
-        if way in problems:
-            continue
-        try:
-            found[way].append(teams[way].round(way, load, again))
-        except (Failed, Refusal) as problem:
-            problems[way] = problem
-    return {way: problems.get(way) or found[way] for way in teams}
+    there = list(teams)
+    for number in range(rounds):
+        problems |= each(
+            there, lambda way: found[way].append(teams[way].round(way, load, again)), backwards=number % 2 == 1
+        )
+    return {way: found[way] for way in teams if way in there}, problems

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from bench.harness.memory import available
 from bench.harness.results import Record, absent
 from bench.harness.sizes import GIB, MIB, size
+from bench.harness.turns import each
 from bench.harness.workers import Failed, Refusal
 from bench.transport import records
 from bench.transport.cases import ONE_WAY, Case
@@ -50,77 +51,68 @@ class Measuring:
         # anew for each turn, which takes long, so that turns are fewer, and of two rounds.
         park = 2 * case.nbytes * len(self._teams) > available() // 4
         turns, in_turn = (rounds, 1) if not park else (_FEWEST // 2 + 1, 2)
-        uncounted: dict[Team, list[Round]] = {}
-        found: dict[Team, list[Round]] = {}
+        uncounted: dict[Team, list[Round]] = {team: [] for team in self._teams}
+        found: dict[Team, list[Round]] = {team: [] for team in self._teams}
         spent = dict.fromkeys(self._teams, 0.0)
-        for team in self._teams:
-            try:
-                _check_room(team.way, case)
-                self._begin(team, case)
-                uncounted[team] = _turn(team, 1, look=True, park=park)
-                if uncounted[team][0].cost_s < _SLOW_S:
-                    uncounted[team] += _turn(team, 1, look=True, park=park)
-            except (Failed, Refusal) as problem:
-                yield self._absent(records.COST, team, case, problem)
-                continue
-            found[team] = []
-        for _ in range(turns):
-            for team in list(found):
-                if spent[team] > _ENOUGH_S and len(found[team]) >= _FEWEST:
-                    continue
-                before = time.monotonic()
-                try:
-                    found[team] += _turn(team, in_turn, look=False, park=park)
-                except (Failed, Refusal) as problem:
-                    del found[team]
-                    yield self._absent(records.COST, team, case, problem)
-                spent[team] += time.monotonic() - before
-        for team, measured in list(found.items()):
-            try:
-                team.call("end")
-            except (Failed, Refusal) as problem:
-                yield self._absent(records.COST, team, case, problem)
-                continue
-            yield records.cost(team.way, case, uncounted[team], measured)
-        if everyone := [one for measured in found.values() for one in measured]:
+
+        def begin(team: Team) -> None:
+            _check_room(team.way, case)
+            _begin(team, case)
+            uncounted[team] += _turn(team, 1, look=True, park=park)
+            if uncounted[team][0].cost_s < _SLOW_S:
+                uncounted[team] += _turn(team, 1, look=True, park=park)
+
+        def measure(team: Team) -> None:
+            if spent[team] > _ENOUGH_S and len(found[team]) >= _FEWEST:
+                return
+            before = time.monotonic()
+            found[team] += _turn(team, in_turn, look=False, park=park)
+            spent[team] += time.monotonic() - before
+
+        there = list(self._teams)
+        for do in (begin, *[measure] * turns, _end):
+            yield from self._each(records.COST, case, there, do)
+        for team in there:
+            yield records.cost(team.way, case, uncounted[team], found[team])
+        if everyone := [one for team in there for one in found[team]]:
             yield records.memcpy(case, everyone)
         self._say(f"{case}: {time.monotonic() - began:.0f} s")
 
     def one_way(self, count: int) -> Iterator[Record[Case]]:
         """Latency of `count` messages of each way, a part of them in each of several turns."""
         case = Case(1, ONE_WAY)
-        times: dict[Team, tuple[list[float], list[float]]] = {}
-        for team in self._teams:
-            try:
-                self._begin(team, case)
-            except (Failed, Refusal) as problem:
-                yield self._absent(records.ONE_WAY, team, case, problem)
-                continue
-            times[team] = ([], [])
-        for _ in range(_TURNS):
-            for team in list(times):
-                try:
-                    for kept, more in zip(times[team], team.call("one_way", -(-count // _TURNS)), strict=True):
-                        kept += more
-                except (Failed, Refusal) as problem:
-                    del times[team]
-                    yield self._absent(records.ONE_WAY, team, case, problem)
-        for team, (measured, bare) in times.items():
-            team.call("end")
-            figures = {"one_way_s": measured, "pipe_s": bare}
-            yield Record(records.ONE_WAY, case, team.way.label, figures=figures)
+        times: dict[Team, tuple[list[float], list[float]]] = {team: ([], []) for team in self._teams}
+
+        def measure(team: Team) -> None:
+            for kept, more in zip(times[team], team.call("one_way", -(-count // _TURNS)), strict=True):
+                kept += more
+
+        there = list(self._teams)
+        for do in (lambda team: _begin(team, case), *[measure] * _TURNS, _end):
+            yield from self._each(records.ONE_WAY, case, there, do)
+        for team in there:
+            measured, bare = times[team]
+            yield Record(records.ONE_WAY, case, team.way.label, figures={"one_way_s": measured, "pipe_s": bare})
         self._say(f"one-way latency, {size(ONE_WAY)}: done")
 
-    def _begin(self, team: Team, case: Case) -> None:
-        if not team.running:
-            team.launch()
-            team.wait()
-        team.call("begin", case)
+    def _each(
+        self, measure: str, case: Case, there: list[Team], do: Callable[[Team], object]
+    ) -> Iterator[Record[Case]]:
+        for team, problem in each(there, do):
+            record = absent(measure, case, team.way.label, problem)
+            self._say(f"{record.way}, {case}: {record.problem}")
+            yield record
 
-    def _absent(self, measure: str, team: Team, case: Case, problem: Failed | Refusal) -> Record[Case]:
-        record = absent(measure, case, team.way.label, problem)
-        self._say(f"{record.way}, {case}: {record.problem}")
-        return record
+
+def _begin(team: Team, case: Case) -> None:
+    if not team.running:
+        team.launch()
+        team.wait()
+    team.call("begin", case)
+
+
+def _end(team: Team) -> None:
+    team.call("end")
 
 
 def _turn(team: Team, rounds: int, *, look: bool, park: bool) -> list[Round]:
