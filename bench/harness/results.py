@@ -37,7 +37,8 @@ class Record(Generic[C]):
     @property
     def problem(self) -> str:
         """Status and reason, in a line."""
-        return f"{self.status}, {(self.reason or '').partition(chr(10))[0]}"
+        line = (self.reason or "").partition("\n")[0]
+        return f"{self.status}, {line}"
 
 
 def absent(group: str, case: C, way: str, problem: Exception) -> Record[C]:

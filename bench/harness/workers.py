@@ -48,7 +48,8 @@ class Worker(ABC):
             raise Failed(f"{result}\n{self.trace()}".strip())
         self.end()
         trace = self.trace()
-        raise Failed(f"{result}: {trace.rpartition(chr(10))[2]}\n{trace}")
+        last = trace.rpartition("\n")[2]
+        raise Failed(f"{result}: {last}\n{trace}")
 
     def call(self, order: str, *arguments: Any) -> Any:
         """Order and answer."""
