@@ -18,19 +18,15 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from contextlib import ExitStack
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from bench.machine import facts, processor
-from devkit.nodes import LINK, Network
-from devkit.server import dies_with_us, free_port
+from bench.harness import command, machine, tables
+from bench.harness.nodes import run_on_each
+from bench.harness.spawned import Spawned, gather
+from bench.harness.tables import Grid
+from devkit.nodes import Network
 
 NODES = (2, 3, 4, 8)
 READERS = 4
@@ -40,24 +36,9 @@ PAGE = 4096
 
 def measured(nodes: int, readers: int, nbytes: int, times: int, rate: str | None) -> dict[str, list[float]]:
     """Seconds of each column."""
-    with Network(nodes, rate) as network, ExitStack() as ending:
-        address = f"tcp://{network.address(0)}:{free_port()}"
-        ends = []
-        for rank in range(nodes):
-            words = ["--end", str(rank), str(nodes), str(readers), str(nbytes), str(times), address]
-            command = network.inside(rank, [sys.executable, "-m", "bench.crossing", *words])
-            end = subprocess.Popen(
-                [*dies_with_us(), *command],
-                env={**os.environ, "GLOO_SOCKET_IFNAME": LINK, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-            )
-            ending.callback(end.kill)
-            ends.append(end)
-        said = [end.communicate()[0] for end in ends]
-        if any(end.returncode for end in ends):
-            raise RuntimeError(f"an end failed: {[end.returncode for end in ends]}")
-    found: dict[str, list[float]] = json.loads(said[0].splitlines()[-1])
-    return found
+    with Network(nodes, rate) as network:
+        found: dict[str, list[float]] = run_on_each(network, "bench.crossing", nodes, readers, nbytes, times)
+        return found
 
 
 def end_of_link(rank: int, nodes: int, readers: int, nbytes: int, times: int, address: str) -> None:
@@ -133,71 +114,63 @@ class Leader:
         from mmlane.transport.wire import TorchWire
 
         made = Lane({"node": readers})
-        words = [sys.executable, "-m", "bench.crossing", "--reader", bytes(made.invitation).hex()]
-        self._readers = [
-            subprocess.Popen(
-                [*dies_with_us(), *words, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            for number in range(readers)
-        ]
+        self._readers = [Spawned(Taking, made.invitation, number) for number in range(readers)]
+        gather(self._readers)
         ranks = list(range(nodes))
         self._landing = Landing(rank, nodes, lambda: TorchWire(ranks), lambda: made, {}, lambda *_: None)
 
     def read(self, ticket: bytes) -> None:
         """Have all readers take it, and wait until they have looked at it."""
         for reader in self._readers:
-            assert reader.stdin is not None
-            reader.stdin.write(ticket.hex() + "\n")
-            reader.stdin.flush()
-        for reader in self._readers:
-            assert reader.stdout is not None
-            reader.stdout.readline()
+            reader.ask("look", ticket)
+        gather(self._readers)
 
 
-def reader(invitation: str, number: int) -> None:
-    """Takes the tickets that come on standard input, and says when it has looked at each page."""
-    from mmlane.lane import Invitation, Reader
+class Taking:
+    """A reader's process."""
 
-    with Reader("node", number) as this:
-        this.join(Invitation.parse(bytes.fromhex(invitation)))
-        for line in sys.stdin:
-            tensor = this.take(bytes.fromhex(line), "view")
-            assert int(tensor[::PAGE].sum()) == len(tensor[::PAGE])
-            del tensor
-            print(flush=True)
+    def __init__(self, invitation: Any, number: int) -> None:
+        from mmlane.lane import Reader
+
+        self._reader = Reader("node", number)
+        self._reader.join(invitation)
+
+    def look(self, ticket: bytes) -> None:
+        """Take a tensor, and look at each page."""
+        tensor = self._reader.take(ticket, "view")
+        assert int(tensor[::PAGE].sum()) == len(tensor[::PAGE])
+
+    def close(self) -> None:
+        self._reader.close()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.crossing", description=(__doc__ or "").partition(":")[0]
-    )
+    parser = command.parser("crossing", __doc__)
     parser.add_argument("--nodes", type=int, nargs="+", default=NODES, metavar="N")
     parser.add_argument("--readers", type=int, default=READERS, help="on each node but the first (4)")
     parser.add_argument("--mib", type=int, default=64, help="payload (64)")
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--rate", help="of each node's link, such as 2gbit; without it what the machine can do")
     parser.add_argument("--end", nargs=6, help=argparse.SUPPRESS)
-    parser.add_argument("--reader", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.end:
         rank, nodes, readers, nbytes, times, address = options.end
         end_of_link(int(rank), int(nodes), int(readers), int(nbytes), int(times), address)
-    elif options.reader:
-        reader(options.reader[0], int(options.reader[1]))
     else:
-        table = Table("nodes", *(f"{name}, ms" for name in COLUMNS), box=None)
-        first: dict[str, float] = {}
+        console = tables.console()
+        console.print(machine.in_short())
+        rate = options.rate or "as fast as the machine"
+        console.print(f"{options.mib} MiB, {options.readers} readers a node, links: {rate}")
+        middle: dict[int, dict[str, float]] = {}
         for nodes in options.nodes:
             found = measured(nodes, options.readers, options.mib << 20, options.times, options.rate)
-            middle = {name: statistics.median(found[name]) for name in COLUMNS}
-            first = first or middle
-            cells = [f"{middle[name] * 1e3:.0f} ({middle[name] / first[name]:.1f} x)" for name in COLUMNS]
-            table.add_row(str(nodes), *cells)
-        console = Console(highlight=False)
-        rate = options.rate or "as fast as the machine"
-        console.print(f"{facts()['cores']} cores ({processor()}), mmlane {facts()['commit']}")
-        console.print(f"{options.mib} MiB, {options.readers} readers a node, links: {rate}")
-        console.print(table)
+            middle[nodes] = {name: statistics.median(found[name]) for name in COLUMNS}
+        first = middle[options.nodes[0]]
+        rows = [
+            [str(nodes), *(f"{of[name] * 1e3:.0f} ({of[name] / first[name]:.1f} x)" for name in COLUMNS)]
+            for nodes, of in middle.items()
+        ]
+        tables.render([Grid("Between nodes", ["nodes", *(f"{name}, ms" for name in COLUMNS)], rows)], console)
 
 
 if __name__ == "__main__":

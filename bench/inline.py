@@ -1,4 +1,4 @@
-"""Where a lane begins to pay: python bench/inline.py
+"""Where a lane begins to pay: python -m bench.inline
 
 One tensor at a time from a producer to two ranks, the way the engine sends requests: pickled over ZeroMQ to the
 first rank, which unpickles it and broadcasts it, pickled again, over gloo to the other. Once with the tensor
@@ -8,7 +8,6 @@ read every byte and say so; the time is that until both have.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import pickle
@@ -21,9 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import zmq
-from rich.console import Console
-from rich.table import Table
 
+from bench.harness import command, tables
+from bench.harness.tables import Grid
 from mmlane.lane import Invitation, Lane, Reader
 
 RANKS = 2
@@ -120,16 +119,15 @@ def measure(rounds: int) -> dict[int, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command.parser("inline", __doc__)
     parser.add_argument("--rounds", type=int, default=300)
     found = measure(parser.parse_args().rounds)
-    table = Table("KiB", *(f"{way}, us" for way in WAYS), "lane / tensor", "lane / bytes")
-    for size, ways in found.items():
-        ratios = [ways["lane"] / ways[way] for way in WAYS[:2]]
-        table.add_row(
-            f"{size >> 10}", *(f"{ways[way] * 1e6:.0f}" for way in WAYS), *(f"{ratio:.2f}" for ratio in ratios)
-        )
-    Console().print(table)
+    rows = []
+    for size, of in found.items():
+        ratios = [of["lane"] / of[way] for way in WAYS[:2]]
+        rows.append([f"{size >> 10}", *(f"{of[way] * 1e6:.0f}" for way in WAYS), *(f"{r:.2f}" for r in ratios)])
+    headings = ["KiB", *(f"{way}, us" for way in WAYS), "lane / tensor", "lane / bytes"]
+    tables.render([Grid("One tensor to two ranks", headings, rows)], tables.console())
 
 
 if __name__ == "__main__":

@@ -14,35 +14,30 @@ function that splits them, and with the plugin's way of sending what is left ins
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from bench.engine.cases import Case
-from bench.engine.measuring import ask, order, per_request, read_notes
-from bench.engine.probe import sitecustomize as probe
-from bench.machine import facts, processor
 from bench.releases import NEWEST
-from devkit.client import IMAGE_SLOT, data_url
+from bench.engine.asking import ask, probed
+from bench.engine.cases import Case, body, question
+from bench.engine.inside import call_inside
+from bench.engine.modes import BLOCKED, HELD, LATENCY, RECEIVED, compare, of_requests, parser, rows
+from bench.harness import command, machine, tables
+from bench.harness.results import Results
+from bench.harness.tables import Grid
+from devkit.client import data_url
 from devkit.demo import build_wheel
-from devkit.environment import engine_environment
 from devkit.images import jpeg
 from devkit.server import EngineServer, free_port
 
 IMAGES = 5
 INLINE = 32
 IMAGE_TOKENS, WORD = [265, 268, 266], list(b"What is this?")  # of the devkit's checkpoints
-MODES = ("off", "lane")
 INLINE_RELEASES = ("0.5.12.post1", NEWEST)
+MEASURES = (BLOCKED, RECEIVED, HELD, LATENCY)
+UNCOUNTED = 3  # requests to each server before those that count: its lane is not open yet
 
 
 @dataclass(frozen=True)
@@ -57,6 +52,10 @@ class Launch:
         address = [] if self.by_tokens else [f"127.0.0.1:{free_port()}"]
         return [self.flag, *address]
 
+    def prompt(self, number: int) -> dict[str, Any]:
+        tokens = [*IMAGE_TOKENS * IMAGES, *WORD, number % 200]
+        return {"input_ids": tokens} if self.by_tokens else question(IMAGES, number)
+
     def __str__(self) -> str:
         return f"{self.release} {self.flag}"
 
@@ -64,46 +63,18 @@ class Launch:
 LAUNCHES = (Launch(NEWEST, "--skip-tokenizer-init", by_tokens=True), Launch("0.5.12.post1", "--dist-init-addr"))
 
 
-@dataclass
-class Figures:
-    """Of each request: seconds, and storage over payload."""
-
-    blocked: list[float] = field(default_factory=list)
-    received: list[float] = field(default_factory=list)
-    held: list[float] = field(default_factory=list)
-    latency: list[float] = field(default_factory=list)
-
-
-def measure(launch: Launch, mode: str, wheel: Path, count: int, into: Figures) -> None:
-    """One server, and as many requests to it; those before its lane is open do not count."""
+def measure(launch: Launch, plugin: Path | None, count: int) -> dict[str, list[float]]:
+    """One server, and so many requests to it that count."""
     pictures = [data_url(jpeg(1280, 720, seed)) for seed in range(IMAGES)]
+    prompts = [launch.prompt(number) for number in range(UNCOUNTED + count)]
+    bodies = [body(prompt, pictures, ignore_eos=True) for prompt in prompts]
     case = Case("image", IMAGES)
-    with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as notes:
-        env = {"PYTHONPATH": str(Path(probe.__file__).parent), probe.DIRECTORY: notes}
-        plugin = None if mode == "off" else wheel
-        with EngineServer(launch.release, plugin=plugin, args=launch.arguments(), env=env) as server:
-            bodies = [_body(launch, pictures, number) for number in range(count + 3)]
-            ask(server, bodies[:3], case)
-            answered = ask(server, bodies[3:], case)
-        written = read_notes(Path(notes))
-    figures = per_request(written, answered, 1)
-    into.blocked += figures["send_s"]
-    into.received += map(max, figures["recv0_s"], figures["recv1_s"])
-    into.latency += [each.ended - each.began for each in answered]
-    into.held += [note["held"] / note["bytes"] for note in written if note["what"] == "recv"][-2 * count :]
-
-
-def _body(launch: Launch, pictures: Sequence[str], number: int) -> dict[str, Any]:
-    word = [*WORD, number % 200]
-    if launch.by_tokens:
-        prompt: dict[str, Any] = {"input_ids": IMAGE_TOKENS * IMAGES + word}
-    else:
-        prompt = {"text": IMAGE_SLOT * IMAGES + f"What is this? ({number})"}
-    return {
-        **prompt,
-        "image_data": list(pictures),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
-    }
+    with tempfile.TemporaryDirectory(prefix=command.SCRATCH) as scratch:
+        notes = Path(scratch)
+        with EngineServer(launch.release, plugin=plugin, args=launch.arguments(), env=probed(notes)) as server:
+            ask(server, bodies[:UNCOUNTED], case)
+            answered = ask(server, bodies[UNCOUNTED:], case)
+        return of_requests(notes, answered, server.tp)
 
 
 def pickled() -> dict[str, float]:
@@ -134,45 +105,21 @@ def pickled() -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.launches", description=(__doc__ or "").partition(":")[0]
-    )
-    parser.add_argument("--requests", type=int, default=8, help="that count, on each server (8)")
-    parser.add_argument("--rounds", type=int, default=2, help="servers for each launch and mode (2)")
-    options = parser.parse_args()
-    console = Console(highlight=False)
-    with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:
+    options = parser("launches", __doc__).parse_args()
+    console = tables.console()
+    results: Results[Launch] = Results()
+    with tempfile.TemporaryDirectory(prefix=command.SCRATCH) as scratch:
         wheel = build_wheel(Path(scratch))
-        found = {(launch, mode): Figures() for launch in LAUNCHES for mode in MODES}
         for launch in LAUNCHES:
-            for _, mode in order(MODES, options.rounds):
-                measure(launch, mode, wheel, options.requests, found[launch, mode])
-        inline = {release: _inline(release, wheel) for release in INLINE_RELEASES}
-    console.print(f"{facts()['cores']} cores ({processor()}), mmlane {facts()['commit']}")
-    table = Table("launch", "mode", "blocked, ms", "received, ms", "held / payload", "latency, ms", box=None)
-    for (launch, mode), figures in found.items():
-        off = found[launch, "off"]
-        cells = []
-        for name in ("blocked", "received", "held", "latency"):
-            value = statistics.median(getattr(figures, name))
-            ratio = value / statistics.median(getattr(off, name))
-            shown = f"{value:.2f}" if name == "held" else f"{value * 1e3:.0f}"
-            cells.append(shown if mode == "off" else f"{shown} ({ratio:.2f} x)")
-        table.add_row(str(launch), mode, *cells)
-    console.print(table)
+            compare(results, launch, wheel, options, measure)
+        inline = {release: call_inside(release, wheel, "bench.launches", "pickled") for release in INLINE_RELEASES}
+    console.print(machine.in_short())
+    found = [row for launch in LAUNCHES for row in rows(results, launch, MEASURES)]
+    tables.render([Grid("Launches", ["launch", "mode", *map(str, MEASURES)], found, 2)], console)
     for release, of in inline.items():
         console.print(
             f"{release}: {INLINE} images inline: {of['off']:.2f} x their bytes, {of['inline_views']:.2f} x"
         )
-
-
-def _inline(release: str, wheel: Path) -> dict[str, float]:
-    python = engine_environment(release, plugin=wheel).python
-    code = f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
-    code += "from bench import launches; print(json.dumps(launches.pickled()))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return answer
 
 
 if __name__ == "__main__":

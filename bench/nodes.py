@@ -19,120 +19,77 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from bench.engine.cases import Case
-from bench.engine.measuring import ask, order, per_request, read_notes
-from bench.engine.probe import sitecustomize as probe
-from bench.machine import facts, processor
 from bench.releases import NEWEST
-from devkit.client import IMAGE_SLOT, data_url
+from bench.engine.asking import ask, per_request, probed, read_notes, slowest
+from bench.engine.cases import Case, body, question
+from bench.engine.modes import BLOCKED, HELD, LATENCY, RECEIVED, compare, of_requests, parser, rows
+from bench.engine.records import Measure
+from bench.harness import command, machine, tables
+from bench.harness.nodes import run_on_each
+from bench.harness.results import Results
+from bench.harness.tables import Grid
+from devkit.client import data_url
 from devkit.demo import build_wheel
 from devkit.images import jpeg
-from devkit.nodes import LINK, Network, OnNodes
-from devkit.server import dies_with_us, free_port
+from devkit.nodes import Network, OnNodes
 
-MODES = ("off", "lane")
 RELEASES = ("0.5.12.post1", NEWEST)
 RANKS = 4
 UNCOUNTED = 4  # requests to each server before those that count: the model is cold, and the lanes are closed
+MEASURES = (BLOCKED, RECEIVED, Measure("of_text", "of text", "ms", 1e3), LATENCY, HELD)
+CROSSED = "crossed / payload"
 
 
 @dataclass(frozen=True)
 class Images:
-    """So many of that size in each request."""
+    """So many of that size in each request, to an engine of that release."""
 
+    release: str
     count: int
     width: int
     height: int
 
     def __str__(self) -> str:
-        return f"{self.count} of {self.width}x{self.height}"
+        return f"{self.release}, {self.count} of {self.width}x{self.height}"
 
 
-IMAGES = (Images(5, 952, 532), Images(32, 140, 112))
+IMAGES = ((5, 952, 532), (32, 140, 112))
 
 
-@dataclass
-class Figures:
-    """Of each request: seconds, and bytes over those of the payload."""
-
-    blocked: list[float] = field(default_factory=list)
-    received: list[float] = field(default_factory=list)
-    latency: list[float] = field(default_factory=list)
-    of_text: list[float] = field(default_factory=list)
-    held: list[float] = field(default_factory=list)
-    crossed: list[float] = field(default_factory=list)
-    payload: int = 0
-
-
-def measure(release: str, images: Images, mode: str, wheel: Path, count: int, into: Figures) -> None:
-    """One server, and as many requests to it."""
+def measure(images: Images, plugin: Path | None, count: int) -> dict[str, list[float]]:
+    """One server, and so many requests to it that count."""
     pictures = [data_url(jpeg(images.width, images.height, seed)) for seed in range(images.count)]
     case = Case("image", images.count)
-    with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as notes:
-        env = {"PYTHONPATH": str(Path(probe.__file__).parent), probe.DIRECTORY: notes}
-        plugin = None if mode == "off" else wheel
-        with OnNodes(release, tp=RANKS, plugin=plugin, env=env) as server:
+    with tempfile.TemporaryDirectory(prefix=command.SCRATCH) as scratch:
+        notes = Path(scratch)
+        with OnNodes(images.release, tp=RANKS, plugin=plugin, env=probed(notes)) as server:
             answered, arrived = [], []
             for number in range(UNCOUNTED + count):
                 before = server.network.received(1)
-                answered += ask(server, [_body(pictures, number)], case)
+                answered += ask(server, [body(question(images.count, number), pictures, ignore_eos=True)], case)
                 arrived.append(server.network.received(1) - before)
-            text = ask(server, [_body([], number) for number in range(count)], case)
-        written = read_notes(Path(notes))
-    figures = per_request(written, answered[UNCOUNTED:], 1)
-    received = [note for note in written if note["what"] == "recv"]
-    into.payload = received[-1]["bytes"]
-    into.blocked += figures["send_s"]
-    into.received += map(max, *(figures[f"recv{rank}_s"] for rank in range(RANKS)))
-    texts = per_request(written, text, 1)
-    into.of_text += map(max, *(texts[f"text{rank}_s"] for rank in range(RANKS)))
-    into.latency += [each.ended - each.began for each in answered[UNCOUNTED:]]
-    into.held += [note["held"] / note["bytes"] for note in received[-RANKS * count :]]
-    into.crossed += [nbytes / into.payload for nbytes in arrived[UNCOUNTED:]]
-
-
-def _body(pictures: list[str], number: int) -> dict[str, Any]:
-    return {
-        "text": IMAGE_SLOT * len(pictures) + f"What is this? ({number})",
-        **({"image_data": pictures} if pictures else {}),
-        "sampling_params": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
-    }
+            text = ask(server, [body(question(0, number), [], ignore_eos=True) for number in range(count)], case)
+        figures = of_requests(notes, answered[UNCOUNTED:], RANKS)
+        figures["of_text"] = slowest(per_request(read_notes(notes), text, 1), "text", RANKS)
+    figures["crossed"] = [nbytes / figures["bytes"][-1] for nbytes in arrived[UNCOUNTED:]]
+    return figures
 
 
 def bare(nbytes: int, times: int = 20) -> float:
     """Seconds, the median, that a send of so many bytes takes between two nodes."""
     with Network(2) as network:
-        words = [sys.executable, "-m", "bench.nodes", "--send", str(nbytes), str(times)]
-        address = f"tcp://{network.address(0)}:{free_port()}"
-        ends = [
-            subprocess.Popen(
-                [*dies_with_us(), *network.inside(rank, [*words, address, str(rank)])],
-                env={**os.environ, "GLOO_SOCKET_IFNAME": LINK},
-                stdout=subprocess.PIPE,
-            )
-            for rank in range(2)
-        ]
-        said = [end.communicate()[0] for end in ends]
-    times_taken: list[float] = json.loads(said[0])
-    return statistics.median(times_taken)
+        taken: list[float] = run_on_each(network, "bench.nodes", nbytes, times)
+        return statistics.median(taken)
 
 
-def _send(nbytes: int, times: int, address: str, rank: int) -> None:
-    """An end of `bare`, in a process of its own."""
-    import time
-
+def end_of_bare(rank: int, nbytes: int, times: int, address: str) -> None:
+    """One node."""
     import torch
     import torch.distributed as dist
 
@@ -152,46 +109,31 @@ def _send(nbytes: int, times: int, address: str, rank: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.nodes", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("--requests", type=int, default=8, help="that count, on each server (8)")
-    parser.add_argument("--rounds", type=int, default=2, help="servers for each case and mode (2)")
-    parser.add_argument("--releases", nargs="+", default=RELEASES, metavar="VERSION", help=", ".join(RELEASES))
-    parser.add_argument("--send", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.send:
-        nbytes, times, address, rank = options.send
-        _send(int(nbytes), int(times), address, int(rank))
+    words = parser("nodes", __doc__)
+    words.add_argument("--releases", nargs="+", default=RELEASES, metavar="VERSION", help=", ".join(RELEASES))
+    words.add_argument("--end", nargs=4, help=argparse.SUPPRESS)
+    options = words.parse_args()
+    if options.end:
+        rank, nbytes, times, address = options.end
+        end_of_bare(int(rank), int(nbytes), int(times), address)
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    table = Table("release, images", "mode", *COLUMNS, box=None)
-    console.print(f"{facts()['cores']} cores ({processor()}), mmlane {facts()['commit']}")
+    console = tables.console()
+    console.print(machine.in_short())
+    results: Results[Images] = Results()
+    found: list[list[str]] = []
     try:
-        with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:
+        with tempfile.TemporaryDirectory(prefix=command.SCRATCH) as scratch:
             wheel = build_wheel(Path(scratch))
-            for release in options.releases:
-                for images in IMAGES:
-                    found = {mode: Figures() for mode in MODES}
-                    for _, mode in order(MODES, options.rounds):
-                        measure(release, images, mode, wheel, options.requests, found[mode])
-                    for mode, figures in found.items():
-                        table.add_row(f"{release}, {images}", mode, *_cells(figures, found["off"], mode))
-                    payload = found["lane"].payload
-                    table.add_row("", f"bare, {payload >> 20} MiB", "", f"{bare(payload) * 1e3:.0f}")
+            for images in (Images(release, *of) for release in options.releases for of in IMAGES):
+                compare(results, images, wheel, options, measure)
+                for row in rows(results, images, MEASURES):
+                    found.append([*row, f"{min(results.values('', images, row[1], 'crossed')):.2f}"])
+                payload = int(results.values("", images, "lane", "bytes")[-1])
+                sent = f"{bare(payload) * 1e3:.1f}"
+                found.append(["", f"bare, {payload >> 20} MiB", "", sent, *[""] * (len(MEASURES) - 1)])
     finally:  # a server that fails costs its own figures alone
-        console.print(table)
-
-
-WIDTH = 160  # where there is no terminal
-COLUMNS = ("blocked, ms", "received, ms", "of text, ms", "latency, ms", "held / payload", "crossed / payload")
-
-
-def _cells(figures: Figures, off: Figures, mode: str) -> list[str]:
-    cells = []
-    for name in ("blocked", "received", "of_text", "latency"):
-        value = statistics.median(getattr(figures, name))
-        ratio = value / statistics.median(getattr(off, name))
-        cells.append(f"{value * 1e3:.1f}" + (f" ({ratio:.2f} x)" if mode != "off" else ""))
-    return [*cells, f"{statistics.median(figures.held):.2f}", f"{min(figures.crossed):.2f}"]
+        headings = ["release, images", "mode", *map(str, MEASURES), CROSSED]
+        tables.render([Grid("Two nodes", headings, found, 2)], console)
 
 
 if __name__ == "__main__":

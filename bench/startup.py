@@ -8,15 +8,15 @@ peer in the same interpreter, the import of one small module of the standard lib
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-from bench.ratios import put, quartiles
+from bench.harness import command
+from bench.harness.machine import CHECKOUT
+from bench.harness.ratios import put, quartiles
 
-PLUGIN = Path(__file__).resolve().parent.parent / "plugin"
+PLUGIN = CHECKOUT / "plugin"
 SAMPLE = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -38,7 +38,7 @@ def sample() -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.parser("startup", __doc__)
     parser.add_argument("--runs", type=int, default=100)
     runs = parser.parse_args().runs
     sample()  # writes the byte code
@@ -48,7 +48,7 @@ def main() -> None:
         print(f"{name:16} median {statistics.median(values):.3f} ms, 90th {tenth[-1]:.3f} ms ({runs})")
     print(f"ratio of medians {statistics.median(lines) / statistics.median(peers):.2f}")
     ratio = quartiles(lines).over(quartiles(peers))
-    print(put("startup", {"the .pth line over import colorsys": ratio}, PLUGIN.parent / "bench" / "out"))
+    print(put("startup", {"the .pth line over import colorsys": ratio}, command.OUT))
 
 
 if __name__ == "__main__":

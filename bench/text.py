@@ -13,10 +13,7 @@ Figures are the differences in microseconds per call, the least of several repet
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import json
-import subprocess
 import tempfile
 import timeit
 from collections.abc import Callable
@@ -24,6 +21,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from bench.releases import NEWEST
+from bench.engine.inside import call_inside
+from bench.harness import command, tables
+from bench.harness.ratios import Spread, put, quartiles
+from bench.harness.tables import Grid
+from devkit.demo import build_wheel
+
+RELEASES = ("0.5.9", "0.5.12.post1", "0.5.18", NEWEST)
 CALLS = 10_000
 REPETITIONS = 9
 SEND = "TokenizerManager._send_one_request"
@@ -112,33 +117,20 @@ def both(bare: Callable[..., Any], patched: Callable[..., Any], *args: Any) -> l
 
 
 def main() -> None:
-    from rich.console import Console
-
-    from bench.ratios import Spread, put, quartiles
-    from bench.releases import NEWEST
-    from bench.transport.tables import Grid, render
-    from devkit.demo import CHECKOUT, build_wheel
-    from devkit.environment import engine_environment
-
-    parser = argparse.ArgumentParser(prog="python -m bench.text", description=(__doc__ or "").partition("\n")[0])
-    usual = ("0.5.9", "0.5.12.post1", "0.5.18", NEWEST)
-    parser.add_argument("--releases", nargs="+", default=usual, metavar="VERSION", help=", ".join(usual))
+    parser = command.parser("text", __doc__)
+    parser.add_argument("--releases", nargs="+", default=RELEASES, metavar="VERSION", help=", ".join(RELEASES))
     rows = []
     ratios: dict[str, Spread | None] = {}
-    with tempfile.TemporaryDirectory(prefix="mmlane-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=command.SCRATCH) as scratch:
         wheel = build_wheel(Path(scratch))
         for release in parser.parse_args().releases:
-            python = engine_environment(release, plugin=wheel).python
-            inside = f"import json; from bench.text import measure; print(json.dumps(measure({release!r})))"
-            output = subprocess.run(
-                [python, "-W", "ignore", "-c", inside], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, check=True
-            ).stdout
-            found = json.loads(output.splitlines()[-1])
+            found = call_inside(release, wheel, "bench.text", "measure", release)
             rows.append([release, *(f"{min(patched) - min(bare):.1f}" for bare, patched in found.values())])
             for what, (bare, patched) in found.items():
                 ratios[f"{release}, {what}: patched over bare"] = quartiles(patched).over(quartiles(bare))
-    render([Grid("added for text only, µs per call", ["release", *found], rows)], Console(highlight=False))
-    print(put("text", ratios, CHECKOUT / "bench" / "out"))
+    headings = ["release", *found]
+    tables.render([Grid("added for text only, µs per call", headings, rows)], tables.console())
+    print(put("text", ratios, command.OUT))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.ratios import NAME, Spread
+from bench.harness.ratios import NAME, Spread
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 KEPT = "bench/ratios.jsonl"

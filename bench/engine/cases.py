@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bench.engine.probe.sitecustomize import EMBEDDING
-from bench.transport.cases import MIB, size
+from bench.harness.sizes import MIB, size
 from devkit.client import IMAGE_SLOT, data_url
 from devkit.images import jpeg
 
@@ -74,6 +74,17 @@ def plan(*, quick: bool) -> list[Case]:
     return cases
 
 
+def question(images: int, number: int) -> dict[str, str]:
+    """A prompt with places for so many images, of which no two numbers have the same."""
+    return {"text": f"{IMAGE_SLOT * images}What is this? ({number})"}
+
+
+def body(prompt: Mapping[str, Any], images: Sequence[str], **sampling: Any) -> dict[str, Any]:
+    """Of a request; `prompt` has its text or its tokens."""
+    asked = {**prompt, "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, **sampling}}
+    return {**asked, "image_data": images} if images else asked
+
+
 class Bodies:
     """The bodies of requests, no two alike in text."""
 
@@ -84,16 +95,11 @@ class Bodies:
     def next(self, case: Case) -> dict[str, Any]:
         self._number += 1
         slots = case.images + (case.kind == "embedding")
-        body: dict[str, Any] = {
-            "text": f"{IMAGE_SLOT * slots}What is this? ({self._number})",
-            "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "n": case.n},
-        }
-        if case.kind == "embedding":
-            body["image_data"] = f"{EMBEDDING}{case.nbytes}"
-        elif case.images:
+        images: Sequence[str] = f"{EMBEDDING}{case.nbytes}"
+        if case.kind != "embedding":
             # Always those that follow one another: a list of images is one item to old releases' caches.
-            body["image_data"] = [self._images[(self._number + i) % POPULAR] for i in range(case.images)]
-        return body
+            images = [self._images[(self._number + i) % POPULAR] for i in range(case.images)]
+        return body(question(slots, self._number), images, n=case.n)
 
     def all_popular(self) -> Iterator[dict[str, Any]]:
         """Requests after which the engine's caches know every list of images."""

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from bench.engine.cases import Case
-from bench.engine.records import CALLS, LATENCY, MEMORY, Measure, Results, median
-from bench.engine.tables import number
+from bench.engine.records import CALLS, LATENCY, MEMORY, Measure, Results
+from bench.harness.plots import pyplot
+from bench.harness.tables import number
 
 _COLOURS = {"off": "#a50f15", "backport": "#9ecae1", "lane": "#08519c"}
 _BY_KEY = {measure.key: measure for measure in (*CALLS, LATENCY, *MEMORY)}
@@ -21,7 +17,7 @@ _BY_KEY = {measure.key: measure for measure in (*CALLS, LATENCY, *MEMORY)}
 
 def draw(results: Results, directory: Path) -> list[Path]:
     """Write a picture for each release that has figures; the paths."""
-    return [_release(results, release, directory / f"engine-{release}.png") for release in results.releases]
+    return [_release(results, release, directory / f"engine-{release}.png") for release in results.groups]
 
 
 def _release(results: Results, release: str, path: Path) -> Path:
@@ -42,15 +38,17 @@ def _release(results: Results, release: str, path: Path) -> Path:
 
 
 def _bars(axes: Axes, results: Results, release: str, cases: list[Case], measure: Measure, title: str) -> None:
-    if not any(median(results.of(release, mode, case), measure) for mode in results.modes for case in cases):
+    def lengths(mode: str) -> list[float]:
+        return [(results.median(release, case, mode, measure.key) or 0.0) * measure.scale for case in cases]
+
+    if not any(any(lengths(mode)) for mode in results.ways):
         axes.set_axis_off()  # a logarithmic axis needs something on it
         return
-    high = 0.8 / len(results.modes)
-    for place, mode in enumerate(results.modes):
-        lengths = [(median(results.of(release, mode, case), measure) or 0.0) * measure.scale for case in cases]
+    high = 0.8 / len(results.ways)
+    for place, mode in enumerate(results.ways):
         at = [row + place * high for row in range(len(cases))]
-        bars = axes.barh(at, lengths, high, label=mode, color=_COLOURS.get(mode))
-        axes.bar_label(bars, [number(n) if n else "-" for n in lengths], fontsize="x-small", padding=2)
+        bars = axes.barh(at, lengths(mode), high, label=mode, color=_COLOURS.get(mode))
+        axes.bar_label(bars, [number(n) if n else "-" for n in lengths(mode)], fontsize="x-small", padding=2)
     axes.set_yticks([row + 0.4 - high / 2 for row in range(len(cases))], [str(case) for case in cases])
     axes.invert_yaxis()
     axes.set_xscale("log")

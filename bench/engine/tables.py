@@ -1,22 +1,17 @@
-"""The records as tables, for the terminal and as Markdown."""
+"""The records as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-
 from bench.engine.cases import Case
-from bench.engine.records import CALLS, LATENCY, MEMORY, Measure, Record, Results, median, ninetieth, values
-from bench.transport.tables import Grid, render, write
-
-REFERENCE = "off"
-_MOST_RATIO = 100  # beyond, it says only that there is next to nothing to compare with
+from bench.engine.records import CALLS, LATENCY, MEMORY, REFERENCE, Measure, Results, ninetieth
+from bench.harness.tables import Grid, number, ratio
 
 
 def grids(results: Results) -> Iterator[Grid]:
     """Those that have something to show."""
-    for release in results.releases:
+    for release in results.groups:
         cases = results.cases(release)
         alone = [case for case in cases if case.concurrency == 1]
         busy = [case for case in cases if case.concurrency > 1 and case.kind != "text"]
@@ -29,54 +24,27 @@ def grids(results: Results) -> Iterator[Grid]:
         yield from (grid for grid in made if grid.rows)
 
 
-def show(results: Results, console: Console) -> None:
-    render(grids(results), console)
-
-
-def markdown(results: Results, about: str) -> str:
-    return write("In the engine", about, grids(results))
-
-
 def _grid(results: Results, release: str, title: str, cases: Sequence[Case], measures: Sequence[Measure]) -> Grid:
     rows = []
     for case in cases:
         for place, measure in enumerate(measures):
-            cells = [_cell(results, release, mode, case, measure, place == 0) for mode in results.modes]
+            cells = [_cell(results, release, mode, case, measure, place == 0) for mode in results.ways]
             if any(cells):
-                unit = f", {measure.unit}" if measure.unit else ""
-                name = [] if len(measures) == 1 else [f"{measure.name}{unit}"]
+                name = [] if len(measures) == 1 else [str(measure)]
                 rows.append([str(case) if place == 0 else "", *name, *cells])
     words = ["request", *([""] if len(measures) > 1 else [])]
-    return Grid(f"{release}: {title}", [*words, *results.modes], rows, len(words))
+    return Grid(f"{release}: {title}", [*words, *results.ways], rows, len(words))
 
 
 def _cell(results: Results, release: str, mode: str, case: Case, measure: Measure, first: bool) -> str:
-    records = results.of(release, mode, case)
-    found = values(records, measure)
-    if not found:
-        return next((_failure(r) for r in records if first and r.status != "ok"), "")
-    middle = median(records, measure) or 0.0
+    found = results.values(release, case, mode, measure.key)
+    middle = results.median(release, case, mode, measure.key)
+    if middle is None:
+        # In short; what a failed request was answered, by its status alone.
+        problems = (r.problem.partition(":")[0] for r in results.of(release, case, mode) if r.status != "ok")
+        return next(problems, "") if first else ""
     text = number(middle * measure.scale)
     if measure is LATENCY:
         text += f" / {number(ninetieth(found) * measure.scale)}"
-    return f"{text}{_ratio(results, release, mode, case, measure, middle)}"
-
-
-def _failure(record: Record) -> str:
-    """In short; what a failed request was answered, by its status alone."""
-    return f"{record.status}, {(record.reason or '').partition(':')[0]}"
-
-
-def _ratio(results: Results, release: str, mode: str, case: Case, measure: Measure, found: float) -> str:
-    reference = median(results.of(release, REFERENCE, case), measure)
-    if not reference or mode == REFERENCE:
-        return ""
-    ratio = found / reference
-    return f" ({ratio:.2f} x)" if ratio < _MOST_RATIO else f" (> {_MOST_RATIO} x)"
-
-
-def number(value: float) -> str:
-    """Three figures or so."""
-    if value == 0:
-        return "0"
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+    reference = None if mode == REFERENCE else results.median(release, case, REFERENCE, measure.key)
+    return text + ratio(middle, reference)

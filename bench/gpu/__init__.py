@@ -3,7 +3,7 @@
     python -m bench.gpu [--quick] [--out DIR] [--devices 0,1] [--only MEASURE ...]
 
 torch alone, no engine; any machine with one NVIDIA GPU or more, best with nothing else running on it. Every
-measure has processes of its own, spawned for it, and its peers take turns in every round, forwards and backwards;
+measure has processes of its own, spawned for it, and its ways take turns in every round, forwards and backwards;
 the first rounds do not count. Figures are medians, least and most in parentheses; ratios are those of medians.
 Time is CLOCK_MONOTONIC, from before the first copy is queued (`non_blocking=True`) until `torch.cuda.synchronize`
 returns: the driver stages copies from pageable memory and mostly blocks meanwhile, so CUDA events would leave out

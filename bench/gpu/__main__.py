@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -14,41 +13,35 @@ from rich.console import Console
 
 from bench.gpu.device import Device, Watcher, lacking
 from bench.gpu.measures import MEASURES, Plan
-from bench.gpu.records import REHEARSAL, Results, absent, ratios
+from bench.gpu.records import REHEARSAL, Results, ratios
 from bench.gpu.report import about, draw, grids
-from bench.gpu.workers import Worker, hurry
-from bench.ratios import put
-from bench.transport.group import Failed
-from bench.transport.tables import render, write
-
-OUT = Path(__file__).resolve().parent.parent / "out"
-_WIDTH = 160
+from bench.harness import command, tables
+from bench.harness.results import absent
+from bench.harness.spawned import hurry, spawned
+from bench.harness.workers import Failed
 
 
 def main() -> int:
     options = _options()
-    console = Console(highlight=False, soft_wrap=True)
+    console = tables.console()
     if not (options.rehearse or options.again) and (reason := lacking(options.devices)):
-        console.print(f"skipped: {reason}", markup=False)
+        console.print(f"skipped: {reason}")
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    command.end_in_order()
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = "gpu-rehearsal" if options.rehearse else "gpu"
-    path = options.out / f"{stem}.json"
+    path = options.out / ("gpu-rehearsal.json" if options.rehearse else "gpu.json")
     results = Results.load(path) if options.again else measure(options, path, console)
-    wide = Console(highlight=False, width=max(console.width, _WIDTH))  # a narrow table is not readable
-    console.print(about(results), markup=False)
-    render(grids(results), wide)
-    written = [path, options.out / f"{stem}.md"]
-    written[1].write_text(write("To the GPU", about(results), grids(results)))
-    try:
-        written += draw(results, options.out / f"{stem}.png")
-    except ImportError:
-        console.print("no plot: matplotlib is not installed (pip install -r bench/requirements.txt)")
-    if options.quick and not (options.again or options.rehearse):
-        written.append(put("gpu", ratios(results), options.out))
-    for one in written:
-        console.print(str(one))
+    console.print(about(results))
+    measured = options.quick and not (options.again or options.rehearse)
+    command.report(
+        path,
+        console,
+        title="To the GPU",
+        about=about(results),
+        grids=list(grids(results)),
+        draw=lambda: draw(results, path.with_suffix(".png")),
+        kept=ratios(results) if measured else None,
+    )
     return 1 if any(record.status == "failed" for record in results.records) else 0
 
 
@@ -60,16 +53,12 @@ def measure(options: argparse.Namespace, path: Path, console: Console) -> Result
         plan = plan.rehearsal()
     elif options.quick:
         plan = plan.quick()
-    results = Results(REHEARSAL if options.rehearse else "")
+    results = Results(note=REHEARSAL if options.rehearse else "")
     if options.rehearse:
-        hurry()
+        hurry("bench.gpu.device", "bench.gpu.team", "bench.gpu.measures")
     try:
-        watcher = Worker(Watcher, plan.devices)
-        try:
-            watcher.answer()
+        with spawned(Watcher, plan.devices) as watcher:
             results.machine = watcher.call("facts") | {"quick": options.quick}
-        finally:
-            watcher.end()
         for name in options.only or MEASURES:
             began = time.monotonic()
             try:
@@ -90,13 +79,11 @@ def _indices(text: str) -> Sequence[int]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: minutes")
+    parser = command.parser("gpu", __doc__)
+    command.add_kept(parser, quick="fewer sizes and rounds: minutes")
     parser.add_argument("--devices", type=_indices, metavar="I,J", help="GPUs, the producer's first (all)")
     parser.add_argument("--only", nargs="+", choices=MEASURES, metavar="MEASURE", help=", ".join(MEASURES))
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, small: not a measurement")
-    parser.add_argument("--out", type=Path, default=OUT, help="directory for the results (bench/out)")
-    parser.add_argument("--again", action="store_true", help="tables and plot from the results that are there")
     return parser.parse_args()
 
 

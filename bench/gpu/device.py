@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.machine import facts
+from bench.harness.machine import facts
 
 _NODES = Path("/sys/devices/system/node/online")
 _ASKED = ("driver_version", "pcie.link.gen.max", "pcie.link.width.max")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from bench.gpu.device import Device, Watcher
-from bench.gpu.records import COPY, Record, absent
+from bench.gpu.records import COPY
 from bench.gpu.team import Round, Team, take_turns
 from bench.gpu.ways import (
     LANE_PAGEABLE,
@@ -23,13 +23,15 @@ from bench.gpu.ways import (
     TORCH_PINNED,
     Load,
 )
-from bench.gpu.workers import Worker
-from bench.transport.cases import GIB, MIB, size
-from bench.transport.clock import seconds, stamp
-from bench.transport.group import Failed, Refusal
-from mmlane.lane.cuda import Cuda
+from bench.harness.clock import seconds, stamp
+from bench.harness.results import Record, absent
+from bench.harness.sizes import GIB, MIB, size
+from bench.harness.spawned import Spawned, spawned
+from bench.harness.turns import Problem, each
+from bench.harness.workers import Failed, Refusal
 from mmlane.lane.descriptor import Descriptor
 from mmlane.lane.mapping import PAGE, Mapping
+from mmlane.lane.cuda import Cuda
 
 H2D = (TORCH_PINNED, PAGEABLE, SHARED, SEGMENT, LANE_PAGEABLE, LANE_PINNED)
 CONCURRENT = (TORCH_PINNED, SEGMENT, LANE_PAGEABLE, LANE_PINNED)
@@ -77,7 +79,7 @@ def _room(load: Load) -> int:
     return load.nbytes + load.count * PAGE + 4 * MIB
 
 
-def contexts(plan: Plan) -> Iterator[Record]:
+def contexts(plan: Plan) -> Iterator[Record[str]]:
     """GPU memory that a consumer adds."""
     producing, consuming = plan.devices[0], plan.devices[-1]
     case = f"producer on GPU {producing.index}, consumer on GPU {consuming.index}"
@@ -88,14 +90,12 @@ def contexts(plan: Plan) -> Iterator[Record]:
         yield absent("contexts", case, POOL, Refusal(reason))
     load = _words(MIB)
     found: dict[str, list[dict[int, int]]] = {way: [] for way in ways}
-    with _watcher(plan) as watcher:
+    with spawned(Watcher, plan.devices) as watcher:
         for _ in range(plan.fresh):
-            for way in list(ways):
-                try:
-                    found[way].append(_added(way, load, watcher, producing, consuming))
-                except (Failed, Refusal) as problem:
-                    yield absent("contexts", case, way, problem)
-                    ways.remove(way)
+            for way, problem in each(
+                ways, lambda way: found[way].append(_added(way, load, watcher, producing, consuming))
+            ):
+                yield absent("contexts", case, way, problem)
     for way in ways:
         figures = {"MiB in all": [sum(added.values()) / MIB for added in found[way]]}
         for device in dict.fromkeys((consuming, producing)):
@@ -103,7 +103,7 @@ def contexts(plan: Plan) -> Iterator[Record]:
         yield Record("contexts", case, way, figures=figures)
 
 
-def _added(way: str, load: Load, watcher: Worker, producing: Device, consuming: Device) -> dict[int, int]:
+def _added(way: str, load: Load, watcher: Spawned, producing: Device, consuming: Device) -> dict[int, int]:
     """Bytes on each GPU that one consumer adds, its allocator's left out."""
     with Team([consuming], _room(load), producing) as team:
         team.offer(way)
@@ -116,17 +116,7 @@ def _added(way: str, load: Load, watcher: Worker, producing: Device, consuming: 
     return {index: after[index] - before[index] - own * (index == consuming.index) for index in after}
 
 
-@contextmanager
-def _watcher(plan: Plan) -> Iterator[Worker]:
-    worker = Worker(Watcher, plan.devices)
-    try:
-        worker.answer()
-        yield worker
-    finally:
-        worker.end()
-
-
-def h2d(plan: Plan) -> Iterator[Record]:
+def h2d(plan: Plan) -> Iterator[Record[str]]:
     """GB/s to the device, by size."""
     room = _room(_words(max(plan.sizes)))
     with Team(plan.devices[:1], room, plan.devices[0]) as team:
@@ -145,7 +135,7 @@ def h2d(plan: Plan) -> Iterator[Record]:
             yield from _records("h2d", load.label, load, plan, ways, problems, figures, again)
 
 
-def concurrent(plan: Plan) -> Iterator[Record]:
+def concurrent(plan: Plan) -> Iterator[Record[str]]:
     """GB/s of several processes together."""
     load = _words(plan.shared)
     for processes in plan.processes:
@@ -161,27 +151,24 @@ def concurrent(plan: Plan) -> Iterator[Record]:
             yield from _records("concurrent", case, load, plan, ways, problems, figures)
 
 
-def registration(plan: Plan) -> Iterator[Record]:
+def registration(plan: Plan) -> Iterator[Record[str]]:
     """Seconds per GiB to pin and unpin."""
     found: dict[tuple[int, str], list[float]] = {}
-    worker = Worker(Registrar, plan.devices[0])
     try:
-        worker.answer()
-        for number in range(1 + plan.rounds):
-            for nbytes in plan.registered:
-                for pages in ("fresh", "populated"):
-                    for what, took in worker.call("measure", nbytes, pages == "populated").items():
-                        way = what if what == COPY else f"{what}, {pages}"
-                        found.setdefault((nbytes, way), []).extend([took] if number else [])
+        with spawned(Registrar, plan.devices[0]) as worker:
+            for number in range(1 + plan.rounds):
+                for nbytes in plan.registered:
+                    for pages in ("fresh", "populated"):
+                        for what, took in worker.call("measure", nbytes, pages == "populated").items():
+                            way = what if what == COPY else f"{what}, {pages}"
+                            found.setdefault((nbytes, way), []).extend([took] if number else [])
     except (Failed, Refusal) as problem:
         yield absent("registration", "all", "register", problem)
-    finally:
-        worker.end()
     for (nbytes, way), times in found.items():
         if not times:
             continue
         figures = {"s/GiB": [took * GIB / nbytes for took in times]}
-        yield Record("registration", size(nbytes), way, nbytes, figures=figures)
+        yield Record("registration", size(nbytes), way, figures=figures)
 
 
 class Registrar:
@@ -226,7 +213,7 @@ class Registrar:
     def close(self) -> None: ...
 
 
-def first_byte(plan: Plan) -> Iterator[Record]:
+def first_byte(plan: Plan) -> Iterator[Record[str]]:
     """From the producer's CPU to the consumer's GPU, all in."""
     load, room = plan.images, max(plan.room, _room(plan.images))
     producing = plan.devices[0]
@@ -234,50 +221,44 @@ def first_byte(plan: Plan) -> Iterator[Record]:
         case = f"{load.label}, GPU {consuming.index}"
         gpu_bytes: dict[str, int] = {}
         teams: dict[str, Team] = {}
-        problems: dict[str, Exception] = {}
         with ExitStack() as scope:
-            watcher = scope.enter_context(_watcher(plan))
-            for way in FIRST_BYTE:
-                before = watcher.call("used")
-                team = scope.enter_context(Team([consuming], room, producing))
-                try:
-                    team.offer(way)
-                    team.join()
-                    team.open(way)
-                    team.round(way, load)
-                    (own,) = team.reserved()
-                except (Failed, Refusal) as problem:
-                    problems[way] = problem
-                    continue
-                gpu_bytes[way] = sum(watcher.call("used").values()) - sum(before.values()) - own
-                teams[way] = team
-            for way, found in take_turns(teams, load, plan.warm + plan.rounds).items():
-                if isinstance(found, Exception):
-                    problems[way] = found
-                    continue
-                figures = {
-                    "ms": [one.total * 1e3 for one in found[plan.warm :]],
-                    "put ms": [one.put * 1e3 for one in found[plan.warm :]],
-                    "GPU MiB": [gpu_bytes[way] / MIB],
-                    "host pinned MiB": [room / MIB if way == LANE_PINNED else 0.0],
-                }
-                yield Record("first byte", case, way, load.nbytes, figures=figures)
-        for way, reason in problems.items():
-            yield absent("first byte", case, way, reason)
+            watcher = scope.enter_context(spawned(Watcher, plan.devices))
+
+            def start(way: str) -> None:
+                before = watcher.call("used")  # noqa: B023 - done before the next
+                team = scope.enter_context(Team([consuming], room, producing))  # noqa: B023
+                team.offer(way)
+                team.join()
+                team.open(way)
+                team.round(way, load)
+                (own,) = team.reserved()
+                gpu_bytes[way] = sum(watcher.call("used").values()) - sum(before.values()) - own  # noqa: B023
+                teams[way] = team  # noqa: B023
+
+            problems = dict(each(list(FIRST_BYTE), start))
+            found, failed = take_turns(teams, load, plan.warm + plan.rounds)
+        for way, rounds in found.items():
+            figures = {
+                "ms": [one.total * 1e3 for one in rounds[plan.warm :]],
+                "put ms": [one.put * 1e3 for one in rounds[plan.warm :]],
+                "GPU MiB": [gpu_bytes[way] / MIB],
+                "host pinned MiB": [room / MIB if way == LANE_PINNED else 0.0],
+            }
+            yield Record("first byte", case, way, figures=figures)
+        for way, problem in (problems | failed).items():
+            yield absent("first byte", case, way, problem)
 
 
-def _opened(team: Team, ways: Sequence[str]) -> tuple[dict[str, Team], dict[str, Exception]]:
+def _opened(team: Team, ways: Sequence[str]) -> tuple[dict[str, Team], dict[str, Problem]]:
     """The ways that could be opened, and why the others could not."""
-    opened: dict[str, Team] = {}
-    problems: dict[str, Exception] = {}
-    for way in ways:
-        try:
-            team.offer(way)
-            team.open(way)
-            opened[way] = team
-        except (Failed, Refusal) as problem:
-            problems[way] = problem
-    return opened, problems
+
+    def both_ends(way: str) -> None:
+        team.offer(way)
+        team.open(way)
+
+    there = list(ways)
+    problems = dict(each(there, both_ends))
+    return dict.fromkeys(there, team), problems
 
 
 def _records(
@@ -286,20 +267,18 @@ def _records(
     load: Load,
     plan: Plan,
     ways: dict[str, Team],
-    problems: dict[str, Exception],
+    problems: dict[str, Problem],
     figures: Callable[[Sequence[Round]], dict[str, list[float]]],
     again: int = 0,
-) -> Iterator[Record]:
-    for way, problem in problems.items():
+) -> Iterator[Record[str]]:
+    found, failed = take_turns(ways, load, plan.warm + plan.rounds, again)
+    for way, problem in (problems | failed).items():
         yield absent(measure, case, way, problem)
-    for way, found in take_turns(ways, load, plan.warm + plan.rounds, again).items():
-        if isinstance(found, Exception):
-            yield absent(measure, case, way, found)
-        else:
-            yield Record(measure, case, way, load.nbytes, figures=figures(found))
+    for way, rounds in found.items():
+        yield Record(measure, case, way, figures=figures(rounds))
 
 
-MEASURES: dict[str, Callable[[Plan], Iterator[Record]]] = {
+MEASURES: dict[str, Callable[[Plan], Iterator[Record[str]]]] = {
     "contexts": contexts,
     "h2d": h2d,
     "concurrent": concurrent,

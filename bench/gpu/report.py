@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.gpu.measures import H2D
-from bench.gpu.records import PEERS, Record, Results, goals
+from bench.gpu.records import COMPARED, Results, goals
 from bench.gpu.ways import LANE_PINNED, SEGMENT, TORCH_PINNED
-from bench.transport.cases import size
-from bench.transport.tables import Grid
+from bench.harness import goals as wanted
+from bench.harness.results import Record
+from bench.harness.sizes import parse_size
+from bench.harness.tables import Grid
 
 _COLOURS = {LANE_PINNED: "#08519c", SEGMENT: "#a50f15", TORCH_PINNED: "black"}  # the others pale, behind them
 _PALE = ("#c7b9a5", "#a9c4a4", "#9ecae1")
@@ -47,8 +49,8 @@ def about(results: Results) -> str:
 
 def grids(results: Results) -> Iterator[Grid]:
     note = f" ({results.note})" if results.note else ""
-    for measure, peers in PEERS.items():
-        records = [record for of_case in results.cases(measure).values() for record in of_case]
+    for measure, peers in COMPARED.items():
+        records = [record for case in results.cases(measure) for record in results.of(measure, case)]
         if not records:
             continue
         names = list(dict.fromkeys(name for record in records for name in record.figures))
@@ -56,14 +58,12 @@ def grids(results: Results) -> Iterator[Grid]:
         headings = ("case", "way", *names, *(f"x {peer}" for peer in compared))
         rows = [_row(results, record, names, compared) for record in records]
         yield Grid(f"{measure}{note}", headings, rows)
-    verdicts = [(goal.text, goal.wanted, goal.found, results.note or goal.verdict) for goal in goals(results)]
-    yield Grid(f"Goals{note}", ("goal", "wanted", "found", "verdict"), verdicts)
+    yield wanted.grid(goals(results), results.note)
 
 
-def _row(results: Results, record: Record, names: Sequence[str], peers: Sequence[str]) -> list[str]:
+def _row(results: Results, record: Record[str], names: Sequence[str], peers: Sequence[str]) -> list[str]:
     if record.status != "ok":
-        reason = (record.reason or "").partition("\n")[0]
-        return [record.case, f"{record.way}: {record.status}, {reason}", *[""] * (len(names) + len(peers))]
+        return [record.case, f"{record.way}: {record.problem}", *[""] * (len(names) + len(peers))]
     ratios = [results.ratio(record, peer) for peer in peers]
     return [
         record.case,
@@ -82,35 +82,24 @@ def _cell(values: Sequence[float]) -> str:
 
 def draw(results: Results, path: Path) -> list[Path]:
     """GB/s by size, where that was measured; the path. Raises ImportError without matplotlib."""
-    import matplotlib
+    from bench.harness import plots
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = [r for of_case in results.cases("h2d").values() for r in of_case if r.figures]
-    if not records:
+    rates = {way: {parse_size(r.case): r.figures["GB/s"] for r in _measured(results, way)} for way in H2D}
+    sizes = sorted({nbytes for points in rates.values() for nbytes in points})
+    if not sizes:
         return []
-    _, axes = pyplot.subplots(figsize=(8, 4.5))
+    _, axes = plots.pyplot.subplots(figsize=(8, 4.5))
     pale = iter(_PALE)
-    for way in H2D:
-        ours = [record for record in records if record.way == way]
-        at, rates = [record.nbytes for record in ours], [record.figures["GB/s"] for record in ours]
-        middle = [statistics.median(values) for values in rates]
-        below = [m - min(values) for m, values in zip(middle, rates, strict=True)]
-        above = [max(values) - m for m, values in zip(middle, rates, strict=True)]
+    for way, points in rates.items():
         colour = _COLOURS.get(way) or next(pale)
-        depth = 3 if way in _COLOURS else 2
-        axes.errorbar(at, middle, yerr=[below, above], fmt="o-", capsize=3, label=way, color=colour, zorder=depth)
-    axes.set_xscale("log", base=2)
-    sizes = sorted({record.nbytes for record in records})
-    axes.set_xticks(sizes, [size(nbytes) for nbytes in sizes])
-    axes.set_xlabel("size of the tensor")
+        if points:
+            plots.line(axes, points, label=way, color=colour, zorder=3 if way in _COLOURS else 2)
+    plots.in_steps(axes, sizes, "size of the tensor")
     axes.set_ylabel("GB/s, median, least and most")
     axes.set_ylim(bottom=0)
     name = results.machine["gpus"][0]["name"]
-    axes.set_title(results.note or f"First copy of a tensor to the GPU: {name}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    pyplot.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close()
-    return [path]
+    return [plots.write(axes, results.note or f"First copy of a tensor to the GPU: {name}", path)]
+
+
+def _measured(results: Results, way: str) -> list[Record[str]]:
+    return [r for r in results.records if (r.group, r.way, r.status) == ("h2d", way, "ok")]

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from bench.gpu.device import Device
 from bench.gpu.ways import Load, Receiver, Sender, fill, is_right, mark, receiver, sender
-from bench.gpu.workers import Worker, gather
-from bench.transport.clock import seconds, stamp
-from bench.transport.group import Failed, Refusal
-from bench.transport.memory import available, tidy
-
-Problem = Failed | Refusal
+from bench.harness.clock import seconds, stamp
+from bench.harness.memory import available, tidy
+from bench.harness.spawned import Spawned, gather
+from bench.harness.turns import Problem, each
+from bench.harness.workers import Failed, Refusal
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,8 @@ class Team:
         self._nbytes = nbytes
         self._seed = 0
         self._addresses: dict[str, Any] = {}
-        self._consumers: list[Worker] = []
-        self._producer = Worker(Producer, len(devices), nbytes, device)
+        self._consumers: list[Spawned] = []
+        self._producer = Spawned(Producer, len(devices), nbytes, device)
         self._producer.answer()
 
     def __enter__(self) -> Team:
@@ -148,7 +147,7 @@ class Team:
 
     def join(self) -> None:
         """Start the consumers."""
-        self._consumers = [Worker(Consumer, number, device) for number, device in enumerate(self._devices)]
+        self._consumers = [Spawned(Consumer, number, device) for number, device in enumerate(self._devices)]
         gather(self._consumers)
 
     def open(self, way: str) -> None:
@@ -185,15 +184,13 @@ class Team:
 
 def take_turns(
     teams: Mapping[str, Team], load: Load, rounds: int, again: int = 0
-) -> dict[str, list[Round] | Problem]:
+) -> tuple[dict[str, list[Round]], dict[str, Problem]]:
     """Each way's rounds, or why it has none: one of each way by turns, forwards and backwards."""
     found: dict[str, list[Round]] = {way: [] for way in teams}
     problems: dict[str, Problem] = {}
+    there = list(teams)
     for number in range(rounds):
-        order = [way for way in teams if way not in problems]
-        for way in order if number % 2 == 0 else reversed(order):
-            try:
-                found[way].append(teams[way].round(way, load, again))
-            except (Failed, Refusal) as problem:
-                problems[way] = problem
-    return {way: problems.get(way) or found[way] for way in teams}
+        problems |= each(
+            there, lambda way: found[way].append(teams[way].round(way, load, again)), backwards=number % 2 == 1
+        )
+    return {way: found[way] for way in teams if way in there}, problems

@@ -24,5 +24,5 @@ to these paths. The installed engine is not changed.
 Each mode has a server of its own, one after the other; `off` is the installed plugin with `MMLANE=off`. Each
 kind of request has two rounds that do not count and six that do. A figure is the time until all requests of a
 round are answered. Then the lane's own numbers are read, once no ticket is out, and what is new in /dev/shm is
-listed when all processes of the server have ended.
+listed when all processes of the server have ended; as root, each server has one of its own.
 """

@@ -10,15 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 
+from bench.engine.asking import Unanswered
 from devkit.client import Client
 
 QUESTION = "What is this?"
 _BLOCKS = 16  # coloured squares on each side of an image
 _MOST_TOKENS = 2
-
-
-class Unanswered(RuntimeError):
-    """A request was not answered in full; the message says what came instead."""
 
 
 @dataclass(frozen=True)

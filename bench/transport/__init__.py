@@ -2,7 +2,7 @@
 
     python -m bench.transport [--quick]
 
-The peers, each with a producing process and reading processes of its own, all in one run, on the same payloads,
+The ways, each with a producing process and reading processes of its own, all in one run, on the same payloads,
 taking turns in every round of every case:
 
 - `lane`, this project's, with tensors taken as `view`, `cow` and `clone`;
@@ -31,18 +31,18 @@ and its parts, which overlap in time and so do not add up to it:
 `items` tensors share the bytes of a message evenly: a request with that many images.
 
 Clocks are CLOCK_MONOTONIC, which all processes of a machine share. All copies and sums use `--threads` threads
-(1); Python's garbage collector is off, in all peers alike. Tickets and pickled pointers go through one
-`multiprocessing.Pipe` a reader, the same for every peer, and no payload does. The source's memory is the
+(1); Python's garbage collector is off, in all of them. Tickets and pickled pointers go through one
+`multiprocessing.Pipe` a reader, the same for every way, and no payload does. The source's memory is the
 benchmark's and is not freed in any figure; its values are other ones in every round, random 64-bit integers.
 Every sum of every round is compared with the source's, and in the first two rounds of a case, which do not count
-otherwise, sampled pages as well. The first of these is `cold_s`: a peer's transport is opened anew for each
-case. A peer that is slow gets fewer rounds, three at least.
+otherwise, sampled pages as well. The first of these is `cold_s`: a way's transport is opened anew for each
+case. A way that is slow gets fewer rounds, three at least.
 
 **Memory** is looked at in these two rounds, while every reader holds its tensors; the larger figure counts: growth
-of what is in /dev/shm and in memfds, and of the anonymous memory of the peer's processes, since before the
+of what is in /dev/shm and in memfds, and of the anonymous memory of the way's processes, since before the
 transport was opened. So what it keeps in reserve is in it. The source is not, nor what is needed only in passing,
-such as a segment that is gone by then. Where a peer moves its source into shared memory (torch.multiprocessing),
-the benchmark still holds the old one. As root, each peer has a /dev/shm of its own; otherwise other programs that
+such as a segment that is gone by then. Where a way moves its source into shared memory (torch.multiprocessing),
+the benchmark still holds the old one. As root, each way has a /dev/shm of its own; otherwise other programs that
 use it meanwhile disturb the figure.
 
 **One way** is latency, measured by itself: from before the put until the one reader has the tensor. The next
@@ -50,5 +50,5 @@ message is put when that one has been freed, and is a tensor of its own. `pipe_s
 pipe, sent before each: what is left when a transport takes no time.
 
 What the benchmark leaves out: requests. The engine's messages are requests with little else in them; the other
-peers' are bare tickets. That is tens of microseconds, and shows at 64 KiB only.
+ways' are bare tickets. That is tens of microseconds, and shows at 64 KiB only.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+from bench.harness.sizes import GIB, JUDGED, KIB, MIB, size
 
 SIZES = (64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB)
 READERS = (1, 2, 4, 8)
@@ -13,7 +13,6 @@ QUICK_SIZES = (64 * KIB, 16 * MIB, 256 * MIB)
 QUICK_READERS = (1, 2, 8)
 FAN_OUT = 8  # samples of one request, the engine's n
 ITEMS = 32  # images in one request
-JUDGED = 256 * MIB  # the goals are set at this size
 ONE_WAY = 64 * KIB
 
 
@@ -51,22 +50,3 @@ def plan(sizes: Sequence[int], readers: Sequence[int], *, quick: bool) -> list[C
             Case(r, s, **more) for r in few for s in large[:1] for more in ({"n": FAN_OUT}, {"items": ITEMS})
         }
     return sorted(cases)
-
-
-def size(nbytes: int) -> str:
-    """Bytes in the largest unit that divides them."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if nbytes and nbytes % unit == 0:
-            return f"{nbytes // unit} {name}"
-    return f"{nbytes} B"
-
-
-def parse_size(text: str) -> int:
-    """`64K`, `16MiB`, `1 GiB`, `4096`; a multiple of eight bytes."""
-    plain = text.replace(" ", "").lower().removesuffix("b").removesuffix("i")
-    units = {"k": KIB, "m": MIB, "g": GIB}
-    unit = units.get(plain[-1:], 1)
-    nbytes = int(plain.rstrip("kmg")) * unit
-    if nbytes < 8 * ITEMS or nbytes % (8 * ITEMS):
-        raise ValueError(f"{text}: wanted a multiple of {8 * ITEMS} bytes")
-    return nbytes

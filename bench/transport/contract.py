@@ -1,4 +1,4 @@
-"""What a way of moving tensors has to offer to be measured. Every peer has one module with these two classes.
+"""What a way of moving tensors has to offer to be measured. Every way has one module with these two classes.
 
 The producing process makes a `Producer` and forks the readers, each of which makes a `Reader`: whatever they
 import is imported once. Then, for each case: `Producer.open`, `Reader.open` in all readers at once,
@@ -16,12 +16,8 @@ from torch import Tensor
 from bench.transport.cases import Case
 
 
-class Cannot(RuntimeError):
-    """This peer cannot carry this case, for a reason that is not a fault: shown, recorded, and passed over."""
-
-
 class Producer(ABC):
-    """`scratch` is a directory of this peer's own, removed after the run; `mode` as in the peer."""
+    """`scratch` is a directory of this way's own, removed after the run; `mode` as in the way."""
 
     def __init__(self, scratch: Path, mode: str | None) -> None:
         self.scratch = scratch
@@ -36,7 +32,7 @@ class Producer(ABC):
 
     @abstractmethod
     def put(self, tensors: Sequence[Tensor]) -> Sequence[bytes]:
-        """Make the tensors available to all readers; one message for each of them."""
+        """Make the tensors available to all readers; one message for each of them. Raises Refusal."""
 
     def free(self) -> None:  # noqa: B027 - most keep nothing
         """Free what the puts since the last call still hold; every reader has freed its part."""

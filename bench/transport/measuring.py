@@ -1,140 +1,129 @@
-"""Goes through the cases: every peer has its turn in every round."""
+"""Goes through the cases: every way has its turn in every round."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from bench.transport import memory, records
-from bench.transport.cases import GIB, MIB, ONE_WAY, Case, size
-from bench.transport.group import Failed, Group, Refusal, shared_memory_room
-from bench.transport.peers import Peer
-from bench.transport.records import Record
-from bench.transport.rounds import Round
+from bench.harness.memory import available
+from bench.harness.results import Record, absent
+from bench.harness.sizes import GIB, MIB, size
+from bench.harness.turns import each
+from bench.harness.workers import Failed, Refusal
+from bench.transport import records
+from bench.transport.cases import ONE_WAY, Case
+from bench.transport.records import Round
+from bench.transport.team import Team, shared_memory_room
+from bench.transport.ways import Way
 
 _SMALL = 4 * MIB  # up to here a round takes next to no time, and varies more
 _MORE_ROUNDS = 4
-_ENOUGH_S = 4.0  # a peer that has spent so long on a case needs no more rounds
+_ENOUGH_S = 4.0  # a way that has spent so long on a case needs no more rounds
 _FEWEST = 3
 _SLOW_S = 2.0  # so slow is nobody who would be faster when warm
 _SPARE = GIB
 _TURNS = 4
 
-Say = Callable[[str], None]
-
 
 class Measuring:
-    """`rounds`: how many count, for each peer and case."""
+    """`rounds`: how many count, for each way and case."""
 
-    def __init__(self, groups: Sequence[Group], *, rounds: int, threads: int, say: Say) -> None:
-        self._groups = groups
+    def __init__(self, teams: Sequence[Team], *, rounds: int, say: Callable[[str], None]) -> None:
+        self._teams = teams
         self._rounds = rounds
-        self._about: dict[str, Any] = {"threads": threads, "cores": len(os.sched_getaffinity(0))}
         self._say = say
 
     def start(self) -> None:
-        """Start all peers at once: an engine takes 15 s. One that fails is tried again by each case."""
-        for group in self._groups:
-            group.launch()
-        for group in self._groups:
+        """Start all teams at once: an engine takes 15 s. One that fails is tried again by each case."""
+        for team in self._teams:
+            team.launch()
+        for team in self._teams:
             try:
-                group.wait()
+                team.wait()
             except Failed as problem:
-                self._say(f"{group.peer.label}: {problem}")
+                self._say(f"{team.way.label}: {problem}")
 
-    def cost(self, case: Case) -> Iterator[Record]:
-        """One record for each peer, and one for the plain copy."""
+    def cost(self, case: Case) -> Iterator[Record[Case]]:
+        """One record for each way, and one for the plain copy."""
         began = time.monotonic()
         rounds = self._rounds * (_MORE_ROUNDS if case.nbytes <= _SMALL else 1)
-        # All peers keep their payloads through the case, unless that is too much at once; then each makes its own
+        # All teams keep their payloads through the case, unless that is too much at once; then each makes its own
         # anew for each turn, which takes long, so that turns are fewer, and of two rounds.
-        park = 2 * case.nbytes * len(self._groups) > memory.available() // 4
+        park = 2 * case.nbytes * len(self._teams) > available() // 4
         turns, in_turn = (rounds, 1) if not park else (_FEWEST // 2 + 1, 2)
-        uncounted: dict[Group, list[Round]] = {}
-        found: dict[Group, list[Round]] = {}
-        spent = dict.fromkeys(self._groups, 0.0)
-        for group in self._groups:
-            try:
-                _check_room(group.peer, case)
-                self._begin(group, case)
-                uncounted[group] = _turn(group, 1, look=True, park=park)
-                if uncounted[group][0].cost_s < _SLOW_S:
-                    uncounted[group] += _turn(group, 1, look=True, park=park)
-            except (Failed, Refusal) as problem:
-                yield self._absent("cost", group, case, problem)
-                continue
-            found[group] = []
-        for _ in range(turns):
-            for group in list(found):
-                if spent[group] > _ENOUGH_S and len(found[group]) >= _FEWEST:
-                    continue
-                before = time.monotonic()
-                try:
-                    found[group] += _turn(group, in_turn, look=False, park=park)
-                except (Failed, Refusal) as problem:
-                    del found[group]
-                    yield self._absent("cost", group, case, problem)
-                spent[group] += time.monotonic() - before
-        for group, measured in list(found.items()):
-            try:
-                group.order("end")
-            except (Failed, Refusal) as problem:
-                yield self._absent("cost", group, case, problem)
-                continue
-            yield records.cost(group.peer, case, uncounted[group], measured, self._about | {"torch": group.torch})
-        if everyone := [one for measured in found.values() for one in measured]:
-            yield records.memcpy(case, everyone, self._about)
+        uncounted: dict[Team, list[Round]] = {team: [] for team in self._teams}
+        found: dict[Team, list[Round]] = {team: [] for team in self._teams}
+        spent = dict.fromkeys(self._teams, 0.0)
+
+        def begin(team: Team) -> None:
+            _check_room(team.way, case)
+            _begin(team, case)
+            uncounted[team] += _turn(team, 1, look=True, park=park)
+            if uncounted[team][0].cost_s < _SLOW_S:
+                uncounted[team] += _turn(team, 1, look=True, park=park)
+
+        def measure(team: Team) -> None:
+            if spent[team] > _ENOUGH_S and len(found[team]) >= _FEWEST:
+                return
+            before = time.monotonic()
+            found[team] += _turn(team, in_turn, look=False, park=park)
+            spent[team] += time.monotonic() - before
+
+        there = list(self._teams)
+        for do in (begin, *[measure] * turns, _end):
+            yield from self._each(records.COST, case, there, do)
+        for team in there:
+            yield records.cost(team.way, case, uncounted[team], found[team])
+        if everyone := [one for team in there for one in found[team]]:
+            yield records.memcpy(case, everyone)
         self._say(f"{case}: {time.monotonic() - began:.0f} s")
 
-    def one_way(self, count: int) -> Iterator[Record]:
-        """Latency of `count` messages of each peer, a part of them in each of several turns."""
+    def one_way(self, count: int) -> Iterator[Record[Case]]:
+        """Latency of `count` messages of each way, a part of them in each of several turns."""
         case = Case(1, ONE_WAY)
-        times: dict[Group, tuple[list[float], list[float]]] = {}
-        for group in self._groups:
-            try:
-                self._begin(group, case)
-            except (Failed, Refusal) as problem:
-                yield self._absent("one-way", group, case, problem)
-                continue
-            times[group] = ([], [])
-        for _ in range(_TURNS):
-            for group in list(times):
-                try:
-                    for kept, more in zip(
-                        times[group], group.order("one_way", count=-(-count // _TURNS)), strict=True
-                    ):
-                        kept += more
-                except (Failed, Refusal) as problem:
-                    del times[group]
-                    yield self._absent("one-way", group, case, problem)
-        for group, (measured, bare) in times.items():
-            group.order("end")
-            yield records.one_way(group.peer, measured, bare, self._about | {"torch": group.torch})
+        times: dict[Team, tuple[list[float], list[float]]] = {team: ([], []) for team in self._teams}
+
+        def measure(team: Team) -> None:
+            for kept, more in zip(times[team], team.call("one_way", -(-count // _TURNS)), strict=True):
+                kept += more
+
+        there = list(self._teams)
+        for do in (lambda team: _begin(team, case), *[measure] * _TURNS, _end):
+            yield from self._each(records.ONE_WAY, case, there, do)
+        for team in there:
+            measured, bare = times[team]
+            yield Record(records.ONE_WAY, case, team.way.label, figures={"one_way_s": measured, "pipe_s": bare})
         self._say(f"one-way latency, {size(ONE_WAY)}: done")
 
-    def _begin(self, group: Group, case: Case) -> None:
-        if not group.running:
-            group.launch()
-            group.wait()
-        group.order("begin", case=case)
-
-    def _absent(self, measure: Any, group: Group, case: Case, problem: Failed | Refusal) -> Record:
-        status: Any = "skipped" if isinstance(problem, Refusal) else "failed"
-        self._say(f"{group.peer.label}, {case}: {status}, {str(problem).splitlines()[0]}")
-        return records.absent(measure, group.peer, case, status, str(problem), self._about)
+    def _each(
+        self, measure: str, case: Case, there: list[Team], do: Callable[[Team], object]
+    ) -> Iterator[Record[Case]]:
+        for team, problem in each(there, do):
+            record = absent(measure, case, team.way.label, problem)
+            self._say(f"{record.way}, {case}: {record.problem}")
+            yield record
 
 
-def _turn(group: Group, rounds: int, *, look: bool, park: bool) -> list[Round]:
-    return [group.order("round", look=look, park=park and number == rounds - 1) for number in range(rounds)]
+def _begin(team: Team, case: Case) -> None:
+    if not team.running:
+        team.launch()
+        team.wait()
+    team.call("begin", case)
 
 
-def _check_room(peer: Peer, case: Case) -> None:
+def _end(team: Team) -> None:
+    team.call("end")
+
+
+def _turn(team: Team, rounds: int, *, look: bool, park: bool) -> list[Round]:
+    return [team.call("round", look, park and number == rounds - 1) for number in range(rounds)]
+
+
+def _check_room(way: Way, case: Case) -> None:
     """Raises Refusal."""
-    needs = peer.needs(case)
-    lacking = 2 * case.nbytes + needs + _SPARE - memory.available()
+    needs = way.needs(case)
+    lacking = 2 * case.nbytes + needs + _SPARE - available()
     if lacking > 0:
         raise Refusal(f"would need {lacking / MIB:.0f} MiB more memory than there is")
-    if peer.transport != "lane" and needs > shared_memory_room():
+    if way.transport != "lane" and needs > shared_memory_room():
         raise Refusal(f"/dev/shm is too small for {needs / MIB:.0f} MiB")

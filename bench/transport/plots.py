@@ -2,115 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
+from bench.harness import plots
+from bench.harness.plots import pyplot
+from bench.harness.sizes import JUDGED, size
+from bench.transport.cases import Case
+from bench.transport.records import COST, Results
+from bench.transport.ways import MEMCPY, WAYS
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-
-from bench.transport.cases import JUDGED, Case, size
-from bench.transport.peers import MEMCPY, PEERS
-from bench.transport.records import Record, find
-
-_ORDER = [*(peer.label for peer in PEERS), MEMCPY]
+_ORDER = [*(way.label for way in WAYS), MEMCPY]
 _HUES = ("#08519c", "#4292c6", "#9ecae1", "#fcbba1", "#fb6a4a", "#a50f15", "#807dba", "#41ab5d", "black")
 _COLOURS = dict(zip(_ORDER, _HUES, strict=True))  # of one family what is of one kind
 _PARTS = ("put_s", "take_s", "first_read_extra_s", "free_reader_s", "free_producer_s")
+_BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
 
 
-def draw(records: Sequence[Record], directory: Path) -> list[Path]:
+def draw(results: Results, directory: Path) -> list[Path]:
     """Write what the records have figures for; the paths."""
-    costs = [r for r in records if r.measure == "cost" and r.status == "ok"]
-    plain = [r for r in costs if r.n == 1 and r.items == 1]
+    cases = [c for c in results.cases(COST) if any(r.status == "ok" for r in results.of(COST, c))]
+    plain = [case for case in cases if case.n == case.items == 1]
     drawn = []
-    for readers in sorted({r.readers for r in plain}):
-        chosen = [r for r in plain if r.readers == readers]
-        if len({r.nbytes for r in chosen}) > 1:
+    for readers in sorted({case.readers for case in plain}):
+        chosen = [case for case in plain if case.readers == readers]
+        if len(chosen) > 1:
             title = f"Cost of a message, {readers} reader{'s' * (readers > 1)}"
-            drawn.append(_lines(chosen, lambda r: r.nbytes, title, "bytes", directory / f"size-{readers}.png"))
-    for nbytes in sorted({r.nbytes for r in plain}):
-        chosen = [r for r in plain if r.nbytes == nbytes]
-        if len({r.readers for r in chosen}) > 2:
+            path = directory / f"size-{readers}.png"
+            drawn.append(_lines(results, chosen, lambda case: case.nbytes, title, "payload", path))
+    for nbytes in sorted({case.nbytes for case in plain}):
+        chosen = [case for case in plain if case.nbytes == nbytes]
+        if len(chosen) > 2:
+            path = directory / f"readers-{size(nbytes).replace(' ', '')}.png"
             title = f"Cost of a message of {size(nbytes)}"
-            name = f"readers-{size(nbytes).replace(' ', '')}.png"
-            drawn.append(_lines(chosen, lambda r: r.readers, title, "readers", directory / name))
-    if parts := [r for r in (find(costs, label, Case(1, JUDGED)) for label in _ORDER[:-1]) if r is not None]:
-        drawn.append(_bars(parts, directory / "parts.png"))
-    fanned = sorted({r.case for r in costs if r.n > 1})
-    if fanned:
-        drawn.append(_fan_out(costs, fanned, directory / "fan-out.png"))
+            drawn.append(_lines(results, chosen, lambda case: case.readers, title, "readers", path))
+    if any(results.values(COST, Case(1, JUDGED), way, "cost_s") for way in _ORDER):
+        drawn.append(_bars(results, Case(1, JUDGED), directory / "parts.png"))
+    if fanned := [case for case in cases if case.n > 1]:
+        drawn.append(_fan_out(results, fanned, directory / "fan-out.png"))
     return drawn
 
 
-def _lines(records: Iterable[Record], along: Callable[[Record], int], title: str, xlabel: str, path: Path) -> Path:
+def _lines(
+    results: Results, cases: Sequence[Case], along: Callable[[Case], int], title: str, xlabel: str, path: Path
+) -> Path:
     _, axes = pyplot.subplots(figsize=(8, 5))
-    chosen = list(records)
-    for label in _ORDER:
-        ours = sorted((r for r in chosen if r.label == label), key=along)
-        if ours:
-            at, medians = [along(r) for r in ours], [_ms(r.median_s) for r in ours]
-            below = [_ms(r.median_s) - _ms(r.min_s) for r in ours]
-            above = [_ms(r.max_s) - _ms(r.median_s) for r in ours]
-            style = "o--" if label == MEMCPY else "o-"
-            axes.errorbar(
-                at, medians, yerr=[below, above], fmt=style, capsize=3, label=label, color=_COLOURS[label]
-            )
-    axes.set_xscale("log", base=2)
+    for way in _ORDER:
+        points = {along(case): _ms(results.values(COST, case, way, "cost_s")) for case in sorted(cases)}
+        measured = {at: times for at, times in points.items() if times}
+        if measured:
+            plots.line(axes, measured, "o--" if way == MEMCPY else "o-", label=way, color=_COLOURS[way])
+    plots.in_steps(axes, sorted(map(along, cases)), xlabel, are_bytes=xlabel == "payload")
     axes.set_yscale("log")
-    ticks = sorted({along(r) for r in chosen})
-    axes.set_xticks(ticks, [size(t) if xlabel == "bytes" else str(t) for t in ticks])
-    axes.set_xlabel("payload" if xlabel == "bytes" else xlabel)
-    return _finish(axes, title, path)
+    axes.set_ylabel("ms")
+    return plots.write(axes, title, path, **_BESIDE)
 
 
-def _bars(records: Sequence[Record], path: Path) -> Path:
+def _bars(results: Results, case: Case, path: Path) -> Path:
     _, axes = pyplot.subplots(figsize=(8, 5))
-    labels = [r.label for r in records]
-    left = [0.0] * len(records)
+    ways = [way for way in _ORDER[:-1] if results.values(COST, case, way, "cost_s")]
+    left = [0.0] * len(ways)
     for part in _PARTS:
-        widths = [max(_ms(getattr(r, part)), 0.0) for r in records]
-        axes.barh(labels, widths, left=left, label=part.removesuffix("_s").replace("_", " "))
+        widths = [max(_median(results, case, way, part), 0.0) for way in ways]
+        axes.barh(ways, widths, left=left, label=part.removesuffix("_s").replace("_", " "))
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.axvline(_ms(records[0].memcpy_s), color="black", linestyle="--", label="memcpy")
+    axes.axvline(_median(results, case, MEMCPY, "cost_s"), color="black", linestyle="--", label="memcpy")
     axes.invert_yaxis()
     axes.set_xlabel("ms")
-    axes.set_title(f"Where it goes: {size(JUDGED)}, 1 reader")
-    axes.legend()
-    return _write(path)
+    return plots.write(axes, f"Where it goes: {size(JUDGED)}, 1 reader", path)
 
 
-def _fan_out(records: Sequence[Record], cases: Sequence[Case], path: Path) -> Path:
+def _fan_out(results: Results, cases: Sequence[Case], path: Path) -> Path:
     _, axes = pyplot.subplots(figsize=(8, 5))
     wide = 0.8 / len(_ORDER)
-    for number, label in enumerate(_ORDER):
-        found = [find(records, label, case) for case in cases]
-        heights = [_ms(r.median_s) if r is not None else 0.0 for r in found]
+    for number, way in enumerate(_ORDER):
+        heights = [_median(results, case, way, "cost_s") for case in cases]
         at = [i + number * wide for i in range(len(cases))]
-        axes.bar(at, heights, wide, label=label, color=_COLOURS[label])
+        axes.bar(at, heights, wide, label=way, color=_COLOURS[way])
     axes.set_xticks(
         [i + 0.4 for i in range(len(cases))], [str(case).replace(", n = ", "\nn = ") for case in cases]
     )
     axes.set_yscale("log")
-    return _finish(axes, "The same tensor put several times, and taken each time (memcpy: once)", path)
-
-
-def _ms(seconds: float | None) -> float:
-    return (seconds or 0.0) * 1e3
-
-
-def _finish(axes: Axes, title: str, path: Path) -> Path:
     axes.set_ylabel("ms")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _write(path)
+    title = "The same tensor put several times, and taken each time (memcpy: once)"
+    return plots.write(axes, title, path, **_BESIDE)
 
 
-def _write(path: Path) -> Path:
-    pyplot.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close()
-    return path
+def _median(results: Results, case: Case, way: str, figure: str) -> float:
+    return (results.median(COST, case, way, figure) or 0.0) * 1e3
+
+
+def _ms(times: Sequence[float]) -> list[float]:
+    return [seconds * 1e3 for seconds in times]

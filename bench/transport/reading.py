@@ -11,9 +11,9 @@ from multiprocessing.connection import Connection
 
 from torch import Tensor
 
-from bench.transport.clock import stamp
+from bench.harness.clock import stamp
+from bench.harness.memory import tidy
 from bench.transport.contract import Reader
-from bench.transport.memory import tidy
 from bench.transport.payload import sample, sums
 
 

@@ -1,17 +1,20 @@
-"""The records as tables, for the terminal and as Markdown."""
+"""The records as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterator
 
-from rich.console import Console
-from rich.table import Table
-
-from bench.transport.cases import ONE_WAY, Case, size
-from bench.transport.peers import MEMCPY
-from bench.transport.records import Record
-from bench.transport.verdict import goals
+from bench.harness import goals as wanted
+from bench.harness.goals import over
+from bench.harness.results import Record
+from bench.harness.sizes import size
+from bench.harness.tables import Grid
+from bench.transport import cases
+from bench.transport.cases import Case
+from bench.transport.goals import goals
+from bench.transport.records import COST, ONE_WAY, Results
+from bench.transport.ways import MEMCPY
 
 _HEADINGS = (
     "ms",
@@ -29,102 +32,45 @@ _HEADINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table: rows of text under headings; the first `words` columns to the left, the others to the right."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: int = 1
-
-
-def grids(records: Sequence[Record]) -> Iterator[Grid]:
-    costs = [r for r in records if r.measure == "cost"]
-    for case in sorted({r.case for r in costs}):
-        yield _case(case, [r for r in costs if r.case == case])
-    if latencies := [r for r in records if r.measure == "one-way"]:
-        yield _one_way(latencies)
-    verdicts = [(goal.text, goal.wanted, goal.found, goal.verdict) for goal in goals(records)]
-    yield Grid("Goals", ("goal", "wanted", "found", "verdict"), verdicts)
+def grids(results: Results) -> Iterator[Grid]:
+    for case in results.cases(COST):
+        yield Grid(str(case), _HEADINGS, [_row(record) for record in results.of(COST, case)])
+    for case in results.cases(ONE_WAY):
+        headings = ("microseconds", "median", "99th percentile", "least", "bare pipe, median", "messages")
+        rows = [_one_way(record) for record in results.of(ONE_WAY, case)]
+        yield Grid(f"One way, {size(cases.ONE_WAY)}, 1 reader", headings, rows)
+    yield wanted.grid(goals(results))
 
 
-def show(records: Sequence[Record], console: Console) -> None:
-    render(grids(records), console)
-
-
-def markdown(records: Sequence[Record], about: str) -> str:
-    return write("Transports", about, grids(records))
-
-
-def render(tables: Iterable[Grid], console: Console) -> None:
-    for grid in tables:
-        table = Table(title=grid.title, title_justify="left")
-        for number, heading in enumerate(grid.headings):
-            table.add_column(heading, justify="left" if number < grid.words else "right")
-        for row in grid.rows:
-            table.add_row(*row)
-        console.print(table)
-
-
-def write(title: str, about: str, tables: Iterable[Grid]) -> str:
-    """As Markdown."""
-    parts = [f"# {title}\n\n{about}\n"]
-    for grid in tables:
-        alignment = ["---" if number < grid.words else "---:" for number in range(len(grid.headings))]
-        lines = [grid.headings, alignment, *grid.rows]
-        parts.append(f"## {grid.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-    return "\n".join(parts)
-
-
-def _case(case: Case, records: Sequence[Record]) -> Grid:
-    return Grid(str(case), _HEADINGS, [_row(r) for r in records])
-
-
-def _row(record: Record) -> list[str]:
+def _row(record: Record[Case]) -> list[str]:
     if record.status != "ok":
-        reason = (record.reason or "").splitlines()[0]
-        return [f"{record.label}: {record.status}, {reason}", *[""] * (len(_HEADINGS) - 1)]
-    free = None
-    if record.free_reader_s is not None and record.free_producer_s is not None:
-        free = record.free_reader_s + record.free_producer_s
-    ratio = ""
-    if record.median_s and record.memcpy_s and record.label != MEMCPY:
-        ratio = f"{record.median_s / record.memcpy_s:.2f}"
+        return [f"{record.way}: {record.problem}", *[""] * (len(_HEADINGS) - 1)]
+    costs = record.figures["cost_s"]
+    free = [record.median(part) for part in ("free_reader_s", "free_producer_s")]
+    ratio = None if record.way == MEMCPY else over(record.median("cost_s"), record.median("memcpy_s"))
+    memory, copied = (over(record.median(what), record.case.nbytes) for what in ("memory_bytes", "copied_bytes"))
     return [
-        record.label,
-        _ms(record.median_s),
-        _ms(record.min_s),
-        _ms(record.max_s),
-        ratio,
-        _ms(record.put_s),
-        _ms(record.take_s),
-        _ms(record.first_read_extra_s),
-        _ms(free),
-        _ms(record.cold_s),
-        f"{record.memory_x:.2f} x" if record.memory_x is not None else "",
-        f"{record.bytes_copied / record.nbytes:.0f} x" if record.bytes_copied is not None else "",
+        record.way,
+        *map(_ms, (statistics.median(costs), min(costs), max(costs))),
+        "" if ratio is None else f"{ratio:.2f}",
+        *(_ms(record.median(part)) for part in ("put_s", "take_s", "first_read_extra_s")),
+        _ms(None if None in free else sum(filter(None, free))),
+        _ms(record.median("cold_s")),
+        "" if memory is None else f"{memory:.2f} x",
+        "" if copied is None else f"{copied:.0f} x",
     ]
 
 
-def _one_way(records: Sequence[Record]) -> Grid:
-    rows = [
-        [r.label, _us(r.median_s), _us(r.p99_s), _us(r.min_s), _us(r.pipe_s), str(r.rounds)]
-        if r.status == "ok"
-        else [f"{r.label}: {r.status}", *[""] * 5]
-        for r in records
-    ]
-    title = f"One way, {size(ONE_WAY)}, 1 reader"
-    return Grid(
-        title, ("microseconds", "median", "99th percentile", "least", "bare pipe, median", "messages"), rows
-    )
+def _one_way(record: Record[Case]) -> list[str]:
+    if record.status != "ok":
+        return [f"{record.way}: {record.problem}", *[""] * 5]
+    times = record.figures["one_way_s"]
+    shown = (statistics.median(times), statistics.quantiles(times, n=100)[-1], min(times))
+    bare = statistics.median(record.figures["pipe_s"])
+    return [record.way, *(f"{seconds * 1e6:.0f}" for seconds in (*shown, bare)), str(len(times))]
 
 
 def _ms(seconds: float | None) -> str:
     if seconds is None:
         return ""
     return f"{seconds * 1e3:.3f}" if abs(seconds) < 0.01 else f"{seconds * 1e3:.1f}"
-
-
-def _us(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e6:.0f}"

@@ -17,9 +17,9 @@ import iceoryx2 as iox
 import torch
 from torch import Tensor
 
+from bench.harness.workers import Refusal
 from bench.transport import contract
 from bench.transport.cases import Case
-from bench.transport.contract import Cannot
 
 _ALIGNMENT = 64
 _FIRST_SLICE = 64 << 10
@@ -48,11 +48,11 @@ class Producer(contract.Producer):
             try:
                 sample = self._publisher.loan_slice_uninit(nbytes)
             except iox.LoanError as error:
-                raise Cannot(f"cannot loan a sample of {nbytes} bytes: {error}") from error
+                raise Refusal(f"cannot loan a sample of {nbytes} bytes: {error}") from error
             _over(sample.payload_ptr, tensor.dtype, nbytes).copy_(tensor.view(-1))
             received = sample.assume_init().send()
             if received != self._readers:
-                raise Cannot(f"a sample of {nbytes} bytes reached {received} of {self._readers} subscribers")
+                raise Refusal(f"a sample of {nbytes} bytes reached {received} of {self._readers} subscribers")
         return [pickle.dumps([(tensor.dtype, tensor.shape) for tensor in tensors])] * self._readers
 
     def close(self) -> None:

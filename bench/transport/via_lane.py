@@ -1,6 +1,6 @@
 """mmlane's lane; `mode` is how readers take: `view`, `cow` or `clone`. `n` tickets of a tensor are on one copy.
 
-One setting is not the default: memory is kept over longer pauses than a minute, since it is the other peers' turns
+One setting is not the default: memory is kept over longer pauses than a minute, since it is the other ways' turns
 that make them.
 """
 
@@ -12,9 +12,9 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
+from bench.harness.workers import Refusal
 from bench.transport import contract
 from bench.transport.cases import Case
-from bench.transport.contract import Cannot
 from mmlane import lane
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Producer(contract.Producer):
 
 def _accepted(answer: T | lane.Refused) -> T:
     if isinstance(answer, lane.Refused):
-        raise Cannot(f"refused, {answer.cause}: {answer.detail}")
+        raise Refusal(f"refused, {answer.cause}: {answer.detail}")
     return answer
 
 

@@ -1,20 +1,17 @@
-"""The producing process of one peer, which also starts its readers. Run by group.py in the peer's environment:
+"""The producing process of one way, which also starts its readers. Run by team.py in the way's environment:
 
     PYTHON -m bench.transport.worker --orders FD --parent PID --module bench.transport.via_... [--mode MODE] ...
 
-Takes orders from a pipe, answers each. A fault anywhere ends the process with a traceback, and with it the
-readers; whoever gave the order sees the pipe close.
+Takes orders from a pipe, answers each. A fault anywhere ends the process, and with it the readers.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import importlib
 import multiprocessing
 import os
-import signal
 from collections.abc import Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -24,19 +21,20 @@ from typing import Any
 
 import torch
 
-from bench.transport import memory
-from bench.transport.cases import KIB, Case
-from bench.transport.clock import seconds, stamp
-from bench.transport.contract import Cannot, Producer
+from bench.harness.clock import seconds, stamp
+from bench.harness.memory import Memory, tidy
+from bench.harness.sizes import KIB
+from bench.harness.workers import die_with, obey
+from bench.transport.cases import Case
+from bench.transport.contract import Producer
 from bench.transport.payload import Payload, sample, sums
 from bench.transport.reading import Reading, serve
-from bench.transport.rounds import Round
+from bench.transport.records import Round
 
-_PR_SET_PDEATHSIG = 1
 _UNCOUNTED = 100  # one-way messages before those that count
 
 
-class Group:
+class Producing:
     """A producer and its readers, of which a case uses as many as it needs. The public methods are the orders."""
 
     def __init__(self, producer: Producer, readers: Sequence[tuple[Connection, BaseProcess]]) -> None:
@@ -52,7 +50,7 @@ class Group:
         self._case = case
         self._pipes = [pipe for pipe, _ in self._readers[: case.readers]]
         self._payload = Payload(case.nbytes, case.items)
-        self._memory_before = memory.in_use(self._pids)
+        self._memory_before = self._in_use()
         address = self._producer.open(case)
         for rank, pipe in enumerate(self._pipes):
             pipe.send(("open", address, rank, case))
@@ -64,9 +62,9 @@ class Group:
         self._gather()
         self._producer.close()
         self._payload = None
-        memory.tidy()
+        tidy()
 
-    def round(self, *, look: bool, park: bool) -> Round:
+    def round(self, look: bool, park: bool) -> Round:
         """One message. `look`: compare pages, and look at the memory. `park`: keep no payload until the next."""
         payload = self._payload or Payload(self._case.nbytes, self._case.items)
         self._payload = None if park else payload
@@ -90,7 +88,7 @@ class Group:
         self._gather()
         self._tell("sum again")
         self._gather()
-        held = memory.in_use(self._pids) - self._memory_before if look else None
+        held = self._in_use() - self._memory_before if look else None
         self._tell("free")
         readings: list[Reading] = self._gather()
         before = stamp()
@@ -137,10 +135,13 @@ class Group:
         return times[_UNCOUNTED:], bare[_UNCOUNTED:]
 
     def quit(self) -> None:
-        """Let the readers end."""
+        """Have the readers end."""
         for pipe, process in self._readers:
             pipe.send(("quit",))
             process.join()
+
+    def _in_use(self) -> int:
+        return Memory.of(self._pids, forked=True).all
 
     def _tell(self, order: object) -> None:
         for pipe in self._pipes:
@@ -155,13 +156,6 @@ def _verify(reading: Reading, n: int, expected: Sequence[int], expected_sample: 
         raise ValueError("a reader's tensors have other sums than the source")
     if expected_sample is not None and list(reading.samples) != [expected_sample] * n:
         raise ValueError("a reader's tensors have other pages than the source")
-
-
-def die_with(parent: int) -> None:
-    """End this process when that one, its parent, ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before we could ask
-        raise SystemExit(1)
 
 
 def fork_readers(module: Any, arguments: argparse.Namespace) -> list[tuple[Connection, BaseProcess]]:
@@ -192,22 +186,6 @@ def read(
         return
 
 
-def obey(group: Group, orders: Connection) -> None:
-    """Answer orders until there are no more. An answer is ("ok", result), or ("cannot", reason) and no more."""
-    while True:
-        try:
-            order, keywords = orders.recv()
-        except EOFError:
-            group.quit()
-            return
-        try:
-            result = getattr(group, order)(**keywords)
-        except Cannot as reason:
-            orders.send(("cannot", str(reason)))
-            return
-        orders.send(("ok", result))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--orders", type=int, required=True)
@@ -225,15 +203,16 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
-    group = Group(module.Producer(arguments.scratch, arguments.mode), fork_readers(module, arguments))
+    producing = Producing(module.Producer(arguments.scratch, arguments.mode), fork_readers(module, arguments))
     torch.set_num_threads(arguments.threads)
     # A small case first: memory that is written to in it is no longer shared when others are measured.
-    group.begin(Case(arguments.readers, 64 * KIB))
-    group.round(look=True, park=False)
-    group.end()
+    producing.begin(Case(arguments.readers, 64 * KIB))
+    producing.round(look=True, park=False)
+    producing.end()
     with Connection(arguments.orders) as orders:
         orders.send(("ok", torch.__version__))
-        obey(group, orders)
+        if obey(orders, producing, until_fault=True):
+            producing.quit()
 
 
 if __name__ == "__main__":

@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 
+from bench.engine.asking import Answered, per_request, read_notes
 from bench.engine.cases import Case, plan
-from bench.engine.measuring import Answered, order, per_request, read_notes
-from bench.engine.memory import Memory, Peak
 from bench.engine.probe import sitecustomize as probe
-from bench.engine.records import Record, Results
-from bench.engine.tables import markdown
+from bench.engine.records import Results
+from bench.engine.tables import grids
+from bench.harness.memory import Memory, Peak
+from bench.harness.results import Record
+from bench.harness.tables import markdown
+from bench.harness.turns import turns
 
 PROBE = Path(probe.__file__).parent
 
@@ -90,10 +93,10 @@ PLUGIN_THEN_PROBE = """
 import sys, importlib.util
 assert importlib.util.find_spec("sglang.srt.managers.scheduler")  # looking is not importing
 from sglang.srt.managers import scheduler
-theirs = scheduler.Scheduler.recv_requests = lambda self: ["plugin's"]
+theirs = scheduler.Scheduler.recv_requests = lambda self: ()
 made = scheduler.Scheduler()
 assert scheduler.Scheduler.recv_requests.__wrapped__ is theirs
-assert made.recv_requests() == ["plugin's"]
+assert made.recv_requests() == ()
 once = scheduler.Scheduler.recv_requests
 scheduler.Scheduler()
 assert scheduler.Scheduler.recv_requests is once
@@ -128,7 +131,7 @@ def test_calls_are_summed_for_each_request() -> None:
 
 
 def test_every_other_round_goes_backwards() -> None:
-    assert list(order(["off", "lane"], 2)) == [(0, "off"), (0, "lane"), (1, "lane"), (1, "off")]
+    assert list(turns(["off", "lane"], 2)) == [(0, "off"), (0, "lane"), (1, "lane"), (1, "off")]
 
 
 def test_what_ends_an_engine_comes_last() -> None:
@@ -140,14 +143,14 @@ def test_what_ends_an_engine_comes_last() -> None:
 def test_results_come_back_and_make_tables(tmp_path: Path) -> None:
     case = Case("image", 1)
     records = [
-        Record("0.5.9", "off", 0, case, requests=2, figures={"latency_s": [0.1, 0.1], "send_s": [0.02, 0.02]}),
-        Record("0.5.9", "lane", 0, case, requests=2, figures={"latency_s": [0.05, 0.05], "send_s": [0.01, 0.01]}),
-        Record("0.5.9", "off", 0, Case("image", 1, n=8), status="died", reason="no answer"),
+        Record("0.5.9", case, "off", figures={"latency_s": [0.1, 0.1], "send_s": [0.02, 0.02]}),
+        Record("0.5.9", case, "lane", figures={"latency_s": [0.05, 0.05], "send_s": [0.01, 0.01]}),
+        Record("0.5.9", Case("image", 1, n=8), "off", status="died", reason="no answer"),
     ]
-    results = Results({"cores": 4}, records, [])
+    results = Results({"cores": 4}, records, [{"release": "0.5.9"}])
     results.save(tmp_path / "engine.json")
     assert Results.load(tmp_path / "engine.json") == results
-    table = markdown(results, "About.")
+    table = markdown("In the engine", "About.", grids(results))
     assert "| 1 image, 1 at a time | 100 / 100 | 50.0 / 50.0 (0.50 x) |" in table
     assert "died, no answer" in table
     assert "several at a time" not in table

@@ -16,15 +16,15 @@ pytest.importorskip("torch")
 
 from bench.gpu.device import lacking
 from bench.gpu.measures import CONCURRENT, FIRST_BYTE, H2D, IMAGES, MEASURES, Plan
-from bench.gpu.records import REHEARSAL, Record, Results, goals
+from bench.gpu.records import REHEARSAL, Results, goals
 from bench.gpu.report import grids
 from bench.gpu.ways import LANE_PINNED, PAGEABLE, SEGMENTS, TORCH_PINNED
-from bench.gpu.workers import interrupts_held
+from bench.harness.results import Record
+from bench.harness.spawned import interrupts_held
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "bench.gpu"]
 SHM = Path("/dev/shm")
-MIB = 1 << 20
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -49,15 +49,15 @@ def test_a_rehearsal_has_every_case_and_way(rehearsed: tuple[Path, str]) -> None
     results = Results.load(rehearsed[0] / "gpu-rehearsal.json")
     plan = Plan([]).rehearsal()
     assert {(r.status, r.reason) for r in results.records} == {("ok", None)}
-    cases = {measure: results.cases(measure) for measure in MEASURES}
+    cases = {measure: {case: results.of(measure, case) for case in results.cases(measure)} for measure in MEASURES}
     counts = dict(zip(MEASURES, (1, len(plan.sizes), len(plan.processes), 1, 2), strict=True))
     assert {measure: len(of_case) for measure, of_case in cases.items()} == counts
     for measure, ways in (("h2d", H2D), ("concurrent", CONCURRENT), ("first byte", FIRST_BYTE)):
         assert {tuple(r.way for r in of_case) for of_case in cases[measure].values()} == {ways}
     for record in results.records:
         first = next(iter(record.figures.values()))
-        assert len(first) >= (plan.fresh if record.measure == "contexts" else plan.rounds)
-        assert record.measure == "contexts" or min(first) > 0
+        assert len(first) >= (plan.fresh if record.group == "contexts" else plan.rounds)
+        assert record.group == "contexts" or min(first) > 0
 
 
 def test_a_rehearsal_says_so_everywhere_and_compares_nothing(rehearsed: tuple[Path, str]) -> None:
@@ -76,10 +76,9 @@ def made_up(pinned: float, lane: float, pageable: float, note: str = "") -> Resu
     """h2d at 256 MiB, in GB/s."""
     rates = {TORCH_PINNED: pinned, LANE_PINNED: lane, PAGEABLE: pageable}
     records = [
-        Record("h2d", "256 MiB", way, 256 * MIB, figures={"GB/s": [rate - 1, rate, rate + 7]})
-        for way, rate in rates.items()
+        Record("h2d", "256 MiB", way, figures={"GB/s": [rate - 1, rate, rate + 7]}) for way, rate in rates.items()
     ]
-    return Results(note, {}, records)
+    return Results({}, records, note)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import distributions
 from pathlib import Path
@@ -17,12 +18,14 @@ import pytest
 
 pytest.importorskip("torch")
 
+from bench.engine.asking import Unanswered
 from bench.gpu_engine import __main__ as command
-from bench.gpu_engine.records import Record, Results, about, table
-from bench.gpu_engine.requests import CASES, Case, Images, Unanswered, rounds
-from bench.gpu_engine.server import PLATFORM, end, entry_point, environ
+from bench.gpu_engine.records import Results, about, table
+from bench.gpu_engine.requests import CASES, Case, Images, rounds
+from bench.gpu_engine.server import PLATFORM, Server, entry_point, environ
+from bench.harness.results import Record
 from devkit.client import Client
-from devkit.processes import Family
+from devkit.processes import Process
 from mmlane.lane import Lane
 
 INSIDE = Path(command.__file__).with_name("inside")
@@ -34,13 +37,17 @@ def made_up() -> Results:
         "memory_bytes": 1 << 30, "kernel": "6", "commit": "abc", "began": "now",
     }  # fmt: skip
     records = [
-        Record("off", "1 image", [0.2, 0.1, 0.3], [["a"], ["b"], ["c"]]),
-        Record("off", "2 images", [0.2], [["a"]]),
-        Record("lane", "1 image", [0.1, 0.1, 0.1], [["a"], ["b"], ["c"]]),
-        Record("lane", "2 images", [0.2], [["x"]]),
+        Record("", "1 image", "off", figures={"seconds": [0.2, 0.1, 0.3]}),
+        Record("", "2 images", "off", figures={"seconds": [0.2]}),
+        Record("", "1 image", "lane", figures={"seconds": [0.1, 0.1, 0.1]}),
+        Record("", "2 images", "lane", figures={"seconds": [0.2]}),
     ]
+    texts = {
+        "off": {"1 image": [["a"], ["b"], ["c"]], "2 images": [["a"]]},
+        "lane": {"1 image": [["a"], ["b"], ["c"]], "2 images": [["x"]]},
+    }
     lanes: dict[str, list[dict[str, Any]]] = {"off": [], "lane": [{"stats": {"tickets": 0}, "problem": None}]}
-    return Results(machine, records, lanes, {"off": [], "lane": ["something"]})
+    return Results(machine, records, texts, lanes, {"off": [], "lane": ["something"]})
 
 
 def test_the_table_has_medians_ratios_and_whether_texts_are_the_same() -> None:
@@ -179,9 +186,9 @@ def test_the_engine_finds_the_platform_and_none_of_the_callers_settings(tmp_path
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_the_numbers_of_the_servers_own_lane(ours: bool) -> None:
-    pids = {os.getpid()} if ours else set()
+    there = [Process(os.getpid(), "")] if ours else []
     with Lane({"tp": 1}, capacity=1 << 20) as lane:
-        found = command.settled(SimpleNamespace(pids=lambda: pids))  # type: ignore[arg-type]
+        found = command.settled(SimpleNamespace(processes=lambda: there))  # type: ignore[arg-type]
         assert [one["name"] for one in found] == [lane.name] * ours
     assert not ours or json.loads(json.dumps(found))[0]["stats"]["tickets"] == 0
 
@@ -191,22 +198,32 @@ import signal, subprocess, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if sys.argv[1:]:
     subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=sys.argv[2] == "leaves")
-else:
-    print("ready", flush=True)
 signal.pause()
 """
 
 
+class Stubborn(Server):
+    """Its processes ignore SIGTERM."""
+
+    child = "stays"
+
+    def _command(self, port: int) -> list[str]:
+        return [sys.executable, "-c", STUBBORN, STUBBORN, self.child]
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        while len(self.processes()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize("child", ["stays", "leaves"])
-def test_no_process_of_a_server_is_left(child: str) -> None:
+def test_no_process_of_a_server_is_left(child: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though they ignore SIGTERM, and one has left the session."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUBBORN, STUBBORN, child], stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    family = Family(process.pid)
-    assert len(family.members()) == 2
-    end(process, family, orderly_s=0.1)
-    assert family.members() == [] and process.returncode is not None
-    process.stdout.close()
+    monkeypatch.setattr("bench.gpu_engine.server._ORDERLY_S", 0.1)
+    monkeypatch.setenv("MMLANE_CACHE", str(tmp_path))
+    server = Stubborn(tmp_path, "off", tmp_path)
+    server.child = child
+    with server:
+        assert len(server.processes()) == 2
+    assert server.processes() == [] and server.shm_listing() == {}
+    server.close()

@@ -10,19 +10,21 @@ from typing import Any
 
 import pytest
 
-from bench import ratios as written
+from bench.releases import NEWEST
 from bench.engine import records as engine
 from bench.engine.cases import Case
 from bench.gpu import records as gpu
 from bench.gpu.ways import LANE_PINNED, TORCH_PINNED
-from bench.ratios import Spread, extremes, put, quartiles
-from bench.releases import NEWEST
-from bench.transport.cases import MIB
-from bench.transport.records import Record
-from bench.transport.verdict import ratios
+from bench.harness import ratios as written
+from bench.harness.ratios import Spread, extremes, put, quartiles
+from bench.harness.results import Record
+from bench.harness.sizes import MIB
+from bench.transport import goals as transport
+from bench.transport.cases import Case as Message
+from bench.transport.records import Results
 from tools.ratios import main
 
-HERE = {"cores": 2, "memory_bytes": 4 << 30, "commit": "abc", "began": "today"}
+HERE = {"cores": 2, "processor": "x", "memory_bytes": 4 << 30, "commit": "abc", "began": "today"}
 
 
 def git(top: Path, *words: str) -> None:
@@ -163,39 +165,40 @@ def test_each_benchmark_has_its_own_ratios_on_the_line(tmp_path: Path, monkeypat
 
 
 def test_ratios_of_the_transports() -> None:
-    def record(label: str, *seconds: float, **more: Any) -> Record:
-        median, least, most = seconds
-        times: dict[str, Any] = {"median_s": median, "min_s": least, "max_s": most}
-        return Record("cost", label, None, None, label, 16 * MIB, 1, 1, 1, **times, **more)
+    case = Message(1, 16 * MIB)
 
-    view, cow = record("lane view", 1, 0.5, 2, memcpy_s=0.5), record("lane cow", 3, 3, 3, memcpy_s=0.5)
-    theirs = (f"engine {NEWEST}", 10, 5, 20)
-    assert ratios([view, record(*theirs), cow]) == {
+    def record(way: str, *seconds: float) -> Record[Message]:
+        return Record("cost", case, way, figures={"cost_s": list(seconds), "memcpy_s": [0.5]})
+
+    view, cow = record("lane view", 1, 0.5, 2), record("lane cow", 3, 3, 3)
+    theirs = record(f"engine {NEWEST}", 10, 5, 20)
+    assert transport.ratios(Results({}, [view, theirs, cow])) == {
         f"16 MiB, 1 reader: lane view over engine {NEWEST}": (0.1, 0.025, 0.4),
         "16 MiB, 1 reader: lane view over memcpy": (2, 1, 4),
         f"16 MiB, 1 reader: lane cow over engine {NEWEST}": (0.3, 0.15, 0.6),
     }
-    assert ratios([cow, record(*theirs, status="failed")]) == {}
+    failed: Record[Message] = Record("cost", case, f"engine {NEWEST}", "failed", "it ended")
+    assert transport.ratios(Results({}, [cow, failed])) == {}
 
 
 def test_ratios_of_the_engine() -> None:
-    def record(mode: str, figure: float, **case: int) -> engine.Record:
+    def record(mode: str, figure: float, **case: int) -> Record[Case]:
         figures = {"latency_s": [figure] * 3, "send_s": [figure / 10] * 3}
-        return engine.Record("0.5.18", mode, 1, Case("image", 1, **case), figures=figures)
+        return Record("0.5.23", Case("image", 1, **case), mode, figures=figures)
 
     cases: list[dict[str, int]] = [{}, {"concurrency": 8}, {"n": 8}]
     records = [record(mode, figure, **case) for case in cases for mode, figure in (("off", 2), ("lane", 1))]
     assert engine.ratios(engine.Results(records=records)) == {
-        "0.5.18, 1 image, 1 at a time: latency, lane over off": (0.5, 0.5, 0.5),
-        "0.5.18, 1 image, 1 at a time: blocked, lane over off": (0.5, 0.5, 0.5),
-        "0.5.18, 1 image, 8 at a time: latency, lane over off": (0.5, 0.5, 0.5),
+        "0.5.23, 1 image, 1 at a time: latency, lane over off": (0.5, 0.5, 0.5),
+        "0.5.23, 1 image, 1 at a time: blocked, lane over off": (0.5, 0.5, 0.5),
+        "0.5.23, 1 image, 8 at a time: latency, lane over off": (0.5, 0.5, 0.5),
     }
 
 
 def test_ratios_on_a_gpu() -> None:
     results = gpu.Results(machine={"gpus": [{"name": "NVIDIA X"}]})
     for way, rate in ((LANE_PINNED, 50.0), (TORCH_PINNED, 100.0)):
-        results.records.append(gpu.Record("h2d", "1 MiB", way, figures={"GB/s": [rate], "again": [1.0]}))
+        results.records.append(Record("h2d", "1 MiB", way, figures={"GB/s": [rate], "again": [1.0]}))
     assert gpu.ratios(results) == {
         f"NVIDIA X, h2d, 1 MiB: GB/s, {LANE_PINNED} over {TORCH_PINNED}": (0.5, 0.5, 0.5)
     }

@@ -1,33 +1,37 @@
-"""Peak of the memory that a server's processes have, looked at again and again."""
+"""What processes have in memory, and how much more there is."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-EVERY_S = 0.025
 _BLOCK = 512  # of st_blocks, on every file system
+_EVERY_S = 0.025
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `shared`: in the server's /dev/shm, and in memfds; `all`: anonymous memory as well."""
+    """Bytes. `shared`: files in the processes' /dev/shm and unnamed ones (memfd), mapped or not; `all`: anonymous
+    memory as well."""
 
     shared: int
     all: int
 
     @classmethod
-    def of(cls, pids: Iterable[int]) -> Memory:
-        processes = [Path(f"/proc/{pid}") for pid in pids]
+    def of(cls, pids: Iterable[int], *, forked: bool = False) -> Memory:
+        """What they have now. `forked`: pages that they share until one writes count once, which takes longer."""
+        file, name = ("smaps_rollup", "Pss_Anon") if forked else ("status", "RssAnon")
         memfds: dict[tuple[int, int], int] = {}
         shm = anonymous = 0
-        for process in processes:
+        for process in (Path(f"/proc/{pid}") for pid in pids):
             try:
-                anonymous += _rss_anon(process)
-                named = os.statvfs(process / "root/dev/shm")  # the server's own, if it has one
+                anonymous += _field(process / file, name)
+                named = os.statvfs(process / "root/dev/shm")  # they may have one of their own
                 shm = max(shm, (named.f_blocks - named.f_bfree) * named.f_frsize)
                 memfds.update(_memfds(process))
             except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended while we were looking
@@ -54,7 +58,7 @@ class Peak:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._end.wait(EVERY_S):
+        while not self._end.wait(_EVERY_S):
             now = Memory.of(self._pids)
             self.found = Memory(max(self.found.shared, now.shared), max(self.found.all, now.all))
 
@@ -67,11 +71,22 @@ def faults(pid: int) -> int:
         return 0
 
 
-def _rss_anon(process: Path) -> int:
-    for line in (process / "status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+def available() -> int:
+    """Bytes that can be had without swapping."""
+    return _field(Path("/proc/meminfo"), "MemAvailable")
+
+
+def tidy() -> None:
+    """Give back to the system what this process no longer uses, so that the next case does not find it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _field(path: Path, name: str) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    return 0  # of a zombie
+    return 0  # as of a zombie
 
 
 def _memfds(process: Path) -> dict[tuple[int, int], int]:

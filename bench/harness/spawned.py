@@ -1,38 +1,34 @@
-"""Spawned processes that do as they are told over a pipe, and end with the benchmark however that ends."""
+"""Workers that Python spawns; they end with the benchmark however that ends."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.transport.group import Failed, Refusal
-from bench.transport.worker import die_with
+from bench.harness.workers import Failed, Refusal, Worker, answer_of, die_with, obey
 
-_ROLES = ("bench.gpu.device", "bench.gpu.team", "bench.gpu.measures")
-_PATIENCE_S = 300.0
 _GRACE_S = 10.0
 
 
 _context: Any = multiprocessing.get_context("spawn")  # each process as fresh as can be
 
 
-def hurry() -> None:
-    """For a rehearsal: fork processes from one that has imported torch, which takes seconds."""
+def hurry(*modules: str) -> None:
+    """For a rehearsal: fork processes from one that has imported these modules, which takes seconds."""
     global _context
     os.environ["OMP_NUM_THREADS"] = "1"  # theirs
     _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(list(_ROLES))
+    _context.set_forkserver_preload(list(modules))
 
 
-class Worker:
-    """A process with an object of `role`, made there with `arguments`; orders are names of its methods.
+class Spawned(Worker):
+    """A process with an object of `role`, made there with `arguments`, that obeys.
 
     The first answer says whether it could be made. The role has a `close`, called in the end.
     """
@@ -44,42 +40,30 @@ class Worker:
             self._process.start()
         theirs.close()
 
-    def ask(self, name: str, *arguments: Any) -> None:
-        """Give an order. A process that has ended says so in its answer."""
-        try:
-            self._pipe.send((name, arguments))
-        except OSError:
-            return
-
-    def answer(self) -> Any:
-        """What came of the oldest order that is not answered yet. Raises Failed, Refusal."""
-        try:
-            if not self._pipe.poll(_PATIENCE_S):
-                self.end()
-                raise Failed(f"no answer in {_PATIENCE_S:g} s")
-            kind, result = self._pipe.recv()
-        except (EOFError, OSError):
-            self._process.join(_GRACE_S)
-            raise Failed(f"its process ended, exit code {self._process.exitcode}") from None
-        if kind == "ok":
-            return result
-        raise (Refusal if kind == "refused" else Failed)(result)
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        """Order and answer."""
-        self.ask(name, *arguments)
-        return self.answer()
-
     def end(self) -> None:
-        """Have it end, in an orderly way if possible."""
         self._pipe.close()
         self._process.join(_GRACE_S)
         if self._process.exitcode is None:
             self._process.kill()
             self._process.join()
 
+    def trace(self) -> str:
+        code = self._process.exitcode
+        return "" if code is None else f"exit code {code}"
 
-def gather(workers: Sequence[Worker]) -> list[Any]:
+
+@contextmanager
+def spawned(role: Callable[..., Any], *arguments: Any) -> Iterator[Spawned]:
+    """A worker that could be made, ended afterwards. Raises Failed, Refusal."""
+    worker = Spawned(role, *arguments)
+    try:
+        worker.answer()
+        yield worker
+    finally:
+        worker.end()
+
+
+def gather(workers: Sequence[Spawned]) -> list[Any]:
     """The answers of all; then raises what the first one raised that failed."""
     answers: list[Any] = []
     problems: list[Failed | Refusal] = []
@@ -115,19 +99,8 @@ def interrupts_held() -> Iterator[None]:
 def _serve(pipe: Connection, role: Callable[..., Any], arguments: Sequence[Any]) -> None:
     die_with(os.getppid())  # had it ended before that, the pipe would say so
     made: list[Any] = []
-    with suppress(EOFError, ConnectionError):  # nobody is there any more who gives orders
-        pipe.send(_do(lambda: made.append(role(*arguments))))
-        while True:
-            name, values = pipe.recv()
-            pipe.send(_do(lambda: getattr(made[0], name)(*values)))  # noqa: B023 - done before the next
+    with suppress(ConnectionError):  # nobody is there any more who gives orders
+        pipe.send(answer_of(lambda: made.append(role(*arguments))))
     for one in made:
+        obey(pipe, one)
         one.close()
-
-
-def _do(order: Callable[[], Any]) -> tuple[str, Any]:
-    try:
-        return "ok", order()
-    except Refusal as reason:
-        return "refused", str(reason)
-    except Exception as error:  # noqa: BLE001 - whatever it is, who gave the order is told
-        return "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"

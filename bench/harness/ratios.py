@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.machine import facts, processor
+from bench.harness.machine import facts
 
 NAME = "ratios.json"
 
@@ -68,7 +68,7 @@ def put(benchmark: str, ratios: Mapping[str, Spread | None], out: Path) -> Path:
 
 def machine(known: Mapping[str, Any]) -> str:
     """What makes ratios of two runs comparable."""
-    return f"{known['cores']} cores, {processor()}, {known['memory_bytes'] / (1 << 30):.0f} GiB"
+    return f"{known['cores']} cores, {known['processor']}, {known['memory_bytes'] / (1 << 30):.0f} GiB"
 
 
 def _short(value: float) -> float:

@@ -1,4 +1,4 @@
-"""What a lane's producer feels of processes that may not join: python bench/strangers.py
+"""What a lane's producer feels of processes that may not join: python -m bench.rejected_peers
 
 A tokenizer's loop is played here by Python work and puts of 64 KiB in turn. Beside it another process connects to
 the lane many times a second, without the secret: silent, with a wrong proof, or with bytes that are no message.
@@ -8,7 +8,6 @@ without.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import secrets
 import socket
@@ -18,23 +17,24 @@ from contextlib import suppress
 from multiprocessing.synchronize import Event
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from bench.harness import command, tables
+from bench.harness.tables import Grid
 from mmlane.lane import Lane, Reader, Refused, protocol
 
 KINDS = ("silent", "wrong proof", "nonsense")
 UNIT = 20_000  # steps of Python work between two puts: about half a millisecond
 
 
-def connect(name: str, kind: str, a_second: float, on: Event, end: Event) -> None:
-    """Connect to a lane so many times a second, while `on` is set."""
+def connect(name: str, kind: str, a_second: float, up: Event, on: Event, end: Event) -> None:
+    """Connect to a lane so many times a second, while `on` is set. `up`: this process has started."""
     messages = {
         "silent": b"",
         "wrong proof": protocol.hello(secrets.token_bytes(32), "tp", 0, "nonce"),
         "nonsense": b"\xff" * 100,
     }
     held: list[socket.socket] = []
+    up.set()
     while not end.is_set():
         on.wait(1.0)
         due = time.monotonic()
@@ -68,22 +68,21 @@ def loop(lane: Lane, reader: Reader, seconds: float) -> tuple[float, list[float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command.parser("rejected_peers", __doc__)
     parser.add_argument("--a-second", type=float, default=1000.0)
     parser.add_argument("--slices", type=int, default=10)
     arguments = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
-    table = Table(
-        "strangers", "work a second", "x without", "put, us", "x without", "99th, us", "x without", "rejected"
-    )
+    rows = []
     with Lane({"tp": 1}, idle=3600) as lane, Reader("tp", 0) as reader:
         reader.join(lane.invitation)
         assert lane.wait_open(30)
         loop(lane, reader, 1.0)
         for kind in KINDS:
-            on, end = spawn.Event(), spawn.Event()
-            process = spawn.Process(target=connect, args=(lane.name, kind, arguments.a_second, on, end))
+            up, on, end = (spawn.Event() for _ in range(3))
+            process = spawn.Process(target=connect, args=(lane.name, kind, arguments.a_second, up, on, end))
             process.start()
+            up.wait()
             work: dict[bool, list[float]] = {False: [], True: []}
             puts: dict[bool, list[float]] = {False: [], True: []}
             before = lane.stats().rejected_peers
@@ -100,7 +99,7 @@ def main() -> None:
             figures = [statistics.median(work[there]) for there in (True, False)]
             medians = [statistics.median(puts[there]) * 1e6 for there in (True, False)]
             worst = [statistics.quantiles(puts[there], n=100)[98] * 1e6 for there in (True, False)]
-            table.add_row(
+            row = [
                 f"{arguments.a_second:.0f} a second, {kind}",
                 *(
                     text
@@ -108,8 +107,10 @@ def main() -> None:
                     for text in (f"{values[0]:.{digits}f}", f"{values[0] / values[1]:.2f}")
                 ),
                 f"{rejected / arguments.slices:.0f} a second",
-            )
-    Console().print(table)
+            ]
+            rows.append(row)
+    headings = ("peers", "work a second", "x without", "put, us", "x without", "99th, us", "x without", "rejected")
+    tables.render([Grid("A lane's producer", headings, rows)], tables.console())
 
 
 if __name__ == "__main__":
