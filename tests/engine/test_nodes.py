@@ -22,6 +22,7 @@ from devkit.images import jpeg
 from mmlane import __version__
 from tests.engine import asking
 from tests.engine.on_nodes import CROSSING, WatchedNodes
+from tests.engine.test_auxiliary import BY_MESSAGES, all_arrived
 from tests.engine.test_failures import failing
 from tests.engine.test_launches import by_tokens
 from tests.engine.test_versions import changed_wheel
@@ -219,8 +220,41 @@ def test_without_a_tokenizer(release: str, plugin_wheel: Path) -> None:
         server.wait_for_baseline()
 
 
+@pytest.mark.matrix
+@pytest.mark.releases("0.5.23", "0.5.9", "0.5.12.post1", "0.5.18", *BY_MESSAGES)
+def test_lists_embeddings_and_auxiliary_tensors(
+    release: str, plugin_wheel: Path, transcripts: Transcripts
+) -> None:
+    """Each is on every rank what it was, which the probes compare; on two releases by the engine's other wire."""
+    unpatched = transcripts.of(release, plain)["answers"]
+    env = {"SGLANG_USE_PICKLE_IPC": "0"} if release in BY_MESSAGES else {}
+    with WatchedNodes(release, tp=4, plugin=plugin_wheel, probes=["auxiliary", "lists"], env=env) as server:
+        inline = embedded(server, 0)
+        server.open_lanes()
+        assert embedded(server, 0) == inline != embedded(server, 1)
+        for name, ask in asking.ANSWERED.items():
+            assert asking.tokens(ask(server)) == unpatched[name]["tokens"], name
+        one = asking.tokens(server.generate([asking.image(4)], asking.TEXT))
+        assert asking.tokens(asking.one_image_n3(server)) == one * 3
+        before = lanes(server)
+        once = crossing(server, lambda: large(server))
+        assert once.arrived <= 1.05 * once.payload
+        embedded(server, 2)
+        first, second = (late.puts - early.puts for late, early in zip(lanes(server), before, strict=True))
+        # Of each item two parts of its feature and four auxiliary tensors.
+        assert first == second >= 5 * len(LARGE) * 6
+        server.generate([], asking.TEXT)  # a batch that is empty keeps its embeddings until the next one comes
+        server.wait_for_baseline()
+        all_arrived(server, answers=10)
+
+
 def lanes(server: WatchedNodes) -> tuple[Any, Any]:
     return server.lane(0), server.lane(1)
+
+
+def embedded(server: WatchedNodes, number: int) -> list[list[int]]:
+    """The tokens of the answer about an image that is sent as embeddings, with the probe `lists`."""
+    return asking.tokens(server.generate(LARGE[number : number + 1], "As embeddings."))
 
 
 @pytest.mark.matrix
