@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,11 +34,14 @@ class WatchedNodes(OnNodes, WatchedServer):
         (found,) = self.lanes(node)
         return found
 
-    def open_lanes(self) -> None:
-        """Ask for images until every feature crosses once."""
+    def open_lanes(self, ask: Callable[[], object] | None = None) -> None:
+        """Ask for images until every feature crosses once; `ask` asks for one."""
+
+        def one_image() -> None:
+            assert self.generate([asking.image()], asking.TEXT).status == 200
 
         def is_open() -> bool:
-            assert self.generate([asking.image()], asking.TEXT).status == 200
+            (ask or one_image)()
             return CROSSING in self.log()
 
         asking.wait_for(is_open, lambda: f"the link: {self.log()[-2000:]}")
@@ -45,11 +50,18 @@ class WatchedNodes(OnNodes, WatchedServer):
         """The lines of all nodes."""
         return "".join((self.log(), *(path.read_text(errors="replace") for path in self.logs)))
 
+    def messages(self) -> Counter[str]:
+        """What mmlane has sent between ranks, by what is in a line of the probe `messages`."""
+        files = self.notes.glob("*.messages")
+        return Counter(line for file in files for line in file.read_text().splitlines())
+
     def wait_for_baseline(self) -> None:
         """Until nothing is left in the lane of any node."""
 
-        def at_baseline() -> bool:
-            lanes = [lane for node in range(self.network.nodes) for lane in self.lanes(node)]
-            return all((lane.tickets, lane.extents, lane.used_bytes) == (0, 0, 0) for lane in lanes)
+        def every() -> list[Any]:
+            return [lane for node in range(self.network.nodes) for lane in self.lanes(node)]
 
-        asking.wait_for(at_baseline, "the lanes to be empty")
+        def at_baseline() -> bool:
+            return all((lane.tickets, lane.extents, lane.used_bytes) == (0, 0, 0) for lane in every())
+
+        asking.wait_for(at_baseline, lambda: f"the lanes to be empty: {every()}")

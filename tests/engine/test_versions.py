@@ -33,16 +33,20 @@ import sys; sys.path[:0] = [{path!r}] if "--multiprocessing-fork" in sys.orig_ar
 @pytest.fixture(scope="module")
 def other_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the wheel of a later mmlane, of another version of the protocol."""
-    root = tmp_path_factory.mktemp("other")
+    root, changed = tmp_path_factory.mktemp("other"), f"VERSION = {protocol.VERSION + 1}"
+    return changed_wheel(root, "plugin/mmlane/lane/protocol.py", r"VERSION = \d+", changed)
+
+
+def changed_wheel(root: Path, name: str, line: str, changed: str) -> Path:
+    """A directory with the wheel of this checkout in which a line of one file is another. line: an expression."""
     tree = root / "tree"
-    for name in ("plugin", "patches"):
-        shutil.copytree(CHECKOUT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "compat_matrix.yaml"):
-        shutil.copy(CHECKOUT / name, tree / name)
-    file = tree / "plugin/mmlane/lane/protocol.py"
-    changed = re.sub(r"^VERSION = \d+$", f"VERSION = {protocol.VERSION + 1}", file.read_text(), flags=re.MULTILINE)
-    assert changed != file.read_text()
-    file.write_text(changed)
+    for part in ("plugin", "patches"):
+        shutil.copytree(CHECKOUT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for part in ("pyproject.toml", "README.md", "LICENSE", "compat_matrix.yaml"):
+        shutil.copy(CHECKOUT / part, tree / part)
+    text, count = re.subn(f"^{line}$", changed, (tree / name).read_text(), flags=re.MULTILINE)
+    assert count == 1
+    (tree / name).write_text(text)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--target", str(root / "installed"), str(tree)], check=True)
     return root / "installed"
