@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.releases import NEWEST
 from bench.engine.asking import ask, probed
 from bench.engine.cases import Case, body, question
 from bench.engine.inside import call_inside
@@ -27,6 +26,7 @@ from bench.engine.modes import BLOCKED, HELD, LATENCY, RECEIVED, compare, of_req
 from bench.harness import command, machine, tables
 from bench.harness.results import Results
 from bench.harness.tables import Grid
+from bench.releases import NEWEST
 from devkit.client import data_url
 from devkit.demo import build_wheel
 from devkit.images import jpeg

@@ -25,7 +25,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.releases import NEWEST
 from bench.engine.asking import ask, per_request, probed, read_notes, slowest
 from bench.engine.cases import Case, body, question
 from bench.engine.modes import BLOCKED, HELD, LATENCY, RECEIVED, compare, of_requests, parser, rows
@@ -34,6 +33,7 @@ from bench.harness import command, machine, tables
 from bench.harness.nodes import run_on_each
 from bench.harness.results import Results
 from bench.harness.tables import Grid
+from bench.releases import NEWEST
 from devkit.client import data_url
 from devkit.demo import build_wheel
 from devkit.images import jpeg

@@ -21,11 +21,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bench.releases import NEWEST
 from bench.engine.inside import call_inside
 from bench.harness import command, tables
 from bench.harness.ratios import Spread, put, quartiles
 from bench.harness.tables import Grid
+from bench.releases import NEWEST
 from devkit.demo import build_wheel
 
 RELEASES = ("0.5.9", "0.5.12.post1", "0.5.18", NEWEST)

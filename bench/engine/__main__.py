@@ -12,13 +12,13 @@ from typing import get_args
 
 from rich.console import Console
 
-from bench.releases import NEWEST
 from bench.engine.cases import Kind, plan
 from bench.engine.measuring import Measuring
 from bench.engine.records import Results, ratios
 from bench.engine.tables import grids
 from bench.harness import command, machine, tables
 from bench.harness.turns import turns
+from bench.releases import NEWEST
 from devkit.demo import build_wheel
 from devkit.server import ServerDied
 

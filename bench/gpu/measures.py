@@ -29,9 +29,9 @@ from bench.harness.sizes import GIB, MIB, size
 from bench.harness.spawned import Spawned, spawned
 from bench.harness.turns import Problem, each
 from bench.harness.workers import Failed, Refusal
+from mmlane.lane.cuda import Cuda
 from mmlane.lane.descriptor import Descriptor
 from mmlane.lane.mapping import PAGE, Mapping
-from mmlane.lane.cuda import Cuda
 
 H2D = (TORCH_PINNED, PAGEABLE, SHARED, SEGMENT, LANE_PAGEABLE, LANE_PINNED)
 CONCURRENT = (TORCH_PINNED, SEGMENT, LANE_PAGEABLE, LANE_PINNED)

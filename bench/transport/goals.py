@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.releases import NEWEST
 from bench.harness.goals import Goal, over
 from bench.harness.ratios import Spread, extremes
 from bench.harness.sizes import JUDGED, size
+from bench.releases import NEWEST
 from bench.transport import records
 from bench.transport.cases import FAN_OUT, ONE_WAY, Case
 from bench.transport.records import COST, Results

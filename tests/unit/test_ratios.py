@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from bench.releases import NEWEST
 from bench.engine import records as engine
 from bench.engine.cases import Case
 from bench.gpu import records as gpu
@@ -19,6 +18,7 @@ from bench.harness import ratios as written
 from bench.harness.ratios import Spread, extremes, put, quartiles
 from bench.harness.results import Record
 from bench.harness.sizes import MIB
+from bench.releases import NEWEST
 from bench.transport import goals as transport
 from bench.transport.cases import Case as Message
 from bench.transport.records import Results
