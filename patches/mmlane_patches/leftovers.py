@@ -1,20 +1,20 @@
-"""Reclaims what a crashed engine left in /dev/shm: only what nobody alive can still want.
+"""Reclaims what a crashed engine left in /dev/shm: only what no living process can still want.
 
 A segment on its way from tokenizer to schedulers is neither open nor mapped, and pids repeat: neither proves it
 dead. All of this together does:
 
 1. It is a plain file, ours, unreadable for others, with one name, of the form that engines give, on a tmpfs.
-2. Nobody has it open or mapped, in whatever namespace: the kernel grants a write lease on it. The lease is held
+2. No process has it open or mapped, in any namespace: the kernel grants a write lease on it. The lease is held
    while the file is compared with what was looked at, and unlinked.
-3. Nobody lives who made it or could have been sent its name; makers and receivers run as the same user.
+3. No process lives that made it or could have been sent its name; makers and receivers run as the same user.
    mmlane_PID_START_NAMESPACE_RANDOM of our own pid namespace: its maker is gone, by pid and start time; if another
-   process has the pid now, that one is also younger than the segment. Nobody waits for what a dead tokenizer sent.
+   process has the pid now, that one is also younger than the segment. No rank waits for a dead tokenizer.
    sgl_shm_KIND_PID_RANDOM, and mmlane_ of another namespace: every process with torch in it is younger than the
    segment. The pid in the name may be that of any namespace, and means nothing.
-   psm_RANDOM, Python's default, is anybody's: every process that runs Python is younger than the segment.
-4. Nobody of these is out of sight. /proc is of our own pid namespace and hides nothing. And as /dev/shm may be
+   psm_RANDOM, Python's default, may be any program's: every process that runs Python is younger than the segment.
+4. None of these is out of sight. /proc is of our own pid namespace and hides nothing. And as /dev/shm may be
    shared with other containers, which cannot be found out from inside, ours is the machine's first namespace, or
-   the user says that nobody else uses this /dev/shm (MMLANE_SWEEP=private). The first kind of name in 3 needs no
+   the user says that no one else uses this /dev/shm (MMLANE_SWEEP=private). The first kind of name in 3 needs no
    such word: it says which namespace it is of.
 
 What cannot be proven dead stays, and one line says why. Two things are not seen: a clock that was set forward
@@ -62,7 +62,7 @@ def _may_begin(directory: int, scope: ExitStack) -> bool:
 
     Two sweeps at the same time unlink nothing wrong. But each may keep the other from the lease on a segment that
     both have open, and the segment then stays until the next start. Only for this there is a lock. Where it cannot
-    be had, the sweep goes on without it: nobody else can prevent a sweep by the lock's name.
+    be had, the sweep goes on without it: no other user can prevent a sweep by the lock's name.
     """
     name = f"mmlane-sweep-{os.geteuid()}"
     flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -130,10 +130,10 @@ def _settle(segment: Candidate, directory: int, verdicts: Verdicts) -> str:
 
 @contextmanager
 def _leased(name: str, directory: int) -> Iterator[os.stat_result]:
-    """Have a file to ourselves; `BlockingIOError` when anybody has it open or mapped."""
+    """Have a file to ourselves; `BlockingIOError` when a process has it open or mapped."""
     file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     try:
-        # Who opens it meanwhile waits, and the kernel tells us: not by SIGIO, which would end this process.
+        # A process that opens it now waits, and the kernel tells us: not by SIGIO, which would end this process.
         fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         yield os.fstat(file)

@@ -1,4 +1,4 @@
-"""A directory of mode 0700 that is ours, below others in which nobody but us and root can put one in its place."""
+"""A directory of mode 0700 that is ours, below others in which no other user can put one in its place."""
 
 from __future__ import annotations
 

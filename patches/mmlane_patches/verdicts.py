@@ -1,4 +1,4 @@
-"""Who may still want a segment in /dev/shm that nobody has open: points 3 and 4 of the rule in `leftovers`."""
+"""Which processes may still want a segment that none has open: points 3 and 4 of the rule in `leftovers`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Verdicts:
         return next((process for process in self.living if process.may_have_mapped(rb"python|pypy")), None)
 
     def why_wanted(self, segment: Candidate) -> str:
-        """Why somebody may still want a segment that nobody has open; "" when it is dead."""
+        """Why a process may still want a segment that none has open; "" when it is dead."""
         if self.hidden:
             return f"{self.hidden}; {BY_HAND}"
         told = host.parse_segment_name(segment.name)
@@ -116,7 +116,7 @@ def _living(pids: list[int]) -> Iterator[Process]:
     for pid in pids:
         process, users = host.process(pid), host.status_numbers(pid, "Uid")
         if process is None or not users:
-            if host.is_alive(pid):  # else it has ended meanwhile
+            if host.is_alive(pid):  # else it has just ended
                 yield Process(pid, "?", 0, 0.0)
         elif process.state not in "ZX" and os.geteuid() in users:
             yield Process(pid, process.name, process.started, booted + process.started / ticks)

@@ -114,7 +114,7 @@ def contributed(ours: object) -> tuple[tuple[PatchSpec, ...], tuple[str, ...]]:
                     raise ValueError(f"a patch called {spec.id} is there already")
                 if not spec.cells or not spec.targets:
                     raise ValueError(f"{spec.id} has no cells, or no targets")
-        except Exception as error:  # somebody else's code: named, and the engine starts without it
+        except Exception as error:  # another package's code: named, and the engine starts without it
             if plugin is ours:
                 raise
             problems.append(f"the patches of {name} are left out: {type(error).__name__}: {error}")

@@ -1,6 +1,6 @@
 """What mmlane did here and why, for a person and for a program.
 
-It goes to standard error by itself: the engine runs plugins before it sets up logging.
+It goes to standard error directly: the engine runs plugins before it sets up logging.
 """
 
 from __future__ import annotations

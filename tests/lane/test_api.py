@@ -228,7 +228,7 @@ def test_a_loop_that_is_gone_is_no_trouble_for_the_lane(lane: Lane) -> None:
 def test_a_join_that_is_refused_says_so_in_the_task() -> None:
     async def body() -> None:
         async with Reader("tp") as reader:
-            with pytest.raises(JoinRefused, match="nobody listens there"):
+            with pytest.raises(JoinRefused, match="no process listens there"):
                 await reader.join_async(invitation_of_nobody(), DEADLINE)
             with pytest.raises(TypeError, match="wanted an Invitation"):
                 await reader.join_async("x")  # type: ignore[arg-type]

@@ -353,9 +353,9 @@ def test_with_its_first_member_an_open_lane_ends_for_ever(company: Company) -> N
     eventually(lambda: not producer.call(Producing.is_open), "the lane ends")
     assert (refused(producer).cause, refused(producer).detail) == ("closed", "reader 1 of 'tp' has ended")
     late = company.reader("tp", number=1)
-    with pytest.raises(JoinRefused, match="nobody listens there"):
+    with pytest.raises(JoinRefused, match="no process listens there"):
         late.call(Reading.join, invitation)
-    with pytest.raises(status.StatusError, match="nobody listens there"):
+    with pytest.raises(status.StatusError, match="no process listens there"):
         status.ask(invitation.name)
     first.call(Reading.take, sent)
     assert first.call(Reading.check) == 1

@@ -184,7 +184,7 @@ def test_making_it_is_interrupted_when_its_thread_runs(which: str, monkeypatch: 
     gc.collect()
     eventually(lambda: not set(threading.enumerate()) - before, "its thread has ended")
     left = {name for name in status.running() if name.startswith(f"mmlane-{os.getpid()}-")}
-    assert left <= lanes, "nobody listens at its name any more"
+    assert left <= lanes, "no process listens at its name any more"
 
 
 # --- signals, and queues -----------------------------------------------------------------------------------

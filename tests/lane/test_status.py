@@ -162,7 +162,7 @@ def test_switching_a_lane_that_has_ended_is_an_error() -> None:
     with Lane({"tp": 1}) as lane:
         name = lane.name
     for off in (True, False):
-        with pytest.raises(StatusError, match="nobody listens there"):
+        with pytest.raises(StatusError, match="no process listens there"):
             switch(name, off)
 
 
@@ -185,7 +185,7 @@ def test_a_lane_that_has_ended_is_not_listed(company: Company) -> None:
     assert name in running()
     producer.kill()
     assert name not in running()
-    with pytest.raises(StatusError, match=f"lane {name} does not tell its status: nobody listens there"):
+    with pytest.raises(StatusError, match=f"lane {name} does not tell its status: no process listens there"):
         ask(name)
 
 

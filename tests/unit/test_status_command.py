@@ -362,7 +362,9 @@ def test_a_lane_that_cannot_be_switched_keeps_none_of_the_others(
     names = [two[0].name, NAME, two[1].name]
     monkeypatch.setattr(MODULE, "running", lambda: tuple(names))
     done = CliRunner().invoke(app, ["off", "--all"])
-    assert done.exit_code == 1 and f"mmlane: lane {NAME} does not tell its status: nobody listens" in done.output
+    assert (
+        done.exit_code == 1 and f"mmlane: lane {NAME} does not tell its status: no process listens" in done.output
+    )
     assert [lane.state for lane in two] == ["off"] * 2
 
 

@@ -16,7 +16,7 @@ from mmlane.host.mounts import mounts
 class Memory:
     """The machine's memory, and the tightest cgroup limit on this process and its use, in bytes; None: no limit.
 
-    `available` is what may still be taken, from the machine and from each of its control groups, before somebody
+    `available` is what may still be taken, from the machine and from each of its control groups, before a process
     is killed for it; file caches that can be dropped count as available. What lies in /dev/shm or in a memfd is
     not such a cache.
     """
@@ -32,7 +32,7 @@ class Memory:
         return min(self.total, self.limit or self.total)
 
     def lane_capacity(self) -> int:
-        """What a lane may hold unless somebody says otherwise: a quarter, in whole MiB."""
+        """What a lane may hold unless the user says otherwise: a quarter, in whole MiB."""
         return -(-(self.bound // 4) >> 20) << 20
 
 

@@ -205,7 +205,7 @@ class Admission:
 
     def _answer(self, number: int, one: _Connection, off: bool | None) -> None:
         if not uid_is_proof():
-            raise ProtocolError("it runs as the overflow user, so that nobody can prove to be of the same user")
+            raise ProtocolError("it runs as the overflow user, so that no process can prove its user")
         if off is not None:
             if not shares_pid_namespace(peer_of(one.socket).pid):
                 raise ProtocolError("only from its own container can it be switched off or on")
@@ -216,7 +216,7 @@ class Admission:
 
     def _reject(self, number: int, reason: str, level: int = logging.INFO) -> None:
         self.rejected += 1
-        if level == logging.INFO:  # a stranger's
+        if level == logging.INFO:  # of a process without the secret
             if reason in self._reasons or len(self._reasons) >= _REASONS:  # `rejected` counts the rest
                 level = logging.DEBUG
             else:
@@ -233,10 +233,10 @@ class Admission:
         self._events.unregister(one.socket)
         if one.joined and one.member is not None:
             self._lane.housekeeping.left(one.member)
-        with self._lane.guard.lock:  # nobody reads from it
+        with self._lane.guard.lock:  # no other thread reads from it
             self._inbox.remove(one.socket)
             one.socket.close()
 
     def _rest_for(self, seconds: float) -> None:
-        """Accept nobody for a moment, so that processes that come in masses cost the producer little."""
+        """Accept no process for a moment, so that processes that come in masses cost the producer little."""
         self._resting_until = max(self._resting_until or 0.0, time.monotonic() + seconds)

@@ -115,7 +115,7 @@ class Allocator:
         return offset // self.segment in self._committed
 
     def idle(self) -> list[int]:
-        """Offsets of the committed segments that nobody has used since the last call, in order."""
+        """Offsets of the committed segments that were not used since the last call, in order."""
         in_use = {number for offset, size in self.used.items() for number in self._segments(offset, size)}
         idle = self._committed - in_use - self._touched - set(range(self.pinned // self.segment))
         self._touched.clear()

@@ -44,6 +44,6 @@ def readers(value: object) -> dict[str, int]:
 
 
 def wrong(name: str, value: object, wanted: str, *, quoted: bool = True) -> TypeError:
-    """The error for a value of a wrong type. quoted: not for what may be secret, or somebody's data."""
+    """The error for a value of a wrong type. quoted: not for what may be secret, or user data."""
     what = f"{name}={reprlib.repr(value)}" if quoted else name
     return TypeError(f"{what} is of type {type(value).__name__}: wanted {wanted}")

@@ -92,7 +92,7 @@ class Cuda:
                 return None
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
-            # A capture that began meanwhile has the event in its graph, and would be spoilt by a query.
+            # A capture that has begun since has the event in its graph, and a query would break it.
             return None if torch.cuda.is_current_stream_capturing() else event
 
     def streams(self) -> list[Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Descriptor:
-    """A file descriptor, closed when the object dies: whoever may still use the number holds the object.
+    """A file descriptor, closed when the object dies: code that may still use the number holds the object.
 
     What is open at the end of the interpreter, the kernel closes.
     """

@@ -120,7 +120,7 @@ class Device:
                     self._finish(recorded.pop(0)[1])
                 pause = _POLL
             except Exception as error:  # noqa: BLE001 - torch has many ways to say that CUDA has failed
-                # Nobody can say what the device still reads, so nothing is released: at worst the lane is full.
+                # What the device still reads is unknown, so nothing is released: at worst the lane is full.
                 if pause == _POLL:
                     logger.warning(
                         "a lane's reader cannot tell what the GPU has read, and keeps it: %s", str(error)

@@ -19,7 +19,7 @@ class LaneUnavailable(LaneError):
 
 
 class JoinRefused(LaneError):
-    """A reader could not join; the message says why: nobody there, a wrong secret, another has its number."""
+    """A reader could not join; the message says why: no producer there, a wrong secret, another has its number."""
 
 
 class MalformedInvitation(JoinRefused, ValueError):
@@ -50,7 +50,7 @@ class UnknownLane(TicketError):
 class Refused:
     """What `Lane.put` returns in a ticket's place, so that the caller can send the tensor another way.
 
-    cause: `not_open` (not all expected readers have joined), `off` (somebody switched the lane off), `full` (no
+    cause: `not_open` (not all expected readers have joined), `off` (the lane was switched off), `full` (no
     room, or no memory for more), `oversize` (larger than the whole lane), `unsupported` (not a plain dense CPU
     tensor), `closed` (for ever; a reader has ended, say).
     detail: one line for people, with what was wanted, what was found and what helps.

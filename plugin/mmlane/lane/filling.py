@@ -62,7 +62,7 @@ class Filler:
             held = self._committer.memory
         assert held is not None  # it is open
         failpoints.reached("put.allocated")
-        # Nobody else knows the extent yet, so memory is committed and filled without the lock.
+        # No other thread knows the extent yet, so memory is committed and filled without the lock.
         try:
             self._committer.commit(held, place.uncommitted)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Sockets that a forked child must not keep: while it has them, nobody would notice its parent's death."""
+"""Sockets that a forked child must not keep: while it has them, its parent's death goes unnoticed."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Housekeeping:
         return self._lifecycle.has_opened and self.pinnable.work(memory)
 
     def look(self) -> None:
-        """Once a period: decommit memory that nobody has used, and ask after tickets that may be lost."""
+        """Once a period: decommit unused memory, and ask after tickets that may be lost."""
         committer, tickets = self._committer, self._issuer.tickets
         with self._guard.lock, self._guard:
             self._issuer.drain()
@@ -120,7 +120,7 @@ class Housekeeping:
         asked: dict[Member, list[tuple[int, int]]] = {}
         for ticket in live:
             if ticket.issued < now - self.orphan or (ticket.slot, ticket.serial) in recalled:
-                ticket.issued = now  # asked again later, should somebody hold it
+                ticket.issued = now  # asked again later, should a reader hold it
                 for member in ticket.debtors():
                     asked.setdefault(member, []).append((ticket.slot, ticket.serial))
         for member, tickets in asked.items():
@@ -132,5 +132,5 @@ class Housekeeping:
         """The control thread is about to end."""
         self._lifecycle.closed = self._lifecycle.closed or problem
         with self._guard.lock:
-            self._committer.memory = None  # whoever still copies has it, too
+            self._committer.memory = None  # a thread that still copies has it, too
         self._lifecycle.wake_waiting()

@@ -29,7 +29,7 @@ class Invitation:
     """Names a lane and proves the right to join it. Send `bytes(invitation)` to the lane's own readers alone.
 
     name: public; it stands in logs, tickets, thread names and /proc/net/unix. secret: 32 bytes, which `repr`
-    hides. Whoever has it and runs as the same user can read the lane's tensors and fill its memory.
+    hides. A process that has it and runs as the same user can read the lane's tensors and fill its memory.
     """
 
     name: str

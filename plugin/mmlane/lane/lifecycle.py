@@ -120,7 +120,7 @@ class Lifecycle:
         return self.has_opened and not self.closed
 
     def wake_waiting(self) -> None:
-        """The lane has opened, or has closed: nobody waits any more."""
+        """The lane has opened, or has closed: no thread waits any more."""
         with suppress(IndexError):  # not `while self._waiting`: another thread may take the last one away
             while True:
                 self._waiting.popleft().release()

@@ -217,4 +217,4 @@ class Link:
             loan, held = object(), [self.pinned]
             self.pinned = None
             self.device.owe(loan)
-            self.device.settle(loan, held.clear)  # in the device's thread, which disturbs nobody
+            self.device.settle(loan, held.clear)  # in the device's thread, which holds up no other

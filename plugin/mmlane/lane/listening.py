@@ -234,7 +234,7 @@ class Listener:
     def _discard(self, ticket: bytes) -> None:
         try:
             link, content = self.find(ticket)
-            link.claim(ticket, content)  # and nobody keeps the claim
+            link.claim(ticket, content)  # and the claim is dropped
         except LaneError as error:
             logger.debug("a ticket was not discarded: %s", str(error))
 

@@ -55,7 +55,7 @@ class Mapping:
     At the end of the interpreter it stays: tensors may still look at it, and the kernel unmaps it. It is in no
     core dump: that would read, and so commit, all of a sparse file.
 
-    writable: the producer's way, changes are everybody's. private: an edit is seen by nobody else and costs a
+    writable: the producer's way, every reader sees changes. private: an edit is seen here alone and costs a
     page. Neither: an edit ends the process with SIGSEGV.
 
     Raises OSError when the kernel does not map it (ENOMEM: address space, or too many mappings).

@@ -34,7 +34,7 @@ _TRUSTED = 0.1  # seconds after which to look again anyhow
 
 
 class Grant:
-    """A number of bytes that may be reserved, and that nobody else is granted while this object lives.
+    """A number of bytes that may be reserved, and that are granted once while this object lives.
 
     nbytes: what is left of it. So a put that is interrupted keeps nothing.
     """
@@ -179,5 +179,5 @@ def attempt(nbytes: int) -> None:
 
 
 def default_capacity() -> int:
-    """What a lane may hold unless somebody says otherwise, in bytes: address room, not committed."""
+    """What a lane may hold unless the user says otherwise, in bytes: address room, not committed."""
     return host.memory().lane_capacity()

@@ -53,7 +53,7 @@ def shares_pid_namespace(pid: int) -> bool:
 def connect(connection: socket.socket, name: str, timeout: float) -> None:
     """Connect a socket to a lane, and wait up to `timeout` seconds where there is a queue.
 
-    Raises ProtocolError where nobody listens, TimeoutError, and OSError.
+    Raises ProtocolError where no process listens, TimeoutError, and OSError.
     """
     due = time.monotonic() + timeout
     while True:
@@ -68,7 +68,7 @@ def connect(connection: socket.socket, name: str, timeout: float) -> None:
             raise TimeoutError(f"no place in its queue within {timeout:g} s") from error
         except ConnectionRefusedError as error:
             raise ProtocolError(
-                "nobody listens there: its producer has ended, or is in another network namespace"
+                "no process listens there: its producer has ended, or is in another network namespace"
             ) from error
         except OSError as error:
             if error.errno != errno.ENOTCONN:  # else a signal came, after which Python takes it for connected

@@ -156,7 +156,7 @@ class Lane:
         return self._lifecycle.wait_open(timeout)
 
     async def wait_open_async(self, timeout: float | None = None) -> bool:
-        """As `wait_open`, for a task: the event loop goes on meanwhile. Cancelled, it leaves nothing behind."""
+        """As `wait_open`, for a task: the event loop goes on. Cancelled, it leaves nothing behind."""
         self._check_process()
         return await self._lifecycle.wait_open_async(timeout)
 
@@ -195,7 +195,7 @@ class Lane:
         return Reservation(self, hold, tensor_at(copied.owner, tensor.dtype, tensor.shape))
 
     def reserve(self, shape: Sequence[int], dtype: torch.dtype) -> Reservation | Refused:
-        """Room for a contiguous tensor, to be filled by anybody, and published in one piece or several.
+        """Room for a contiguous tensor, to be filled by the caller, and published in one piece or several.
 
         Returns a Refused as `put` does. Raises LaneError in a forked child, ValueError for a dtype that does not
         travel by lane or a shape that is none.

@@ -93,7 +93,7 @@ def hello(secret: bytes, group: str, number: int, nonce: str) -> bytes:
 
 
 def read_hello(message: bytes) -> Hello:
-    """What a reader says of itself; nothing of it is proven yet. Raises ProtocolError."""
+    """What a reader claims; nothing of it is proven yet. Raises ProtocolError."""
     try:
         version = _VERSION.unpack_from(message, 1)[0]
     except struct.error as error:

@@ -76,7 +76,7 @@ class Reader:
         self._join(invitation, timeout, threading.Event())
 
     async def join_async(self, invitation: Invitation, timeout: float = 10.0) -> None:
-        """As `join`, for a task: the event loop goes on meanwhile, a thread waits.
+        """As `join`, for a task: the event loop goes on, a thread waits.
 
         Cancelled, it gives up: the lane is not joined, unless that had just been done.
         """

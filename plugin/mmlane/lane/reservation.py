@@ -19,7 +19,7 @@ class Reservation:
 
     Publish it as often as you like, in one piece or several.
 
-    Nobody may write to what was published: readers would see it change. The room is free when the reservation is
+    Published bytes must not be written to: readers would see it change. The room is free when the reservation is
     closed, no alias of its tensor is left, and all tickets on it have ended. A forked child can fill the room, and
     cannot publish it.
     """
@@ -53,7 +53,7 @@ class Reservation:
             part = tensor
         if problem := unsupported(part):
             raise ValueError(problem)
-        offset = part.data_ptr() - self._begin if part.numel() else 0  # of no elements, nobody knows where
+        offset = part.data_ptr() - self._begin if part.numel() else 0  # without elements, it has no place
         is_plain = part.is_contiguous() and not part.is_conj() and not part.is_neg()
         if not is_plain or not 0 <= offset <= self._nbytes - part.nbytes:
             raise ValueError(f"{tuple(part.shape)}, {part.dtype}: not a contiguous part of what was reserved")

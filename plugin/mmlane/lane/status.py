@@ -51,7 +51,7 @@ class LaneStats:
     """A lane at one moment. Each figure has one name, here, in JSON, in `mmlane status` and /metrics.
 
     name: the lane's. pid: the producer, as the asking process would call it.
-    state: `waiting` for readers, `open`, `off` (somebody switched it off) or `closed` (for ever).
+    state: `waiting` for readers, `open`, `off` (switched off) or `closed` (permanently).
     capacity_bytes: address room. committed_bytes: memory committed. pinned_bytes: of this, what stays committed
     for readers to pin. used_bytes: in extents; tickets refer to them, a reservation keeps them, or they are being
     filled. expected_readers: by group. joined_readers: by group, the numbers of those that have joined.
@@ -106,7 +106,7 @@ class LaneStats:
 
 
 class StatusError(LaneError):
-    """A lane's status cannot be had; the message says why: nobody there, another user, no answer in time."""
+    """A lane's status cannot be had; the message says why: no producer there, another user, no answer in time."""
 
 
 class OtherUser(StatusError):

@@ -32,7 +32,7 @@ def _held(function: Any) -> list[Any] | None:
 
 
 def replaced_by(value: Any, module: ModuleType) -> str | None:
-    """Who put `value` in an engine module in place of the engine's own object, or None when nobody did."""
+    """Which code put `value` in an engine module in place of the engine's own object; None: none did."""
     function = plain(value)
     engine = module.__name__.partition(".")[0]
     if isinstance(function, type):

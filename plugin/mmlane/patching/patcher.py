@@ -77,7 +77,7 @@ class Patcher:
         return shared_steps(target, (other for decision in standing for other in decision.targets))
 
     def overridden(self) -> list[str]:
-        """Read every target back: one line for each of ours that somebody has taken out again."""
+        """Read every target back: one line for each of ours that was taken out again."""
         return [
             f"{replacement.target.path}, patched by {decision.spec.id}, has since been replaced by "
             f"{replacement.successor()}; so {decision.spec.consequence}; silence this with "

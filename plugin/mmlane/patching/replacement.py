@@ -40,7 +40,7 @@ class Replacement:
         return replaced_by(vars(self.owner).get(self.attribute), module) or "the engine's own object"
 
     def undo(self) -> None:
-        """Put the very object back that was there, unless somebody else has replaced ours meanwhile."""
+        """Put the very object back that was there, unless other code has replaced ours since."""
         if vars(self.owner).get(self.attribute) is self.installed:
             _rebind(self.owner, self.attribute, self.installed, self.original)
 
@@ -78,7 +78,7 @@ def apply(
             installed = target.build(original, steps)
     except Refusal:
         raise
-    except Exception as error:  # a patch's code, perhaps somebody else's; the engine's import must not fail of it
+    except Exception as error:  # a patch's code, maybe another package's; the engine's import must not fail of it
         raise Failure(f"nothing to replace {target.path} with: {type(error).__name__}: {error}") from error
     _rebind(owner, attribute, original, installed)
     return Replacement(target, owner, attribute, original, installed)

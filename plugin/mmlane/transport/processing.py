@@ -15,7 +15,7 @@ def without_tensors(process: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
     """`Scheduler._process_and_broadcast_mm_inputs(self, raw_mm_inputs)`, which broadcasts no tensors.
 
     The first rank hashes the inputs for all, and pickles them to ranks that have the same tensors already. There
-    they are set aside meanwhile, and the others put their own in. 0.5.9, which splits items then, does as it did.
+    they are set aside for that, and the others put their own in. 0.5.9, which splits items then, does as it did.
     """
 
     @wraps(process)

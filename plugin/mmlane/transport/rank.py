@@ -87,7 +87,7 @@ class Rank:
 
     def holds_little(self, ticket: bytes) -> bool:
         """Whether there is room enough in a ticket's lane for this rank to keep the tensor as long as it likes."""
-        with suppress(LaneError):  # it ended meanwhile: nobody waits for its room
+        with suppress(LaneError):  # it has ended: its room is not needed
             if self._reader is not None:
                 return self._reader.held_share(read(ticket).lane) <= KEPT
         return True

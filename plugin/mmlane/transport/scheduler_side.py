@@ -6,7 +6,7 @@ rest, segments, the ranks agree first on what is lost (`agreement`); then it is 
 (`SchedulerSide.take`). A request that has lost a feature is refused, on all ranks.
 
 The engine's receiving functions stay as they are. Where one of them receives, waits and takes (up to 0.5.12), the
-two that it calls for that do nothing meanwhile (`_is_receiving`), and we agree and take afterwards. Where waiting
+two that it calls for that do nothing then (`_is_receiving`), and we agree and take afterwards. Where waiting
 and taking have a function of their own, we agree and take before it, and it finds nothing left to do.
 """
 
@@ -63,7 +63,7 @@ from mmlane.transport.wire import TorchWire
 class SchedulerSide:
     """A process with a rank of the engine.
 
-    receiving: whether the engine's function runs that would wait and take by itself, on releases where it would.
+    receiving: whether the engine's function runs that would wait and take without us, on releases where it would.
     count_bytes: told what went to other nodes, or came from them. capacity, pinned: bytes of the lane that a node
     without a tokenizer has for what comes from others; capacity None: the machine's share.
     """
@@ -197,7 +197,7 @@ def side() -> SchedulerSide:
 
 
 def take_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`Scheduler.recv_requests` of 0.5.9 - 0.5.12, which neither waits nor takes meanwhile (the next two)."""
+    """`Scheduler.recv_requests` of 0.5.9 - 0.5.12, which neither waits nor takes while it runs (the next two)."""
 
     @wraps(recv_requests)
     def receive(self: Any) -> Any:
@@ -275,7 +275,7 @@ def take_alone_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, An
 
 
 def _take_and_refuse(receiver: Any, received: list[Any] | None) -> None:
-    """Take what was received, and have what has lost a feature handled by itself (`agreement.refuse_lost`)."""
+    """Take what was received, and have requests that lost a feature handled alone (`agreement.refuse_lost`)."""
     if not received:
         return
     with or_end():

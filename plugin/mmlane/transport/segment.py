@@ -1,8 +1,8 @@
 """A POSIX shared-memory segment for each tensor: the engine's way, and ours where the engine's has faults.
 
 Life of a segment: created by the producer, opened by every reader, unlinked by the first reader that takes
-the feature (readers agree beforehand that all have opened it). Whoever holds one of ours that is dropped without
-having been taken or handed on unlinks it, so that no error path leaks; so does a regular exit of its process.
+the feature (readers agree beforehand that all have opened it). A segment of ours that is dropped before it
+was taken or handed on is unlinked, so that no error path leaks; so does a regular exit of its process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Segment(Payload):
     """A tensor in a segment; only its name, shape and dtype travel.
 
     `Segment.holding(tensor)` makes one of a dense tensor of any shape, strides, dtype and device. In a reader,
-    `Segment.opened(name, shape, dtype)` opens one, and keeps the error if that fails: whoever unpickles is in the
+    `Segment.opened(name, shape, dtype)` opens one, and keeps the error if that fails: the caller unpickles in the
     middle of a collective with its peers.
     """
 

@@ -70,8 +70,7 @@ def _descriptor(segment: SharedMemory) -> int:
 def mapped_privately(segment: SharedMemory, nbytes: int) -> torch.Tensor:
     """The first bytes of a segment: 1-dim, uint8. Writing to it stays in this process, and costs a copy then only.
 
-    The tensor's storage owns the mapping, which goes with the last view of it, whatever becomes of the segment
-    meanwhile.
+    The tensor's storage owns the mapping, which goes with the last view of it, whatever becomes of the segment.
     """
     if sys.platform != "linux":
         return torch.frombuffer(segment.buf, dtype=torch.uint8, count=nbytes).clone()
