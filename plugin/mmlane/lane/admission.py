@@ -1,4 +1,4 @@
-"""Processes that connect: readers that prove the right to join, and those that ask for the status or switch it."""
+"""Processes that connect: readers that prove the right to join, and those that ask for the status or switch."""
 
 from __future__ import annotations
 

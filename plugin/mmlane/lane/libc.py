@@ -1,4 +1,4 @@
-"""Calls of the C library. Python's own mmap hides a read-only mapping's address, and holds the GIL to unmap it."""
+"""Calls of the C library. Python's own mmap hides a read-only mapping's address, and keeps the GIL to unmap."""
 
 from __future__ import annotations
 
