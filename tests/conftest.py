@@ -32,7 +32,8 @@ def plugin_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
-EVERY, USUAL = (tuple(map(str, versions)) for versions in (matrix().engines, matrix().usual))
+EVERY = tuple(map(str, matrix().engines))
+USUAL = tuple(map(str, matrix().usual))
 NEWEST = str(matrix().newest)
 
 
