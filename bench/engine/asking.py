@@ -101,7 +101,7 @@ def per_request(
 
 
 def slowest(figures: Mapping[str, Sequence[float]], what: str, ranks: int) -> list[float]:
-    """Seconds for each request, of the rank for which it took longest; a rank may have begun before all of them."""
+    """Seconds for each request, of the rank for which it took longest; one may have begun before all of them."""
     found = [figures[key] for rank in range(ranks) if (key := f"{what}{rank}_s") in figures]
     return [max(each) for each in zip(*found, strict=True)]
 
