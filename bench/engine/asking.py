@@ -101,8 +101,9 @@ def per_request(
 
 
 def slowest(figures: Mapping[str, Sequence[float]], what: str, ranks: int) -> list[float]:
-    """Seconds for each request, of the rank for which it took longest."""
-    return [max(each) for each in zip(*(figures[f"{what}{rank}_s"] for rank in range(ranks)), strict=True)]
+    """Seconds for each request, of the rank for which it took longest; one may have begun before all of them."""
+    found = [figures[key] for rank in range(ranks) if (key := f"{what}{rank}_s") in figures]
+    return [max(each) for each in zip(*found, strict=True)]
 
 
 def _figures(note: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
