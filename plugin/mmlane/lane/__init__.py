@@ -18,9 +18,10 @@ The modules, from what a program calls down to what the kernel does:
 - of the producer: producer (`Lane`), filling, issuing, committing, each a step of a put; lifecycle and guard, its
   state and the lock of that; reservation; bookkeeping and allocator, which are pure logic. Its thread: control,
   admission, inbox; housekeeping and pinnable, what it does for the lane; agenda, how it is told.
-- of a reader: reader (`Reader`), joining; link and outbox, one for each lane; listening, its thread; device, pinned
-  and cuda, for a GPU.
-- of both: protocol, ticket, invitation, peer; memory, mapping, descriptor, libc; arguments, errors, fork, failpoints.
+- of a reader: reader (`Reader`), joining; link and outbox, one for each lane; listening, its thread; device,
+  pinned and cuda, for a GPU.
+- of both: protocol, ticket, invitation, peer; memory, mapping, descriptor, libc; arguments, errors, fork,
+  failpoints.
 
 No error is logged as an object, only its text: a handler that keeps records would keep its traceback, and with
 that a lane's memory.
