@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -35,7 +36,7 @@ from devkit.sharedmemory import can_be_private
 from mmlane.cli.units import size
 from mmlane.compat import matrix
 from mmlane.host import PREFIXES, SHM
-from mmlane.lane.status import LaneStats, ask, running
+from mmlane.lane.status import LaneStats, StatusError, ask, running
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_ENGINE = "0.5.12.post1"
@@ -281,9 +282,10 @@ def complaint(reply: Reply) -> str:
 def lane_of(server: EngineServer) -> LaneStats | None:
     """The lane of a server's one tokenizer, if it has one."""
     for name in running():
-        stats = ask(name)
-        if stats.pid == server.pid:
-            return stats
+        with suppress(StatusError):  # a lane of another program, which does not answer
+            stats = ask(name)
+            if stats.pid == server.pid:
+                return stats
     return None
 
 
