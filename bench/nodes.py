@@ -11,8 +11,8 @@ has received, over those bytes. Figures are medians over requests, of crossed th
 noted is told in `bench.engine`. bare: what a transfer of as many bytes takes by `torch.distributed.send`
 between two processes on such nodes, with nothing beside.
 
-Without the plugin a request is as many times its bytes as it has images, several times over in each process: these
-are as large as 24 GiB of memory allow.
+Without the plugin a request is as many times its bytes as it has images, several times over in each process: those
+that are compared are as large as 24 GiB of memory allow, and larger ones are measured with the plugin alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.engine.asking import ask, per_request, probed, read_notes, slowest
 from bench.engine.cases import Case, body, question
-from bench.engine.modes import BLOCKED, HELD, LATENCY, RECEIVED, compare, of_requests, parser, rows
+from bench.engine.modes import BLOCKED, HELD, LATENCY, MODES, RECEIVED, compare, of_requests, parser, rows
 from bench.engine.records import Measure
 from bench.harness import command, machine, tables
 from bench.harness.nodes import run_on_each
@@ -54,12 +55,13 @@ class Images:
     count: int
     width: int
     height: int
+    modes: tuple[str, ...] = MODES
 
     def __str__(self) -> str:
         return f"{self.release}, {self.count} of {self.width}x{self.height}"
 
 
-IMAGES = ((5, 952, 532), (32, 140, 112))
+IMAGES: tuple[tuple[Any, ...], ...] = ((5, 952, 532), (32, 140, 112), (32, 320, 240, MODES[1:]))
 
 
 def measure(images: Images, plugin: Path | None, count: int) -> dict[str, list[float]]:
@@ -125,8 +127,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix=command.SCRATCH) as scratch:
             wheel = build_wheel(Path(scratch))
             for images in (Images(release, *of) for release in options.releases for of in IMAGES):
-                compare(results, images, wheel, options, measure)
-                for row in rows(results, images, MEASURES):
+                compare(results, images, wheel, options, measure, images.modes)
+                for row in rows(results, images, MEASURES, images.modes):
                     found.append([*row, f"{min(results.values('', images, row[1], 'crossed')):.2f}"])
                 payload = int(results.values("", images, "lane", "bytes")[-1])
                 sent = f"{bare(payload) * 1e3:.1f}"

@@ -32,9 +32,16 @@ def parser(benchmark: str, doc: str | None) -> ArgumentParser:
     return made
 
 
-def compare(results: Results[C], case: C, wheel: Path, options: Namespace, measure: Measuring[C]) -> None:
+def compare(
+    results: Results[C],
+    case: C,
+    wheel: Path,
+    options: Namespace,
+    measure: Measuring[C],
+    modes: Sequence[str] = MODES,
+) -> None:
     """Measure a case on so many servers of each mode as `options` say, each with so many requests."""
-    for _, mode in turns(MODES, options.rounds):
+    for _, mode in turns(modes, options.rounds):
         figures = measure(case, None if mode == REFERENCE else wheel, options.requests)
         results.records.append(Record("", case, mode, figures=figures))
 
@@ -57,9 +64,11 @@ def of_requests(notes: Path, answered: Sequence[Answered], ranks: int) -> dict[s
     }
 
 
-def rows(results: Results[C], case: C, measures: Sequence[Measure]) -> Iterator[list[str]]:
-    """One for each mode: medians, and in parentheses the ratio to the engine without the plugin."""
-    for mode in MODES:
+def rows(
+    results: Results[C], case: C, measures: Sequence[Measure], modes: Sequence[str] = MODES
+) -> Iterator[list[str]]:
+    """One for each mode: medians, and in parentheses the ratio to the engine without the plugin, if it was run."""
+    for mode in modes:
         cells = []
         for measure in measures:
             middle, off = (results.median("", case, each, measure.key) or 0.0 for each in (mode, REFERENCE))
