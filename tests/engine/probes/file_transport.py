@@ -1,6 +1,6 @@
 """A transport that a test adds: each tensor in a file of its own, which the first rank that takes it removes.
 
-As in docs/how-it-works.md, "A transport of your own": this file, and one entry in the chain.
+As in CONTRIBUTING.md, "Add a transport": this file, and one entry in the chain.
 """
 
 from __future__ import annotations
