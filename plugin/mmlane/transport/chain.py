@@ -15,7 +15,8 @@ from mmlane.transport.lane import LaneTransport
 from mmlane.transport.samples import Samples
 from mmlane.transport.segment import SegmentTransport
 
-# The first that does not decline carries the tensor. Each kind of payload has one class.
+# Asked in this order: the first that does not decline carries the tensor. What arrives is read by the one whose
+# payload has its kind (of the two inline transports, either can).
 CHAIN: tuple[type[Transport], ...] = (
     SmallInlineTransport,
     LaneTransport,
