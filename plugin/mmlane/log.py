@@ -65,6 +65,6 @@ def guarded(seam: str, consequence: str) -> Iterator[None]:
         failed(seam, error, consequence)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """One line on standard error, for what comes before the engine has set up logging."""
     print(f"{PREFIX}{line}", file=sys.stderr, flush=True)

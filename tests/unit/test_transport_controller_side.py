@@ -87,7 +87,7 @@ class Launch:
         for item in message.mm_inputs.mm_items:
             # Ranks agree on no segments in such a launch.
             item.feature = ShmPointerMMData.of(
-                item.feature, *self.tokenizer.offer(item.feature, agreed=False), None
+                item.feature, *self.tokenizer.offer(item.feature, ranks_agree=False), None
             )
         data = pickle.dumps(message)
         self.is_at(self.process)

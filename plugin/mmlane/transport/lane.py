@@ -256,11 +256,11 @@ def _wait(lane: Lane) -> None:
 
 def wait_open(lane: Lane, late: str, *args: object) -> bool:
     """Whether a lane has opened, or has ended before that; `late` is the line to log, once, if it takes long."""
-    said = False
+    is_logged = False
     while not lane.wait_open(OPENING_S):
         if lane.is_closed:
             return False
-        if not said and lane.state != "off":
-            said = True
+        if not is_logged and lane.state != "off":
+            is_logged = True
             logger.warning(late, *args)
     return True

@@ -159,8 +159,8 @@ def is_pointer(value: Any) -> TypeGuard[ShmPointerMMData]:
     return isinstance(value, slot.pointers)
 
 
-def are_ours() -> bool:
-    """Whether the engine's name for pointers means ours: else they cannot be pickled, and others are made."""
+def our_class_is_in_place() -> bool:
+    """Whether the engine's name means `slot.pointers`: else they cannot be pickled, and others are made."""
     return vars(sys.modules[slot.pointers.__module__]).get("ShmPointerMMData") is slot.pointers
 
 
