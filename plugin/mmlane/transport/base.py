@@ -109,11 +109,11 @@ def lost_message(payloads: Sequence[Payload], cause: str) -> str:
 class Here:
     """What transports are told of the process that they are made in. Of this class itself: one without a lane.
 
-    engines: the engine's own pointer class, where segments are left to it. node: this process's, in a rank whose
-    peers are on several nodes.
+    engine_class: the engine's own pointer class, where segments are left to it. node: this process's, in a rank
+    whose peers are on several nodes.
     """
 
-    engines: type[Any] | None = field(default=None, kw_only=True)
+    engine_class: type[Any] | None = field(default=None, kw_only=True)
     node: str = field(default="", kw_only=True)
 
 
@@ -159,11 +159,11 @@ class Controller(Receiver):
 class Transport(ABC):
     """One way for features. Every process of the engine makes one for each of its chains: that must not raise.
 
-    seam: the word by which a failure is counted. consequence: what follows from one.
+    where: the word by which its failures are counted (`log.failed`). consequence: what follows from one.
     """
 
     payload: ClassVar[type[Payload]]
-    seam: ClassVar[str]
+    where: ClassVar[str]
     consequence: ClassVar[str]
 
     @abstractmethod

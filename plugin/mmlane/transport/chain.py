@@ -71,7 +71,7 @@ class Chain:
             try:
                 answer = transport.offer(tensor, samples)
             except Exception as error:  # noqa: BLE001 - the feature goes the next way
-                failed(transport.seam, error, transport.consequence)
+                failed(transport.where, error, transport.consequence)
                 continue
             if not isinstance(answer, Declined):
                 return answer, invitation

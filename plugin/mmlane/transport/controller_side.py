@@ -57,7 +57,7 @@ def start(controller: Any, server_args: Any) -> None:
     elsewhere = [replica for replica in replicas_elsewhere(server_args) if sockets[replica] is not None]
     if not elsewhere or without_lane(server_args):
         return
-    slot.chain = Chain(Controller(CONTROLLER, 0, writable=True, engines=slot.chain.here.engines))
+    slot.chain = Chain(Controller(CONTROLLER, 0, writable=True, engine_class=slot.chain.here.engine_class))
     for replica in elsewhere:
         sockets[replica] = Elsewhere(sockets[replica])
 

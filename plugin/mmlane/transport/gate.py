@@ -90,9 +90,7 @@ class Gate:
         self._next_look = time.monotonic()
         self._late_from = self._next_look + LATE_S
         self._warned = False
-        self.wakeup = os.eventfd(
-            0, os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        )  # an eventfd, readable when a crossing is over
+        self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable when a crossing is over
         self._was_woken = False
 
     def handle(self, received: list[Any] | None) -> list[Any] | None:

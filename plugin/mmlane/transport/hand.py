@@ -67,7 +67,7 @@ class HandTransport(Transport):
     """Carries nothing of its own accord. kept: by key, the tensors that this rank, a leader, has to give away."""
 
     payload = InHand
-    seam = "hand"
+    where = "hand"
     consequence = "nothing"
 
     def __init__(self, here: Here) -> None:

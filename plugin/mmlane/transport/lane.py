@@ -109,7 +109,7 @@ class LaneTransport(Transport):
     """Carries what is plain and dense, once all ranks have joined and while there is room."""
 
     payload = Ticket
-    seam = "put"
+    where = "put"
     consequence = "the feature goes by a shared-memory segment"
 
     def __init__(self, here: Here) -> None:

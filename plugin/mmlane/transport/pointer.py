@@ -171,7 +171,7 @@ def with_own_segments(engines_own: type) -> type:
 
 def with_engine_segments(engines_own: type) -> type:
     """Take the place of the engine's class, and have it carry the segments: it has all fixes."""
-    return _installed(Here(engines=engines_own))
+    return _installed(Here(engine_class=engines_own))
 
 
 def _installed(here: Here) -> type:

@@ -147,7 +147,7 @@ def start(scheduler: Any, server_args: Any, place: RankPlace, *, capacity: int |
         number_of(server_args, place),
         device,
         writable=pinned == 0,
-        engines=slot.chain.here.engines,
+        engine_class=slot.chain.here.engine_class,
         node=name_of(node_of(server_args, place)) if _takes_part(server_args, place) else "",
     )
     this = SchedulerSide(Chain(here), capacity=capacity, pinned=pinned if device is not None else 0)

@@ -61,8 +61,8 @@ def start(manager: Any, server_args: Any, *, capacity: int | None, pinned: int, 
     """
     multimodal = is_multimodal(manager)
     meter = _meter(manager) if server_args.enable_metrics else None
-    engines = slot.chain.here.engines
-    here = Here(engines=engines)
+    engine_class = slot.chain.here.engine_class
+    here = Here(engine_class=engine_class)
     if obstacle := without_lane(server_args):
         if multimodal:
             logger.warning(
@@ -75,7 +75,7 @@ def start(manager: Any, server_args: Any, *, capacity: int | None, pinned: int, 
             capacity or memory.default_capacity() // max(server_args.tokenizer_worker_num, 1),
             pinned=pinned if on_cuda(server_args) else 0,
             watch=_watch(weakref.ref(manager), meter, mode) if server_args.enable_metrics else None,
-            engines=engines,
+            engine_class=engine_class,
         )
     side = TokenizerSide(here)
     setattr(manager, SIDE, side)

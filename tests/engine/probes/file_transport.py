@@ -66,7 +66,7 @@ class FileTransport(Transport):
     """Carries every tensor by way of the directory $NOTES, while there is a file `by_file` in it."""
 
     payload = File
-    seam = "file"
+    where = "file"
     consequence = "the feature goes another way"
 
     def __init__(self, here: Here) -> None:
