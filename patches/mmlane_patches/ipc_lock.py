@@ -1,7 +1,7 @@
-"""ipc_lock: the file under whose lock ranks count in is where no other user can touch it.
+"""ipc_lock: the file whose lock guards the ranks' acknowledgement counter is where no other user can touch it.
 
-Why: ranks lock /tmp/shm_wr_lock.lock, and open it so that it is emptied. Any user of /tmp can have put a
-link there, and the file that it leads to is emptied; or a file of theirs, and no rank can count in.
+Why: ranks lock /tmp/shm_wr_lock.lock while they count up, and open it so that it is emptied. Any user of /tmp can
+have put a link there, and the file that it leads to is emptied; or a file of theirs, and no rank can acknowledge.
 Upstream: none; 0.5.18 counts on the GPU, without a file.
 How: the constant with that path is replaced by one in a directory of our own (`private_directory`). The first
 process of an engine that decides tells its children by MMLANE_IPC_LOCK, so that all lock one file even when a

@@ -52,7 +52,7 @@ class Process:
 
 
 class Verdicts:
-    """Who lives, and whether that is everybody: what there is to know before a segment is called dead."""
+    """Which processes live, and whether all can be seen: what to know before a segment is called dead."""
 
     def __init__(self, private: bool) -> None:
         self.namespace = host.pid_namespace()

@@ -1,7 +1,8 @@
 """The driver: one start per process, whichever trigger comes first.
 
-Triggers: the entry point `sglang.srt.plugins` (`register`), and the import hook that the .pth line sets
-(`mmlane.bootstrap`). The engine swallows what an entry point raises, so what must stop it is a `SystemExit`.
+Triggers: the entry point `sglang.srt.plugins` (`register`), and the startup hook, the .pth line that watches for
+the import of the engine (`mmlane.bootstrap`). The engine swallows what an entry point raises, so what must stop it
+is a `SystemExit`.
 """
 
 from __future__ import annotations

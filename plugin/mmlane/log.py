@@ -1,4 +1,4 @@
-"""What mmlane says, and what becomes of a failure of ours that must not reach the engine.
+"""How mmlane logs, and what becomes of an error in mmlane itself, which must not reach the engine.
 
 Such a failure is counted, and logged once per cause.
 """

@@ -88,9 +88,9 @@ class Patcher:
         ]
 
     def _drop_group(self, culprit: Decision, refusal: Refusal) -> None:
-        """Skip every patch of a group, because one of them cannot be applied; what others had put on top stays.
+        """Skip every patch of a group, because one of them cannot be applied; and the patches that need these.
 
-        So are patches that need one of these.
+        What others had put on top stays.
         """
         modules = {replacement.target.module for _, replacement in self._in_order}
         self.undo()

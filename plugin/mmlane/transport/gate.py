@@ -84,7 +84,7 @@ class Gate:
         self._count_bytes = count_bytes
         self._waiting: deque[Waiting] = deque()
         self._numbers = count()
-        self._known: dict[Any, Known] = {}  # by the copy's lane, number and looks
+        self._known: dict[Any, Known] = {}  # by the copy's lane, number, dtype and shape
         self._route: Route | None = None
         self._departure: Departure | None = None
         self._next_look = time.monotonic()

@@ -244,7 +244,7 @@ def _wait(lane: Lane) -> None:
     began = time.monotonic()
     late = (
         "the lane has not opened within %.0f s, because not all of its %s readers have joined it;"
-        " features go by shared-memory segments until it does; `mmlane status` tells who is missing, the"
+        " features go by shared-memory segments until it does; `mmlane status` tells which is missing, the"
         " log of that rank why, and MMLANE=backport silences this"
     )
     if wait_open(lane, late, OPENING_S, ranks):

@@ -49,7 +49,7 @@ Landed = bytes | int | None  # where it is then: a ticket, its number in the lea
 
 
 class Piece(NamedTuple):
-    """One feature: its number and looks. comes: whether its bytes do; else they have come before.
+    """One feature: its number, dtype and shape. comes: whether its bytes do; else they have come before.
 
     is_kept: whether more tickets for the same bytes will be asked for.
     """

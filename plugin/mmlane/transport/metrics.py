@@ -28,7 +28,7 @@ PERIOD_S = 1.0
 
 # Of our own, so that an import that fails halfway leaves nothing in the way of the next. The engine reads files.
 REGISTRY = CollectorRegistry()
-MODE: Final = "livesum"  # of several tokenizer workers, those that live
+LIVE_SUM: Final = "livesum"  # of several tokenizer workers, those that live
 INFO = Gauge(
     "mmlane_info",
     "Version and mode of mmlane, always 1",
@@ -40,7 +40,7 @@ LANES = Gauge(
     "mmlane_lanes",
     "Tokenizer processes, by the state of their lane",
     ["state"],
-    multiprocess_mode=MODE,
+    multiprocess_mode=LIVE_SUM,
     registry=REGISTRY,
 )
 FAILURES = Counter("mmlane_failures", "Failures of mmlane itself, by where", ["where"], registry=REGISTRY)
@@ -50,7 +50,7 @@ NODE_BYTES = Counter(
 FALLBACKS = Counter("mmlane_fallbacks", "Features that went another way, by cause", ["cause"], registry=REGISTRY)
 # By the figure's name in LaneStats, of which the metric's is made.
 GAUGES = {
-    name: Gauge(f"mmlane_{name}", text, multiprocess_mode=MODE, registry=REGISTRY)
+    name: Gauge(f"mmlane_{name}", text, multiprocess_mode=LIVE_SUM, registry=REGISTRY)
     for name, text in (
         ("capacity_bytes", "Address room of the lane"),
         ("committed_bytes", "Memory that is committed"),
@@ -83,7 +83,7 @@ def _former() -> dict[str, Gauge]:
         if name and name not in found:
             text = f"Deprecated: mmlane_{now}" + (" and the others of that ending" if kind else "")
             labels = ["kind"] if kind else []
-            found[name] = Gauge(name, text, labels, multiprocess_mode=MODE, registry=REGISTRY)
+            found[name] = Gauge(name, text, labels, multiprocess_mode=LIVE_SUM, registry=REGISTRY)
     return found
 
 

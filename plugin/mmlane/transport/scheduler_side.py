@@ -63,7 +63,7 @@ from mmlane.transport.wire import TorchWire
 class SchedulerSide:
     """A process with a rank of the engine.
 
-    receiving: whether the engine's function runs that would wait and take without us, on releases where it would.
+    receiving: whether `Scheduler.recv_requests` runs, on releases where that would wait and take without us.
     count_bytes: told what went to other nodes, or came from them. capacity, pinned: bytes of the lane that a node
     without a tokenizer has for what comes from others; capacity None: the machine's share.
     """
