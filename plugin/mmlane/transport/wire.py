@@ -43,7 +43,7 @@ class Wire(ABC):
         """Begin to fill `data`, which has to be as large as what is sent; it is undefined until then."""
 
     def send_object(self, to: int, message: Any, patience: timedelta = PATIENCE) -> None:
-        """Send a small object, to one who may listen only later. Raises RuntimeError."""
+        """Send a small object, to a process that may listen only later. Raises RuntimeError."""
         data = pickle.dumps(message)
         sizes = torch.frombuffer(bytearray(len(data).to_bytes(_SIZE, "little")), dtype=torch.uint8)
         for moving in (self.send(to, sizes), self.send(to, torch.frombuffer(bytearray(data), dtype=torch.uint8))):
