@@ -1,7 +1,7 @@
-"""ipc_lock: the file under whose lock ranks count in is where no other user can touch it.
+"""ipc_lock: the file whose lock guards the ranks' acknowledgement counter is where no other user can touch it.
 
-Why: ranks lock /tmp/shm_wr_lock.lock, and open it so that it is emptied. Any user of /tmp can have put a
-link there, and the file that it leads to is emptied; or a file of theirs, and no rank can count in.
+Why: ranks lock /tmp/shm_wr_lock.lock while they count up, and open it so that it is emptied. Any user of /tmp can
+have put a link there, and the file that it leads to is emptied; or a file of theirs, and no rank can acknowledge.
 Upstream: none; 0.5.18 counts on the GPU, without a file.
 How: the constant with that path is replaced by one in a directory of our own (`private_directory`). The first
 process of an engine that decides tells its children by MMLANE_IPC_LOCK, so that all lock one file even when a
@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from mmlane.compat import matrix
-from mmlane.log import say
+from mmlane.log import print_line
 from mmlane.patching import Target
 from mmlane_patches.private_directory import candidates, checked, make_ours
 
@@ -51,7 +51,7 @@ def private_lock(engines: str) -> PrivateLock | str:
         try:
             return PrivateLock(checked(Path(inherited).parent) / NAME)
         except OSError as error:  # of another user, who started us; or no longer ours
-            say(
+            print_line(
                 f"wanted the lock file of this engine's other processes, {inherited}, found that it cannot be "
                 f"used ({error}); this one takes another, so with CUDA IPC the pool may fill up: start the "
                 "engine anew"
@@ -65,7 +65,7 @@ def private_lock(engines: str) -> PrivateLock | str:
         os.environ[VARIABLE] = str(lock.file)
         return lock
     os.environ[VARIABLE] = engines
-    say(
+    print_line(
         f"wanted a directory that is ours alone for a lock file, found none ({'; '.join(problems)}); so with CUDA "
         f"IPC the engine locks {engines}, and other users of this machine can stop its requests, or empty a file "
         f"of yours by a link; set TMPDIR to a directory of yours, or silence this with MMLANE_DISABLE=ipc_lock"

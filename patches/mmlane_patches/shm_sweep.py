@@ -17,7 +17,7 @@ from typing import Any
 
 from mmlane import host, settings
 from mmlane.compat import matrix
-from mmlane.log import guarded, say
+from mmlane.log import guarded, print_line
 from mmlane.patching import Target
 from mmlane_patches import leftovers
 from mmlane_patches.verdicts import Candidate
@@ -37,17 +37,19 @@ def before_launch(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def sweep() -> None:
     """Reclaim what is provably dead, and say so. Never raises: whatever happens, the engine is to start."""
     with guarded("sweep", f"leftovers in {host.SHM} stay; MMLANE_SWEEP=0 silences this"):
-        _sweep_and_say(settings.read(os.environ).sweep)
+        _sweep_and_report(settings.read(os.environ).sweep)
 
 
-def _sweep_and_say(chosen: settings.Sweep) -> None:
+def _sweep_and_report(chosen: settings.Sweep) -> None:
     if chosen == "0":
         return
     reclaimed, left = leftovers.reclaim(private=chosen == "private")
     if reclaimed:
-        say(f"reclaimed {_amount(reclaimed)} that a crashed engine left in {host.SHM}; MMLANE_SWEEP=0 leaves them")
+        print_line(
+            f"reclaimed {_amount(reclaimed)} that a crashed engine left in {host.SHM}; MMLANE_SWEEP=0 leaves them"
+        )
     for why, segments in left.items():
-        say(f"left {_amount(segments)} in {host.SHM}, {segments[0].name} among them: {why}")
+        print_line(f"left {_amount(segments)} in {host.SHM}, {segments[0].name} among them: {why}")
 
 
 def _amount(segments: Sequence[Candidate]) -> str:

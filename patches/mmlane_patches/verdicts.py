@@ -52,7 +52,7 @@ class Process:
 
 
 class Verdicts:
-    """Who lives, and whether that is everybody: what there is to know before a segment is called dead."""
+    """Which processes live, and whether all can be seen: what to know before a segment is called dead."""
 
     def __init__(self, private: bool) -> None:
         self.namespace = host.pid_namespace()
@@ -76,15 +76,15 @@ class Verdicts:
         """Why a process may still want a segment that none has open; "" when it is dead."""
         if self.hidden:
             return f"{self.hidden}; {BY_HAND}"
-        told = host.parse_segment_name(segment.name)
-        assert told is not None
-        if told.namespace == self.namespace and told.started:
-            maker = next((process for process in self.living if process.pid == told.pid), None)
-            gone = maker is None or (maker.started != told.started and _younger(maker, segment))
+        parsed = host.parse_segment_name(segment.name)
+        assert parsed is not None
+        if parsed.namespace == self.namespace and parsed.started:
+            maker = next((process for process in self.living if process.pid == parsed.pid), None)
+            gone = maker is None or (maker.started != parsed.started and _younger(maker, segment))
             return "" if gone else IN_USE
         if not self.everywhere:
             return UNSEEN
-        oldest = self.oldest_python if told.kind == "python" else self.oldest_engine
+        oldest = self.oldest_python if parsed.kind == "python" else self.oldest_engine
         if oldest is None or _younger(oldest, segment):
             return ""
         return f"process {oldest.pid} ({oldest.name}) is older than they are and may want them; {BY_HAND}"

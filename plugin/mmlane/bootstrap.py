@@ -35,4 +35,4 @@ def _start() -> None:
     except Exception as error:  # noqa: BLE001 - a part of it, or a dependency, is gone or half written
         give_up(error, child=is_unstarted_child())
         return
-    entry.start("import hook")
+    entry.start("startup hook")

@@ -14,7 +14,7 @@ import yaml
 from packaging.version import Version
 
 from mmlane import hookspecs
-from mmlane.patching import Cell, Decision, PatchSpec, Refusal, Target, check, spread
+from mmlane.patching import Cell, Decision, PatchSpec, Refusal, Target, check, propagate_skips
 from mmlane.settings import Settings
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def plan(specs: Iterable[PatchSpec], engine: Engine, settings: Settings) -> dict
     A group of which one patch cannot be applied, or was turned off, is skipped as a whole.
     """
     decisions = {spec.id: _decide(spec, engine, settings) for spec in specs}
-    spread(decisions)
+    propagate_skips(decisions)
     return decisions
 
 

@@ -1,7 +1,8 @@
 """The driver: one start per process, whichever trigger comes first.
 
-Triggers: the entry point `sglang.srt.plugins` (`register`), and the import hook that the .pth line sets
-(`mmlane.bootstrap`). The engine swallows what an entry point raises, so what must stop it is a `SystemExit`.
+Triggers: the entry point `sglang.srt.plugins` (`register`), and the startup hook, the .pth line that watches for
+the import of the engine (`mmlane.bootstrap`). The engine swallows what an entry point raises, so what must stop it
+is a `SystemExit`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import mmlane_patches
 from mmlane import PREFIX, compat, engine, flags, import_hook, settings
 from mmlane.engine_help import HELP
-from mmlane.log import say
+from mmlane.log import print_line
 from mmlane.patching import Decision, Failure, Patcher, Refusal, Replacement, Target, apply
 from mmlane.report import Report, skip_line
 
@@ -47,8 +48,8 @@ class Session:
         self.problems = problems
         self.patcher = Patcher(compat.plan(specs, here, chosen))
         self.extras: list[Replacement] = []
-        self.told = False
-        self.said: set[str] = set()
+        self.has_reported = False
+        self.printed: set[str] = set()
 
     def report(self) -> Report:
         return Report(
@@ -75,7 +76,7 @@ class Session:
         if import_hook.WATCH not in sys.meta_path:
             sys.meta_path.insert(0, import_hook.WATCH)
         if import_hook.is_unstarted_child():
-            engine.when_child_runs(guarded(self.tell))
+            engine.when_child_runs(guarded(self.print_report))
 
     def module_ready(self, module: ModuleType) -> None:
         """Called with each watched module of the engine, as soon as its body has run."""
@@ -90,7 +91,7 @@ class Session:
             if module.__name__ == extra.module:
                 self.add(extra, module)
         if module.__name__ == LAST_MODULE and not import_hook.is_unstarted_child():
-            self.tell()
+            self.print_report()
 
     def drop(self, dropped: list[Decision]) -> None:
         """Say what cannot be applied after all, and have the processes that this one starts leave it out as well.
@@ -102,7 +103,7 @@ class Session:
         if failures and engine.is_child():
             raise Failure(failures[0])
         for culprit in [d for d in dropped if not d.needs]:
-            say(skip_line([d for d in dropped if culprit.spec.id in (d.spec.id, d.needs)]))
+            print_line(skip_line([d for d in dropped if culprit.spec.id in (d.spec.id, d.needs)]))
         left_out = settings.read(os.environ).disable.union(d.spec.id for d in dropped)
         os.environ["MMLANE_DISABLE"] = ",".join(sorted(left_out))
 
@@ -112,7 +113,7 @@ class Session:
             self.extras.append(apply(extra, module))
         except Refusal as refusal:
             if self.settings.log == "debug":
-                say(str(refusal))
+                print_line(str(refusal))
 
     def after_hooks(self) -> Target:
         """Look at our targets again when the engine has applied the hooks of all plugins."""
@@ -131,27 +132,27 @@ class Session:
         """Log which targets another plugin has replaced since; with MMLANE_STRICT=1, that ends the process."""
         lines = self.patcher.overridden()
         for line in lines:
-            if line not in self.said:
-                self.said.add(line)
-                say(line)
+            if line not in self.printed:
+                self.printed.add(line)
+                print_line(line)
         if lines and self.settings.strict:
             raise SystemExit(NOT_STARTED)
 
-    def tell(self) -> None:
+    def print_report(self) -> None:
         """Print this process's report, once: the block in the main process, a line in others when debugging."""
-        if self.told:
+        if self.has_reported:
             return
-        self.told = True
+        self.has_reported = True
         self.stop_if_strict()
         report = self.report()
-        self.said.update(report.problems)
+        self.printed.update(report.problems)
         role = engine.role()
         if role == "main":
             lines = report.block() if self.settings.log != "warning" else report.attention()
             for line in lines:
-                say(line)
+                print_line(line)
         if self.settings.log == "debug":
-            say(report.line(role, os.getpid(), self.trigger))
+            print_line(report.line(role, os.getpid(), self.trigger))
 
     def stop_if_strict(self) -> None:
         """With MMLANE_STRICT=1, end the process when a patch that the engine lacks cannot be applied."""
@@ -160,7 +161,7 @@ class Session:
         report = self.report()
         if report.unwanted() or report.problems:
             for line in report.trouble():
-                say(line)
+                print_line(line)
             raise SystemExit(NOT_STARTED)
 
     def undo(self) -> None:
@@ -215,7 +216,7 @@ def _without_our_keys(parse: Callable[[Any, str], Any]) -> Callable[[Any, str], 
     @functools.wraps(parse)
     def parse_without_our_keys(self: Any, file_path: str) -> Any:
         found = parse(self, file_path)
-        return {key: value for key, value in found.items() if not flags.is_ours(key)}
+        return {key: value for key, value in found.items() if not flags.is_mmlane_key(key)}
 
     return parse_without_our_keys
 
@@ -237,7 +238,9 @@ def hide_in(module: ModuleType) -> None:
     try:
         apply(config_target(module.__name__), module)
     except Refusal as refusal:
-        say(f"{refusal}; so the engine may refuse mmlane's keys in its config file; give them as flags instead")
+        print_line(
+            f"{refusal}; so the engine may refuse mmlane's keys in its config file; give them as flags instead"
+        )
 
 
 def guarded(step: Callable[..., None]) -> Callable[..., None]:

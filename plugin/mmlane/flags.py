@@ -82,10 +82,10 @@ def flags_in_config(argv: list[str]) -> list[Given]:
     """
     name = _config_name(argv)
     keys = {} if name is None else _top_level(Path(name))
-    return [_in_config(f"{name}: {key}", key, value) for key, value in keys.items() if is_ours(key)]
+    return [_in_config(f"{name}: {key}", key, value) for key, value in keys.items() if is_mmlane_key(key)]
 
 
-def is_ours(key: Any) -> bool:
+def is_mmlane_key(key: Any) -> bool:
     """Whether a key of the engine's config file is meant for mmlane."""
     return isinstance(key, str) and key.startswith("mmlane")
 

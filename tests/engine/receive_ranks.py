@@ -318,7 +318,7 @@ def lane_scenario(groups: str) -> dict[str, Any]:
         from mmlane.transport.tokenizer_side import TokenizerSide
 
         side = TokenizerSide(  # here: nothing will be forked any more
-            Tokenizer({"dp0": len(RANKS)}, 64 << 20, engines=slot.chain.here.engines)
+            Tokenizer({"dp0": len(RANKS)}, 64 << 20, engine_class=slot.chain.here.engine_class)
         )
         producer = side.producer
         assert producer is not None

@@ -266,19 +266,19 @@ def connect(this: Process) -> None:
 def say_to(this: Process, to: int, messages: list[Any]) -> None:
     assert this.line is not None
     for message in messages:
-        this.line.tell(to, message)
+        this.line.send_object(to, message)
 
 
 def hear_from(this: Process, source: int, count: int) -> list[Any]:
     assert this.line is not None
-    return [this.line.hear(source) for _ in range(count)]
+    return [this.line.receive_object(source) for _ in range(count)]
 
 
 def hear_the_end(this: Process, source: int) -> str:
     """Wait for a word of somebody who will not say it: how that ends."""
     assert this.line is not None
     try:
-        return f"heard {this.line.hear(source)!r}"
+        return f"heard {this.line.receive_object(source)!r}"
     except RuntimeError:
         return "RuntimeError"
 

@@ -79,5 +79,5 @@ def test_metrics_are_told_of_every_failure_those_before_them_included(monkeypatc
 
 
 def test_a_line_before_there_is_logging(capsys: pytest.CaptureFixture[str]) -> None:
-    log.say("not what was asked for")
+    log.print_line("not what was asked for")
     assert capsys.readouterr() == ("", "mmlane: not what was asked for\n")

@@ -19,7 +19,7 @@ from mmlane.lane import Reader  # noqa: E402
 from mmlane.transport import controller_side  # noqa: E402
 from mmlane.transport.base import Here, LostFeature, Scheduler, Tokenizer  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
-from mmlane.transport.controller_side import Elsewhere, sending_tensors  # noqa: E402
+from mmlane.transport.controller_side import RemoteReplica, sending_tensors  # noqa: E402
 from mmlane.transport.inline import Inline, compact  # noqa: E402
 from mmlane.transport.lane import LaneTransport, Producer, Ticket  # noqa: E402
 from mmlane.transport.pointer import Sealed, ShmPointerMMData, is_pointer, slot, with_engine_segments  # noqa: E402
@@ -87,7 +87,7 @@ class Launch:
         for item in message.mm_inputs.mm_items:
             # Ranks agree on no segments in such a launch.
             item.feature = ShmPointerMMData.of(
-                item.feature, *self.tokenizer.offer(item.feature, agreed=False), None
+                item.feature, *self.tokenizer.offer(item.feature, ranks_agree=False), None
             )
         data = pickle.dumps(message)
         self.is_at(self.process)
@@ -104,7 +104,7 @@ class Launch:
 
     def socket(self, replica: int) -> Socket:
         found = self.controller.workers[replica]
-        socket: Socket = found.socket if isinstance(found, Elsewhere) else found
+        socket: Socket = found.socket if isinstance(found, RemoteReplica) else found
         return socket
 
     def open(self) -> None:

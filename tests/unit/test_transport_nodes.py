@@ -33,7 +33,7 @@ from mmlane.transport.hand import InHand  # noqa: E402
 from mmlane.transport.inline import Inline  # noqa: E402
 from mmlane.transport.lane import Ticket  # noqa: E402
 from mmlane.transport.link import Crossing, Landed  # noqa: E402
-from mmlane.transport.nodes import Node, announce, look, name_of  # noqa: E402
+from mmlane.transport.nodes import Node, announce, find_route, name_of  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
 from mmlane.transport.samples import Samples, Shared  # noqa: E402
 from mmlane.transport.segment import Segment  # noqa: E402
@@ -111,7 +111,7 @@ class First:
 
     @property
     def has_rung(self) -> bool:
-        return bool(select.select([self.gate.bell], [], [], 0)[0])
+        return bool(select.select([self.gate.wakeup], [], [], 0)[0])
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +163,7 @@ def unopened(monkeypatch: pytest.MonkeyPatch, announced: Callable[..., None]) ->
     monkeypatch.setattr(gate, "Departure", make)
     announced()
     yield first
-    os.close(first.gate.bell)
+    os.close(first.gate.wakeup)
 
 
 @pytest.fixture
@@ -264,21 +264,21 @@ def test_a_node_is_called_by_its_number_and_where_a_lane_can_be_shared() -> None
 
 
 def test_all_ranks_are_seen_or_none(announced: Callable[..., None]) -> None:
-    assert look(RANKS) is None
+    assert find_route(RANKS) is None
     announced(0, 1, 2, 3)
-    assert look(RANKS) is None
-    assert look([0, 1, 2]) == [Node(A, [0, 1]), Node(B, [2])]
+    assert find_route(RANKS) is None
+    assert find_route([0, 1, 2]) == [Node(A, [0, 1]), Node(B, [2])]
     announced(4)
-    assert look(RANKS) == ROUTE
-    assert look([3, 4, 0]) == [Node(B, [3]), Node(C, [4]), Node(A, [0])]
+    assert find_route(RANKS) == ROUTE
+    assert find_route([3, 4, 0]) == [Node(B, [3]), Node(C, [4]), Node(A, [0])]
 
 
 def test_another_version_is_named(announced: Callable[..., None], store: Any) -> None:
     announced()
     store.set("mmlane/node/3", json.dumps({"version": "99.1", "node": B, "new": 1}))
     with pytest.raises(ValueError, match=f"rank 3 runs mmlane 99.1, this one {__version__}: install one"):
-        look(RANKS)
-    assert look([0, 1, 2]) is not None
+        find_route(RANKS)
+    assert find_route([0, 1, 2]) is not None
 
 
 def test_a_node_whose_ranks_cannot_share_a_lane_is_named(announced: Callable[..., None], store: Any) -> None:
@@ -286,7 +286,7 @@ def test_a_node_whose_ranks_cannot_share_a_lane_is_named(announced: Callable[...
     other = f"{B.partition(':')[0]}:elsewhere"
     store.set("mmlane/node/3", json.dumps({"version": __version__, "node": other}))
     with pytest.raises(ValueError, match="ranks of one node are in different network namespaces"):
-        look(RANKS)
+        find_route(RANKS)
 
 
 # --- what passes, and what waits ----------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_text_looks_for_nobody(unopened: First, monkeypatch: pytest.MonkeyPatch)
     def none(ranks: Any) -> Any:
         raise AssertionError("looked")
 
-    monkeypatch.setattr(gate, "look", none)
+    monkeypatch.setattr(gate, "find_route", none)
     assert len(unopened.handle(text(), request(torch.ones(1)))) == 2
     assert unopened.links == []
 
@@ -394,7 +394,7 @@ def let_go_of(first: First, lane: Lane) -> None:
 
 
 def see_it_before_it_rings(first: First, lane: Lane) -> None:
-    """The engine looks just after a crossing is over, and just before the bell rings for it."""
+    """The engine looks just after a crossing is over, and just before the scheduler is woken for it."""
     first.handle(request(by_lane(lane, T)))
     first.link.sent[0].is_over = True
     assert len(first.handle()) == 1
@@ -597,7 +597,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, announced: Callable[..., None]) -> It
     announced(0, 1, 2, 3)
     first = First()
     yield first
-    os.close(first.gate.bell)
+    os.close(first.gate.wakeup)
 
 
 def test_ranks_without_mmlane_get_tensors(
@@ -621,7 +621,7 @@ def test_ranks_without_mmlane_get_tensors(
 
 def test_a_look_is_taken_now_and_then(alone: First, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[float] = []
-    monkeypatch.setattr(gate, "look", lambda ranks: looks.append(clock.now))
+    monkeypatch.setattr(gate, "find_route", lambda ranks: looks.append(clock.now))
     began = clock.now
     for delay in (0.0, LOOK_S / 2, LOOK_S / 4, LOOK_S / 4, LOOK_S / 2, LOOK_S * 2):
         clock.now += delay
@@ -910,9 +910,9 @@ def test_all_ranks_announce_themselves_and_the_first_has_the_gate(monkeypatch: p
         if rank == 0:
             assert isinstance(scheduler.input_blocker, Gate)
             # A descriptor that can be written to all the time would keep the engine awake.
-            assert poller.registered == [(scheduler.input_blocker.bell, 1)]
-            os.close(scheduler.input_blocker.bell)
-    assert look(range(4)) == [Node(name_of(0), [0, 1]), Node(name_of(1), [2, 3])]
+            assert poller.registered == [(scheduler.input_blocker.wakeup, 1)]
+            os.close(scheduler.input_blocker.wakeup)
+    assert find_route(range(4)) == [Node(name_of(0), [0, 1]), Node(name_of(1), [2, 3])]
 
 
 def test_the_gate_is_the_receivers_from_0_5_13_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -927,7 +927,7 @@ def test_the_gate_is_the_receivers_from_0_5_13_on(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(scheduler_side, "aborted", lambda request, message: (request, message))
     gate._answer("request", "why")
     assert sent == [(("request", "why"), "request")]
-    os.close(gate.bell)
+    os.close(gate.wakeup)
 
 
 @dataclass(frozen=True)
@@ -943,7 +943,7 @@ def test_a_first_rank_without_a_gate_has_no_side(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(AttributeError):
         take_part(monkeypatch, 0, SimpleNamespace())
     assert slot.scheduler is None and isinstance(slot.chain.here, Here) and not slot.chain.here.node
-    assert look(range(4)) is None
+    assert find_route(range(4)) is None
 
 
 def test_on_one_node_nobody_is_told(monkeypatch: pytest.MonkeyPatch, store: Any) -> None:

@@ -152,7 +152,7 @@ class Ends:
     """A tokenizer and a rank, and the lane between them as soon as there is one."""
 
     def __init__(self) -> None:
-        self.tokenizer = TokenizerSide(Tokenizer({"dp0": 1}, 64 * MIB, engines=slot.chain.here.engines))
+        self.tokenizer = TokenizerSide(Tokenizer({"dp0": 1}, 64 * MIB, engine_class=slot.chain.here.engine_class))
         self.scheduler = a_scheduler()
         self.rejected = 0  # ranks that the test has the lane reject
 
@@ -210,7 +210,7 @@ class Ends:
 
 
 def a_scheduler(group: str = "dp0", number: int = 0) -> SchedulerSide:
-    return SchedulerSide(Chain(Scheduler(group, number, engines=slot.chain.here.engines)))
+    return SchedulerSide(Chain(Scheduler(group, number, engine_class=slot.chain.here.engine_class)))
 
 
 def rank_of(chain: Chain) -> Rank:
@@ -397,7 +397,7 @@ def test_the_engine_and_its_codec_recognize_the_class(module: ModuleType, base: 
         MM_UTILS,
     )
     assert there is ShmPointerMMData  # the one, whose segments are
-    engines = slot.chain.here.engines
+    engines = slot.chain.here.engine_class
     assert engines is None if base == "ours" else (engines is not None and engines.__name__ == there.__name__)
     sent = there(random())
     assert base == "ours" or type(sent.payload.pointer) is engines
@@ -723,7 +723,7 @@ def test_what_the_engines_rust_server_makes_is_a_segment(
     The first rank takes that very pointer, its peers what it passes on.
     """
     if not has_lane:
-        monkeypatch.setattr(slot, "chain", Chain(Here(engines=slot.chain.here.engines)))
+        monkeypatch.setattr(slot, "chain", Chain(Here(engine_class=slot.chain.here.engine_class)))
         monkeypatch.setattr(slot, "scheduler", None)
     tensor = random(4 * LARGE).view(torch.float32).reshape(-1, 1)
 
@@ -768,7 +768,7 @@ def test_a_kind_that_nobody_here_knows(
 ) -> None:
     """Perhaps one of another version of mmlane: it is passed on as it came, and its request fails."""
     if not has_lane:
-        monkeypatch.setattr(slot, "chain", Chain(Here(engines=slot.chain.here.engines)))
+        monkeypatch.setattr(slot, "chain", Chain(Here(engine_class=slot.chain.here.engine_class)))
     state = {**STATE, "payload": kind, "beam": b"up", "crew": (1, "two"), "shm_name": "not ours"}
     first = arrived_as(dict(state))
     for received in (first, travel(first), travel(travel(first))):
@@ -854,7 +854,7 @@ def test_what_arrives_is_up_to_the_chain_alone(
     """Not to who made it or by what class, nor to what is sent meanwhile, nor to the rank that this process is."""
     ticket, by_segment = pickle.dumps(wrap(random())), pickle.dumps(ShmPointerMMData(random(seed=1)))
     own = vars(engines_own())["ShmPointerMMData"]
-    assert slot.chain.here.engines is None or base == "engine's"
+    assert slot.chain.here.engine_class is None or base == "engine's"
     kept = []  # which are not dropped, so that the ticket and the segment stay
 
     def arrives(chain: Chain) -> tuple[Any, Any]:
@@ -870,7 +870,7 @@ def test_what_arrives_is_up_to_the_chain_alone(
                 (Tokenizer({"dp0": 1}, 64 * MIB), "no rank of the lane's engine"),
                 (Scheduler("dp0", 0), "has joined no lane"),
             ):
-                one, other = arrives(Chain(replace(here, engines=engines)))
+                one, other = arrives(Chain(replace(here, engine_class=engines)))
                 assert_lost(one, UnknownLane, why)
                 assert type(other.payload) is payload and same(other.tensor, random(seed=1))
 

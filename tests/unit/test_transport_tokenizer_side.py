@@ -497,7 +497,7 @@ def test_what_was_offered_is_not_offered_again(monkeypatch: pytest.MonkeyPatch) 
     """What no transport carries stays inline, when the engine makes a pointer of it as well."""
     offered = []
 
-    def offer(chain: Chain, tensor: Any, samples: Any = None, *, agreed: bool = True) -> Any:
+    def offer(chain: Chain, tensor: Any, samples: Any = None, *, ranks_agree: bool = True) -> Any:
         offered.append(tensor)
         return Inline(tensor), None
 

@@ -97,12 +97,12 @@ def _segments(files: list[Path]) -> Iterator[Segment]:
 
 def maker(name: str) -> tuple[int | None, bool | None]:
     """Who made a segment: the pid, and whether that process runs; None for what its name does not tell."""
-    told = parse_segment_name(name)
-    if told is None or told.pid is None:
+    parsed = parse_segment_name(name)
+    if parsed is None or parsed.pid is None:
         return None, None
-    if told.kind == "engine":
-        return told.pid, proc.is_alive(told.pid)
-    if told.namespace != proc.pid_namespace():
-        return told.pid, None
-    holder = proc.process(told.pid)
-    return told.pid, proc.is_alive(told.pid) and (holder is None or holder.started == told.started)
+    if parsed.kind == "engine":
+        return parsed.pid, proc.is_alive(parsed.pid)
+    if parsed.namespace != proc.pid_namespace():
+        return parsed.pid, None
+    holder = proc.process(parsed.pid)
+    return parsed.pid, proc.is_alive(parsed.pid) and (holder is None or holder.started == parsed.started)

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from mmlane.lane.reader import Mode, Reader
     from mmlane.lane.reservation import Reservation
 else:
-    # These need torch, which takes seconds to import; who asks for a lane's status does not.
+    # These need torch, which takes seconds to import; a process that asks for a lane's status does not.
     _LATER = {
         "Lane": "producer",
         "Mode": "reader",

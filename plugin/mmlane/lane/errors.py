@@ -52,7 +52,7 @@ class Refused:
 
     cause: `not_open` (not all expected readers have joined), `off` (the lane was switched off), `full` (no
     room, or no memory for more), `oversize` (larger than the whole lane), `unsupported` (not a plain dense CPU
-    tensor), `closed` (for ever; a reader has ended, say).
+    tensor), `closed` (permanently; a reader has ended, say).
     detail: one line for people, with what was wanted, what was found and what helps.
     """
 

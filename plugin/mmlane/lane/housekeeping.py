@@ -115,7 +115,7 @@ class Housekeeping:
             self._agenda.work()
 
     def _ask_after(self, live: Sequence[Live], recalled: Collection[tuple[int, int]]) -> None:
-        """Ask the members that owe tickets which were recalled, or have been out for long, who has seen them."""
+        """Ask members whether they have seen tickets of theirs that were recalled, or have been out for long."""
         now = time.monotonic()
         asked: dict[Member, list[tuple[int, int]]] = {}
         for ticket in live:

@@ -1,4 +1,4 @@
-"""A lane's life: it waits for its readers, is open, may be off for a while, and is closed for ever."""
+"""A lane's life: it waits for its readers, is open, may be off for a while, and is closed permanently."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Task:
 
 
 class Lifecycle:
-    """Which members have joined, whether the lane is open, and who waits for that.
+    """Which members have joined, whether the lane is open, and which threads and tasks wait for that.
 
     Members join and leave with the lane's lock held. All else takes no lock: an interrupt may break in anywhere.
     name: the lane's. members: those that have to join.
@@ -71,7 +71,7 @@ class Lifecycle:
         return Refused("not_open", f"the lane opens when all its readers have joined; missing: {missing}")
 
     def join(self, member: Member) -> bool:
-        """A reader is a member from now on; True if the lane opens with it, and who waits is to be woken."""
+        """A reader is a member from now on; True if the lane opens with it, and what waits is to be woken."""
         self.joined.add(member)
         if len(self.joined) < len(self._members) or self.has_opened:
             return False

@@ -119,7 +119,7 @@ class Mapping:
             raise failure()
 
     def unmap(self) -> None:
-        """Let the range go. Whatever still looks at it would crash: only for who knows that nothing does."""
+        """Let the range go. Code that still reads from it would crash: only for a caller that knows of none."""
         if self._places:
             _unmap(self._places, self.nbytes)
         self._mapped.pop(self._note, None)

@@ -136,7 +136,7 @@ class Lane:
 
     @property
     def state(self) -> State:
-        """`waiting` for readers, `open`, `off` (see `switch`), or `closed` for ever."""
+        """`waiting` for readers, `open`, `off` (see `switch`), or `closed` permanently."""
         self._check_process()
         return self._lifecycle.state
 

@@ -104,7 +104,7 @@ def read_hello(message: bytes) -> Hello:
 
 
 def is_proven(hello: Hello, secret: bytes) -> bool:
-    """Whether who sent this knows the secret. Takes the same time for every wrong proof."""
+    """Whether the sender knows the secret. Takes the same time for every wrong proof."""
     return _same(hello.proof, _proof(secret, "hello", hello.group, hello.number, hello.nonce))
 
 
@@ -116,7 +116,7 @@ def welcome(secret: bytes, nonce: str, nbytes: int, slots: int, path: str) -> by
 
 
 def read_welcome(message: bytes, secret: bytes, nonce: str) -> Welcome:
-    """Raises ProtocolError, also if who sent it does not know the secret."""
+    """What a producer says. Raises ProtocolError, also if the sender does not know the secret."""
     found = Welcome(**_fields(message[1:], nbytes=int, slots=int, path=str, proof=str))
     if not _same(found.proof, _proof(secret, "welcome", nonce, found.nbytes, found.slots, found.path)):
         raise ProtocolError("its WELCOME proves no knowledge of the secret: another process has this lane's name")

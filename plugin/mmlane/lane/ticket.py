@@ -31,7 +31,7 @@ _SHAPES = [struct.Struct(f"<{dimensions}Q") for dimensions in range(DIMENSIONS +
 
 
 class Content(NamedTuple):
-    """What a ticket says: the lane, the place of the tensor in it (bytes), a number unique there, its looks."""
+    """What a ticket says: the lane, the place of the tensor in it (bytes), a number unique there, dtype, shape."""
 
     lane: str
     slot: int

@@ -9,7 +9,7 @@ Nothing here knows a release.
 from __future__ import annotations
 
 from mmlane.patching.checking import Source, check
-from mmlane.patching.decision import Decision, spread
+from mmlane.patching.decision import Decision, propagate_skips
 from mmlane.patching.origin import replaced_by
 from mmlane.patching.patcher import Patcher
 from mmlane.patching.replacement import Replacement, apply
@@ -28,7 +28,7 @@ __all__ = [
     "Target",
     "apply",
     "check",
+    "propagate_skips",
     "replaced_by",
     "shared_steps",
-    "spread",
 ]

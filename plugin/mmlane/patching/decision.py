@@ -33,7 +33,7 @@ class Decision:
         return f"needs {self.needs}: {self.reason}" if self.needs else self.reason
 
 
-def spread(decisions: Mapping[str, Decision]) -> None:
+def propagate_skips(decisions: Mapping[str, Decision]) -> None:
     """Skip what cannot be applied because something else is skipped: the rest of a group, and what needs it."""
     changed = True
     while changed:

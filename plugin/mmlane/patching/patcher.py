@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from mmlane.patching.decision import Decision, spread
+from mmlane.patching.decision import Decision, propagate_skips
 from mmlane.patching.replacement import Replacement, apply
 from mmlane.patching.spec import Failure, Refusal, Target, shared_steps
 
@@ -88,14 +88,14 @@ class Patcher:
         ]
 
     def _drop_group(self, culprit: Decision, refusal: Refusal) -> None:
-        """Skip every patch of a group, because one of them cannot be applied; what others had put on top stays.
+        """Skip every patch of a group, because one of them cannot be applied; and the patches that need these.
 
-        So are patches that need one of these.
+        What others had put on top stays.
         """
         modules = {replacement.target.module for _, replacement in self._in_order}
         self.undo()
         culprit.state, culprit.reason, culprit.failed = "skipped", str(refusal), isinstance(refusal, Failure)
-        spread(self.decisions)
+        propagate_skips(self.decisions)
         for module in modules:
             self.module_ready(sys.modules[module])
 

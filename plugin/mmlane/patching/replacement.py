@@ -27,7 +27,7 @@ class Replacement:
     targets: list[Target] = field(default_factory=list)
 
     def in_force(self) -> bool:
-        """Whether the engine would run ours: it is in place, or someone has wrapped it further."""
+        """Whether the engine would run ours: it is in place, or other code has wrapped it."""
         ours = plain(self.installed)
         current = plain(vars(self.owner).get(self.attribute))
         while current is not None and current is not ours:
@@ -35,7 +35,7 @@ class Replacement:
         return current is ours
 
     def successor(self) -> str:
-        """Who put what is there now in our place."""
+        """Which code has put there what is there now, instead of ours."""
         module = sys.modules[self.target.module]
         return replaced_by(vars(self.owner).get(self.attribute), module) or "the engine's own object"
 

@@ -62,7 +62,7 @@ class Target:
     @property
     def wanted(self) -> str:
         """What is looked for, in words."""
-        return f"wanted {self.path}{' or '.join(_told(signature) for signature in self.signatures)}"
+        return f"wanted {self.path}{' or '.join(_as_written(signature) for signature in self.signatures)}"
 
     def load(self) -> None:
         """Import what is named by a string. Raises `Failure`."""
@@ -152,6 +152,6 @@ def shared_steps(target: Target, targets: Iterable[Target]) -> tuple[Callable[..
     return tuple(steps)
 
 
-def _told(signature: str) -> str:
+def _as_written(signature: str) -> str:
     """A signature as it stands behind a name."""
     return signature if signature.startswith("(") else f" = {signature}"

@@ -69,7 +69,7 @@ def taker(place: Place, *, of: Callable[[Any], bool]) -> Callable[[Any], Any]:
 
 
 @contextmanager
-def or_end() -> Iterator[None]:
+def end_on_error() -> Iterator[None]:
     """What a rank does here it does as its peers do, or it ends: they would wait for it, or go on without it.
 
     The engine ends what raises in a scheduler, and itself with it.

@@ -1,6 +1,7 @@
-"""The words that all transports share: a transport offers payloads, a payload stands for one feature.
+"""What all transports have in common: a transport makes payloads, and a payload stands for one feature.
 
-A new transport is one file with a `Transport` and its `Payload`, and one entry in `chain.CHAIN`.
+A new transport is one file with a `Transport` and its `Payload`, and one entry in `chain.CHAIN`; CONTRIBUTING.md
+has the steps.
 """
 
 from __future__ import annotations
@@ -44,13 +45,16 @@ class Declined:
 class Payload(ABC):
     """What a pointer carries for one feature.
 
-    kind: the word in the pointer's state that tells its receivers which transport it is of; "" for a segment.
+    kind: the word in the pointer's state that tells its receivers which transport it is of; "" for a segment. No
+    two transports that read their payloads differently have the same.
     needs_agreement: whether one rank alone may be unable to take it. Then all ranks that received it agree before
     one takes it: up to 0.5.18 we ask each for `prepare`, and `take` succeeds after that; from 0.5.19 on the engine
     waits for all ranks, calls `take`, and refuses the request on all of them if it raised on any. Without it, each
     rank takes alone, and `take` has to come to the same end on all.
     lends: whether `take` gives memory that others wait for. It has to come back soon, so where the engine keeps a
     tensor for long, a copy stands in its place.
+
+    A payload that holds memory keeps its `Ownership`, and releases the memory when it is dropped while it is OURS.
     """
 
     kind: ClassVar[str]
@@ -64,7 +68,8 @@ class Payload(ABC):
     def state(self) -> dict[str, Any]:
         """What travels: flat, of builtins, tensors, dtypes and shapes; called whenever the pointer is pickled.
 
-        The pointer adds "shape", "dtype", "precomputed_hash", "payload" (the kind) and "invitation".
+        These keys are the pointer's own: "shape", "dtype", "precomputed_hash", "payload" (the kind), "invitation",
+        "lost", "by_node", "route".
         """
 
     @abstractmethod
@@ -75,7 +80,7 @@ class Payload(ABC):
         """
 
     def release(self) -> None:  # noqa: B027 - what has no memory has nothing to release
-        """Let go of the feature without taking it, pickled or not. Never raises, nor the second time."""
+        """Release the feature's memory untaken, whether it was pickled or not. Never raises; once is enough."""
 
     def may_be_kept(self) -> bool:
         """Whether what `take` has lent may be held until the request has ended; else a copy is held instead."""
@@ -102,13 +107,13 @@ def lost_message(payloads: Sequence[Payload], cause: str) -> str:
 
 @dataclass(frozen=True)
 class Here:
-    """The process for which transports are made: this class alone stands for one without a lane.
+    """What transports are told of the process that they are made in. Of this class itself: one without a lane.
 
-    engines: the engine's own pointer class, where segments are left to it. node: this process's, in a rank whose
-    peers are on several nodes.
+    engine_class: the engine's own pointer class, where segments are left to it. node: this process's, in a rank
+    whose peers are on several nodes.
     """
 
-    engines: type[Any] | None = field(default=None, kw_only=True)
+    engine_class: type[Any] | None = field(default=None, kw_only=True)
     node: str = field(default="", kw_only=True)
 
 
@@ -152,13 +157,13 @@ class Controller(Receiver):
 
 
 class Transport(ABC):
-    """One way for features, as this process has it. Made in every process of the engine; it must not raise then.
+    """One way for features. Every process of the engine makes one for each of its chains: that must not raise.
 
-    seam: the word by which a failure is counted. consequence: what follows from one.
+    where: the word by which its failures are counted (`log.failed`). consequence: what follows from one.
     """
 
     payload: ClassVar[type[Payload]]
-    seam: ClassVar[str]
+    where: ClassVar[str]
     consequence: ClassVar[str]
 
     @abstractmethod
@@ -177,7 +182,7 @@ class Transport(ABC):
         """The payload that a pointer brought, from its state; also in a process that only passes it on.
 
         A rank may be in a collective with its peers: raise only for a state that is wrong, which it is on all of
-        them. What this rank alone lacks is kept for `Payload.prepare`.
+        them. An error that this rank alone may have is kept, for `Payload.prepare` to return.
         """
 
     def join(self, invitation: bytes) -> None:  # noqa: B027 - most transports invite no process

@@ -15,7 +15,8 @@ from mmlane.transport.lane import LaneTransport
 from mmlane.transport.samples import Samples
 from mmlane.transport.segment import SegmentTransport
 
-# The first that does not decline carries the tensor. Each kind of payload has one class.
+# Asked in this order: the first that does not decline carries the tensor. What arrives is read by the one whose
+# payload has its kind (of the two inline transports, either can).
 CHAIN: tuple[type[Transport], ...] = (
     SmallInlineTransport,
     LaneTransport,
@@ -34,7 +35,7 @@ class Unreadable(Payload):
 
     def __init__(self, error: Exception, state: Mapping[str, Any]) -> None:
         # No error is kept as an object: its frames hold the invitation.
-        self._is_the_states = isinstance(error, AttributeError | LookupError | TypeError | ValueError)
+        self._is_malformed = isinstance(error, AttributeError | LookupError | TypeError | ValueError)
         self._cause = f"{type(error).__name__}: {error}"
         self._state = dict(state)
 
@@ -43,7 +44,7 @@ class Unreadable(Payload):
 
     def take(self) -> torch.Tensor:
         """Raises `LostFeature` for a wrong state, `RuntimeError` for an error that this rank may be alone with."""
-        if not self._is_the_states:
+        if not self._is_malformed:
             raise RuntimeError(f"a pointer could not be unpickled: {self._cause}")
         raise LostFeature(lost_message([self], self._cause))
 
@@ -57,21 +58,20 @@ class Chain:
         self._by_kind = {transport.payload.kind: transport for transport in self.transports}
 
     def offer(
-        self, tensor: torch.Tensor, samples: Samples | None = None, *, agreed: bool = True
+        self, tensor: torch.Tensor, samples: Samples | None = None, *, ranks_agree: bool = True
     ) -> tuple[Payload, bytes | None]:
         """What carries a tensor, and the invitation to send along, if any. Never raises.
 
-        agreed: whether ranks will agree on what needs that. Else transports that need it are
-        not asked.
+        ranks_agree: whether ranks will agree on payloads that need it. Else the transports of those are not asked.
         """
         invitation = None
         for transport in self.transports:
-            if transport.payload.needs_agreement and not agreed:
+            if transport.payload.needs_agreement and not ranks_agree:
                 continue
             try:
                 answer = transport.offer(tensor, samples)
             except Exception as error:  # noqa: BLE001 - the feature goes the next way
-                failed(transport.seam, error, transport.consequence)
+                failed(transport.where, error, transport.consequence)
                 continue
             if not isinstance(answer, Declined):
                 return answer, invitation

@@ -25,8 +25,8 @@ def compact_all(requests: list[Any]) -> None:
     """Put compact copies in the place of the requests' CPU tensors; one of each for all samples of a request."""
     current = slot.scope.get()
     samples = Samples() if current is None else current.samples
-    spread = (own_places(request, lambda value: is_sent(value) and not is_compact(value)) for request in requests)
-    there = [place for places in spread for place in places]
+    found = (own_places(request, lambda value: is_sent(value) and not is_compact(value)) for request in requests)
+    there = [place for places in found for place in places]
     samples.expect(sent_from(there))
     for place in there:
         compact_in(place, samples)

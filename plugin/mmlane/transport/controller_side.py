@@ -24,7 +24,7 @@ from mmlane.transport.lane import Ticket
 from mmlane.transport.pointer import is_pointer, slot
 
 
-class Elsewhere:
+class RemoteReplica:
     """The socket of a replica on another node."""
 
     def __init__(self, socket: Any) -> None:
@@ -57,9 +57,9 @@ def start(controller: Any, server_args: Any) -> None:
     elsewhere = [replica for replica in replicas_elsewhere(server_args) if sockets[replica] is not None]
     if not elsewhere or without_lane(server_args):
         return
-    slot.chain = Chain(Controller(CONTROLLER, 0, writable=True, engines=slot.chain.here.engines))
+    slot.chain = Chain(Controller(CONTROLLER, 0, writable=True, engine_class=slot.chain.here.engine_class))
     for replica in elsewhere:
-        sockets[replica] = Elsewhere(sockets[replica])
+        sockets[replica] = RemoteReplica(sockets[replica])
 
 
 def sending_tensors(send: Callable[..., None]) -> Callable[..., None]:
@@ -67,7 +67,7 @@ def sending_tensors(send: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(send)
     def sock_send(socket: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(socket, Elsewhere):
+        if not isinstance(socket, RemoteReplica):
             send(socket, obj, *args, **kwargs)
             return
         with tensors_in(obj):

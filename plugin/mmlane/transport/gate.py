@@ -21,14 +21,14 @@ import torch
 from mmlane.engine.requests import id_of
 from mmlane.lane.ticket import read
 from mmlane.log import guarded, logger
-from mmlane.transport.agreement import Arrival, arrivals, move_out_of_batches, or_end, taker
+from mmlane.transport.agreement import Arrival, arrivals, end_on_error, move_out_of_batches, taker
 from mmlane.transport.base import LostFeature
 from mmlane.transport.chain import KIND
 from mmlane.transport.hand import InHand
 from mmlane.transport.inline import Inline, compact
 from mmlane.transport.lane import Ticket
 from mmlane.transport.link import Crossing, Departure, Landed, Piece
-from mmlane.transport.nodes import Node, Route, look
+from mmlane.transport.nodes import Node, Route, find_route
 from mmlane.transport.pointer import ShmPointerMMData, is_pointer
 from mmlane.transport.wire import TorchWire
 
@@ -84,26 +84,26 @@ class Gate:
         self._count_bytes = count_bytes
         self._waiting: deque[Waiting] = deque()
         self._numbers = count()
-        self._known: dict[Any, Known] = {}  # by the copy's lane, number and looks
+        self._known: dict[Any, Known] = {}  # by the copy's lane, number, dtype and shape
         self._route: Route | None = None
         self._departure: Departure | None = None
         self._next_look = time.monotonic()
         self._late_from = self._next_look + LATE_S
         self._warned = False
-        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable when something is over
-        self._has_rung = False
+        self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable when a crossing is over
+        self._was_woken = False
 
     def handle(self, received: list[Any] | None) -> list[Any] | None:
         """The messages to broadcast now, of those received now and before; None in a rank that receives none."""
         if self._then is not None:
             received = self._then.handle(received)
-        if self._has_rung:
-            self._has_rung = False
-            with suppress(BlockingIOError):  # two rings, and both were heard
-                os.eventfd_read(self.bell)
+        if self._was_woken:
+            self._was_woken = False
+            with suppress(BlockingIOError):  # woken twice, and one read was enough for both
+                os.eventfd_read(self.wakeup)
         if received is None or not (received or self._waiting or self._known):
             return received
-        with or_end():
+        with end_on_error():
             return self._passed(received)
 
     def _passed(self, received: list[Any]) -> list[Any]:
@@ -126,20 +126,20 @@ class Gate:
         if waiting.arrived:
             with guarded("nodes", "this request's features go to the other nodes inside of it, to each rank"):
                 if self._departure is None:
-                    self._look()
+                    self._find_route()
                 if self._departure is not None and self._departure.state == "open":
                     self._send(waiting, self._departure)
                 elif self._departure is not None and self._departure.state == "opening":
                     self._warn_if_late("the lane of another node has not opened; the log of its ranks tells why")
         return waiting
 
-    def _look(self) -> None:
+    def _find_route(self) -> None:
         """Have a way to the other nodes, once all ranks are there."""
         now = time.monotonic()
         if now < self._next_look:
             return
         self._next_look = now + LOOK_S
-        route = look(self._ranks)
+        route = find_route(self._ranks)
         if route is None:
             self._warn_if_late(
                 "not all ranks run mmlane in mode lane; install it on each node, with the same settings"
@@ -148,7 +148,7 @@ class Gate:
         self._route = route
         leaders = [node.ranks[0] for node in route]
         names = [node.name for node in route[1:]]
-        self._departure = Departure(names, lambda: TorchWire(leaders), self._ring, self._count_bytes)
+        self._departure = Departure(names, lambda: TorchWire(leaders), self._wake, self._count_bytes)
         self._late_from = now + LATE_S
 
     def _warn_if_late(self, why: str) -> None:
@@ -156,9 +156,9 @@ class Gate:
             self._warned = True
             logger.warning("features go to every rank inside of their requests, as without mmlane: %s", why)
 
-    def _ring(self) -> None:
-        os.eventfd_write(self.bell, 1)
-        self._has_rung = True  # after that, so that it is read when it was written
+    def _wake(self) -> None:
+        os.eventfd_write(self.wakeup, 1)
+        self._was_woken = True  # after that, so that it is read when it was written
 
     def _send(self, waiting: Waiting, departure: Departure) -> None:
         """Put the features that came by lane on their way to the other nodes."""

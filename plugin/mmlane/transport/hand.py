@@ -64,17 +64,17 @@ def _group() -> Any:
 
 
 class HandTransport(Transport):
-    """Carries nothing of its own accord. kept: by key, the tensors that this rank, a leader, has to give away."""
+    """Declines all: only leaders make its payloads (`link`). kept: by key, the tensors that this leader has."""
 
     payload = InHand
-    seam = "hand"
+    where = "hand"
     consequence = "nothing"
 
     def __init__(self, here: Here) -> None:
         self.kept: dict[int, torch.Tensor] = {}
 
     def offer(self, tensor: torch.Tensor, samples: Samples | None = None) -> Declined:
-        return Declined("a leader's")
+        return Declined("leaders only")
 
     def receive(self, state: Mapping[str, Any]) -> InHand:
         return InHand(state, self.kept)

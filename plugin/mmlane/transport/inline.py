@@ -36,7 +36,7 @@ class InlineTransport(Transport):
     """Carries every tensor."""
 
     payload = Inline
-    seam = "inline"
+    where = "inline"
     consequence = "the feature may be sent with the rest of its storage, which is slower"
 
     def __init__(self, here: Here) -> None:

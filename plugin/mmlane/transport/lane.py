@@ -109,7 +109,7 @@ class LaneTransport(Transport):
     """Carries what is plain and dense, once all ranks have joined and while there is room."""
 
     payload = Ticket
-    seam = "put"
+    where = "put"
     consequence = "the feature goes by a shared-memory segment"
 
     def __init__(self, here: Here) -> None:
@@ -244,7 +244,7 @@ def _wait(lane: Lane) -> None:
     began = time.monotonic()
     late = (
         "the lane has not opened within %.0f s, because not all of its %s readers have joined it;"
-        " features go by shared-memory segments until it does; `mmlane status` tells who is missing, the"
+        " features go by shared-memory segments until it does; `mmlane status` tells which is missing, the"
         " log of that rank why, and MMLANE=backport silences this"
     )
     if wait_open(lane, late, OPENING_S, ranks):
@@ -256,11 +256,11 @@ def _wait(lane: Lane) -> None:
 
 def wait_open(lane: Lane, late: str, *args: object) -> bool:
     """Whether a lane has opened, or has ended before that; `late` is the line to log, once, if it takes long."""
-    said = False
+    is_logged = False
     while not lane.wait_open(OPENING_S):
         if lane.is_closed:
             return False
-        if not said and lane.state != "off":
-            said = True
+        if not is_logged and lane.state != "off":
+            is_logged = True
             logger.warning(late, *args)
     return True

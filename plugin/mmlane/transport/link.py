@@ -49,7 +49,7 @@ Landed = bytes | int | None  # where it is then: a ticket, its number in the lea
 
 
 class Piece(NamedTuple):
-    """One feature: its number and looks. comes: whether its bytes do; else they have come before.
+    """One feature: its number, dtype and shape. comes: whether its bytes do; else they have come before.
 
     is_kept: whether more tickets for the same bytes will be asked for.
     """
@@ -112,11 +112,11 @@ class Departure:
         try:
             wire = self._make()
             for end, node in enumerate(self.nodes, start=1):
-                invitation = wire.hear(end)
+                invitation = wire.receive_object(end)
                 if invitation is not None:
                     self.invitations[node] = invitation
             for end, _ in enumerate(self.nodes, start=1):
-                wire.hear(end)
+                wire.receive_object(end)
             self.state = "open"
             logger.info("features cross to the other %d nodes once each from now on", len(self.nodes))
             while True:
@@ -147,13 +147,13 @@ class Departure:
     def _landed(self, wire: Wire, crossing: Crossing) -> dict[str, list[Landed]]:
         ends = dict(enumerate(self.nodes, start=1))
         for end in ends:
-            wire.tell(end, (crossing.pieces, crossing.let_go))
+            wire.send_object(end, (crossing.pieces, crossing.let_go))
         chunks = [chunk for tensor in crossing.tensors for chunk in _chunks(tensor.nbytes, bytes_of(tensor))]
         for moving in [wire.send(1, chunk) for chunk in chunks]:
             moving.wait(PATIENCE)
         with guarded("metrics", "bytes between nodes are missing in /metrics"):
             self._count_bytes("sent", sum(tensor.nbytes for tensor in crossing.tensors))
-        return {node: wire.hear(end, PATIENCE) for end, node in ends.items()}
+        return {node: wire.receive_object(end, PATIENCE) for end, node in ends.items()}
 
     def _give_up(self) -> None:
         while True:
@@ -203,12 +203,12 @@ class Landing:
                     error,
                 )
             # The first rank listens to one end after the other.
-            wire.tell(0, None if self._lane is None else bytes(self._lane.invitation), ANY_TIME)
+            wire.send_object(0, None if self._lane is None else bytes(self._lane.invitation), ANY_TIME)
             if self._lane is not None:
                 wait_open(self._lane, _LATE, OPENING_S)
-            wire.tell(0, OPEN, ANY_TIME)
+            wire.send_object(0, OPEN, ANY_TIME)
             while True:
-                pieces, let_go = wire.hear(0)
+                pieces, let_go = wire.receive_object(0)
                 for number in let_go:
                     self._kept.pop(number, None)
                 self._tell(wire, self._land(wire, pieces))
@@ -220,7 +220,7 @@ class Landing:
 
     def _tell(self, wire: Wire, landed: list[Landed]) -> None:
         try:
-            wire.tell(0, landed)
+            wire.send_object(0, landed)
         except BaseException:
             for number in landed:
                 if isinstance(number, int):

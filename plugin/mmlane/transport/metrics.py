@@ -28,7 +28,7 @@ PERIOD_S = 1.0
 
 # Of our own, so that an import that fails halfway leaves nothing in the way of the next. The engine reads files.
 REGISTRY = CollectorRegistry()
-MODE: Final = "livesum"  # of several tokenizer workers, those that live
+LIVE_SUM: Final = "livesum"  # of several tokenizer workers, those that live
 INFO = Gauge(
     "mmlane_info",
     "Version and mode of mmlane, always 1",
@@ -40,7 +40,7 @@ LANES = Gauge(
     "mmlane_lanes",
     "Tokenizer processes, by the state of their lane",
     ["state"],
-    multiprocess_mode=MODE,
+    multiprocess_mode=LIVE_SUM,
     registry=REGISTRY,
 )
 FAILURES = Counter("mmlane_failures", "Failures of mmlane itself, by where", ["where"], registry=REGISTRY)
@@ -50,7 +50,7 @@ NODE_BYTES = Counter(
 FALLBACKS = Counter("mmlane_fallbacks", "Features that went another way, by cause", ["cause"], registry=REGISTRY)
 # By the figure's name in LaneStats, of which the metric's is made.
 GAUGES = {
-    name: Gauge(f"mmlane_{name}", text, multiprocess_mode=MODE, registry=REGISTRY)
+    name: Gauge(f"mmlane_{name}", text, multiprocess_mode=LIVE_SUM, registry=REGISTRY)
     for name, text in (
         ("capacity_bytes", "Address room of the lane"),
         ("committed_bytes", "Memory that is committed"),
@@ -83,7 +83,7 @@ def _former() -> dict[str, Gauge]:
         if name and name not in found:
             text = f"Deprecated: mmlane_{now}" + (" and the others of that ending" if kind else "")
             labels = ["kind"] if kind else []
-            found[name] = Gauge(name, text, labels, multiprocess_mode=MODE, registry=REGISTRY)
+            found[name] = Gauge(name, text, labels, multiprocess_mode=LIVE_SUM, registry=REGISTRY)
     return found
 
 
@@ -115,23 +115,23 @@ class Meter:
         """Add the tokenizer to the numbers. `state` does not hold it. mode: that of mmlane in this process."""
         self.state = state
         INFO.labels(__version__, mode).set(1)
-        self._go_on()
+        self._publish()
 
     def watch(self, lane: Lane) -> None:
         """Add a lane to the numbers, until it is closed."""
         with _writing:
             self.lanes[lane] = defaultdict(float)
-        self._go_on()
+        self._publish()
 
     def _end(self) -> None:  # a finalizer: takes no lock
         self.is_over = True
         self.state = _off  # and with the other goes what it holds, such as the producer
 
-    def _go_on(self) -> None:
+    def _publish(self) -> None:
         with _writing:
             _meters.add(self)
         write()
-        _go_on_writing()
+        _ensure_writer()
 
 
 def _off() -> State:
@@ -156,7 +156,7 @@ def _write() -> None:
     states = Count(meter.state() for meter in _meters if not meter.is_over)
     for state in STATES:
         LANES.labels(state).set(states[state])
-    found = [_counted(lane, said) for meter in _meters for lane, said in meter.lanes.items()]
+    found = [_counted(lane, so_far) for meter in _meters for lane, so_far in meter.lanes.items()]
     for name, gauge in GAUGES.items():
         value = sum(_number(getattr(stats, name)) for stats in found)
         gauge.set(value)
@@ -172,23 +172,23 @@ def _number(figure: int | dict[str, int] | dict[str, list[int]]) -> int:
     return sum(one if isinstance(one, int) else len(one) for one in figure.values())
 
 
-def _counted(lane: Lane, said: MutableMapping[str, float]) -> LaneStats:
+def _counted(lane: Lane, so_far: MutableMapping[str, float]) -> LaneStats:
     """A lane's numbers, those that only grow written down."""
     stats = lane.stats()
     for name, total in TOTALS.items():
-        _add(total, said, name, getattr(stats, name))
+        _add(total, so_far, name, getattr(stats, name))
     for cause, count in stats.fallbacks.items():
-        _add(FALLBACKS.labels(cause), said, cause, count)
+        _add(FALLBACKS.labels(cause), so_far, cause, count)
     return stats
 
 
-def _add(total: Counter, said: MutableMapping[str, float], name: str, count: float) -> None:
+def _add(total: Counter, so_far: MutableMapping[str, float], name: str, count: float) -> None:
     """Have a total grow by what is new; in memory it has grown also where it cannot be written."""
-    new, said[name] = count - said[name], count
+    new, so_far[name] = count - so_far[name], count
     total.inc(new)
 
 
-def _go_on_writing() -> None:
+def _ensure_writer() -> None:
     """Have a thread write the numbers once a period: one, for as long as there are any."""
     global _writer
     with _writing:

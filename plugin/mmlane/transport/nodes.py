@@ -33,15 +33,15 @@ def name_of(number: int) -> str:
 
 def announce(name: str) -> None:
     """Announce that this rank takes part, and on which node. Needs torch.distributed initialized."""
-    said = json.dumps({"version": __version__, "node": name})
-    distributed_c10d._get_default_store().set(_key(dist.get_rank()), said)
+    announced = json.dumps({"version": __version__, "node": name})
+    distributed_c10d._get_default_store().set(_key(dist.get_rank()), announced)
 
 
 def _key(rank: int) -> str:
     return f"mmlane/node/{rank}"
 
 
-def look(ranks: Sequence[int]) -> Route | None:
+def find_route(ranks: Sequence[int]) -> Route | None:
     """Where the ranks are; None if not all have announced themselves. Raises ValueError if they do not fit."""
     store = distributed_c10d._get_default_store()
     keys = [_key(rank) for rank in ranks]
@@ -49,12 +49,12 @@ def look(ranks: Sequence[int]) -> Route | None:
         return None
     route: dict[str, list[int]] = {}
     for rank, key in zip(ranks, keys, strict=True):
-        said = json.loads(store.get(key))
-        if (version := said.get("version")) != __version__:
+        announced = json.loads(store.get(key))
+        if (version := announced.get("version")) != __version__:
             raise ValueError(
                 f"rank {rank} runs mmlane {version}, this one {__version__}: install one on all nodes"
             )
-        route.setdefault(said["node"], []).append(rank)
+        route.setdefault(announced["node"], []).append(rank)
     if len(route) > len({name.partition(":")[0] for name in route}):
         raise ValueError("ranks of one node are in different network namespaces, and cannot share a lane")
     return [Node(*entry) for entry in route.items()]

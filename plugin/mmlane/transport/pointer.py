@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Slot:
-    """What this process is. The only thing besides its state that decides what a pointer is.
+    """What this process is: all that decides what a pointer is here, besides the pointer's own state.
 
     chain: by which pointers are read that arrive here, and which is offered a tensor while no request is sent:
     that of the rank or controller that this process is, else one without a lane, which passes pointers on.
     scheduler: the scheduler side, if this process is a rank. scope: the request that is being sent, or of which
-    the engine makes samples, if any. pointers: the class below. `is_pointer` asks here what a pointer is: the
-    engine's hooks, by which another plugin may replace it, replace its name in all modules that have it, ours too.
+    the engine makes samples, if any. pointers: the class below. `is_pointer` goes by this and not by the class's
+    name: another plugin may replace the class by the engine's hooks, which do so in all modules, ours too.
     """
 
     chain: Chain = field(default_factory=lambda: Chain(Here()))
@@ -66,7 +66,7 @@ class ShmPointerMMData:
     dtype: torch.dtype = torch.uint8
     precomputed_hash: int | None = None
     by_node: dict[str, dict[str, Any]] | None = None  # what it is on each node, where ranks are on several
-    lost: str = ""  # why no rank can take it, as one says whose word holds for all
+    lost: str = ""  # why no rank can take it, as the process has found that sent it on to all
 
     def __new__(cls, tensor: torch.Tensor | None = None, precomputed_hash: int | None = None) -> Any:
         """Send a tensor on its way: a pointer, or the tensor where it is to be sent inside its request.
@@ -99,11 +99,11 @@ class ShmPointerMMData:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        looks: dict[str, Any] = {"shape": self.shape, "dtype": self.dtype}
+        form: dict[str, Any] = {"shape": self.shape, "dtype": self.dtype}
         own = {"precomputed_hash": self.precomputed_hash, **({"lost": self.lost} if self.lost else {})}
         if self.by_node is not None:
-            return {**looks, **own, "by_node": self.by_node}
-        state = {**looks, **self.payload.state(), **own}
+            return {**form, **own, "by_node": self.by_node}
+        state = {**form, **self.payload.state(), **own}
         if self.payload.kind:
             state.setdefault(KIND, self.payload.kind)
         if self.invitation is not None:
@@ -159,8 +159,8 @@ def is_pointer(value: Any) -> TypeGuard[ShmPointerMMData]:
     return isinstance(value, slot.pointers)
 
 
-def are_ours() -> bool:
-    """Whether the engine's name for pointers means ours: else they cannot be pickled, and others are made."""
+def our_class_is_in_place() -> bool:
+    """Whether the engine's name means `slot.pointers`: else they cannot be pickled, and others are made."""
     return vars(sys.modules[slot.pointers.__module__]).get("ShmPointerMMData") is slot.pointers
 
 
@@ -171,7 +171,7 @@ def with_own_segments(engines_own: type) -> type:
 
 def with_engine_segments(engines_own: type) -> type:
     """Take the place of the engine's class, and have it carry the segments: it has all fixes."""
-    return _installed(Here(engines=engines_own))
+    return _installed(Here(engine_class=engines_own))
 
 
 def _installed(here: Here) -> type:

@@ -34,8 +34,8 @@ class Samples:
         # By a tensor's id: in how many places of this request it stands, and in how many requests it stood so far.
         self._uses: Counter[int] = Counter()
         self._seen: Counter[int] = Counter()
-        # By how it was copied, the tensor's id, which it keeps from others, and what of it could be changed
-        # without copying: the tensor, its copy, and how many uses are left.
+        # The tensor, its copy, and how many uses are left. The key: how it was copied; the tensor's id, its own
+        # while the tensor is kept here; its address, dtype, shape and strides, which can change in place.
         self._copies: dict[Any, tuple[torch.Tensor, Any, int]] = {}
 
         self._serials: WeakKeyDictionary[Reservation, int] = WeakKeyDictionary()  # of the first ticket on a copy

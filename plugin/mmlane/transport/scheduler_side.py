@@ -46,8 +46,8 @@ from mmlane.transport.agreement import (
     aborted,
     agree,
     arrivals,
+    end_on_error,
     move_out_of_batches,
-    or_end,
     taker,
 )
 from mmlane.transport.base import LostFeature, Scheduler
@@ -56,14 +56,14 @@ from mmlane.transport.gate import Gate
 from mmlane.transport.hand import HandTransport
 from mmlane.transport.link import Landing
 from mmlane.transport.nodes import Route, announce, name_of
-from mmlane.transport.pointer import are_ours, is_pointer, slot
+from mmlane.transport.pointer import is_pointer, our_class_is_in_place, slot
 from mmlane.transport.wire import TorchWire
 
 
 class SchedulerSide:
     """A process with a rank of the engine.
 
-    receiving: whether the engine's function runs that would wait and take without us, on releases where it would.
+    receiving: whether `Scheduler.recv_requests` runs, on releases where that would wait and take without us.
     count_bytes: told what went to other nodes, or came from them. capacity, pinned: bytes of the lane that a node
     without a tokenizer has for what comes from others; capacity None: the machine's share.
     """
@@ -147,7 +147,7 @@ def start(scheduler: Any, server_args: Any, place: RankPlace, *, capacity: int |
         number_of(server_args, place),
         device,
         writable=pinned == 0,
-        engines=slot.chain.here.engines,
+        engine_class=slot.chain.here.engine_class,
         node=name_of(node_of(server_args, place)) if _takes_part(server_args, place) else "",
     )
     this = SchedulerSide(Chain(here), capacity=capacity, pinned=pinned if device is not None else 0)
@@ -182,7 +182,7 @@ def _take_part(scheduler: Any, server_args: Any, place: RankPlace, this: Schedul
 
         gate = Gate(ranks, this.chain.here.node, receiver.input_blocker, answer, this.count_bytes)
         put_before_broadcast(receiver, gate)
-        wake_when_readable(scheduler, gate.bell)
+        wake_when_readable(scheduler, gate.wakeup)
     announce(this.chain.here.node)
 
 
@@ -208,7 +208,7 @@ def take_after(recv_requests: Callable[[Any], Any]) -> Callable[[Any], Any]:
         finally:
             this.receiving = False
         _take_and_refuse(self, received)
-        if received and not are_ours():
+        if received and not our_class_is_in_place():
             _take_others(self, received)
         return received
 
@@ -266,7 +266,7 @@ def take_alone_before(finalize: Callable[[Any, Any], None]) -> Callable[[Any, An
     @wraps(finalize)
     def finalize_shm_features(self: Any, recv_reqs: list[Any] | None) -> None:
         if recv_reqs:
-            with or_end():
+            with end_on_error():
                 for request, message in side().take(recv_reqs, None):
                     refuse(request, MMInputsProcessError(message))
         finalize(self, recv_reqs)
@@ -278,7 +278,7 @@ def _take_and_refuse(receiver: Any, received: list[Any] | None) -> None:
     """Take what was received, and have requests that lost a feature handled alone (`agreement.refuse_lost`)."""
     if not received:
         return
-    with or_end():
+    with end_on_error():
         lost = side().take(received, lambda: carrying_groups(receiver))
         for request, message in lost:
             refuse(request, RefusedInputs(message))

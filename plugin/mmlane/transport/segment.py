@@ -208,27 +208,29 @@ class SegmentTransport(Transport):
     """Carries every dense tensor for which /dev/shm has room."""
 
     payload = Segment
-    seam = "segment"
+    where = "segment"
     consequence = "the feature is sent inline, which is slower"
 
     def __init__(self, here: Here) -> None:
-        self._engines = here.engines
+        self._engine_class = here.engine_class
         self._warned: set[str] = set()
 
     def offer(self, tensor: torch.Tensor, samples: Samples | None = None) -> Segment | EngineSegment | Declined:
         try:
-            return Segment.holding(tensor) if self._engines is None else EngineSegment(self._engines(tensor))
+            if self._engine_class is None:
+                return Segment.holding(tensor)
+            return EngineSegment(self._engine_class(tensor))
         except OSError as error:
-            if self._engines is not None and error.errno in (errno.ENOSPC, errno.ENOMEM):
+            if self._engine_class is not None and error.errno in (errno.ENOSPC, errno.ENOMEM):
                 error = OSError(error.errno, segment_memory.no_room_message(tensor.numel() * tensor.itemsize))
             return self._declined(f"errno {error.errno}", error)
         except segment_memory.NotTransportable as error:
             return self._declined(str(error), error)
 
     def receive(self, state: Mapping[str, Any]) -> Segment | EngineSegment:
-        if self._engines is None:
+        if self._engine_class is None:
             return Segment.opened(state["shm_name"], state["shape"], state["dtype"])
-        pointer: Any = object.__new__(self._engines)
+        pointer: Any = object.__new__(self._engine_class)
         pointer._shm_handle = None  # which the engine's finalizer looks at, also when this fails:
         pointer.__setstate__(dict(state))
         return EngineSegment(pointer)

@@ -28,7 +28,7 @@ from mmlane.transport.chain import Chain
 from mmlane.transport.compacting import compact_in
 from mmlane.transport.inline import Inline, is_sent, sent_from
 from mmlane.transport.lane import LaneTransport, Producer
-from mmlane.transport.pointer import are_ours, slot
+from mmlane.transport.pointer import our_class_is_in_place, slot
 from mmlane.transport.samples import Samples
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def start(manager: Any, server_args: Any, *, capacity: int | None, pinned: int, 
     """
     multimodal = is_multimodal(manager)
     meter = _meter(manager) if server_args.enable_metrics else None
-    engines = slot.chain.here.engines
-    here = Here(engines=engines)
+    engine_class = slot.chain.here.engine_class
+    here = Here(engine_class=engine_class)
     if obstacle := without_lane(server_args):
         if multimodal:
             logger.warning(
@@ -75,7 +75,7 @@ def start(manager: Any, server_args: Any, *, capacity: int | None, pinned: int, 
             capacity or memory.default_capacity() // max(server_args.tokenizer_worker_num, 1),
             pinned=pinned if on_cuda(server_args) else 0,
             watch=_watch(weakref.ref(manager), meter, mode) if server_args.enable_metrics else None,
-            engines=engines,
+            engine_class=engine_class,
         )
     side = TokenizerSide(here)
     setattr(manager, SIDE, side)
@@ -199,10 +199,10 @@ class Sending:
             if are_typed and place.is_typed_as_tensor:
                 compact_in(place, self.samples)
             else:
-                place.replace(self._sender(place, agreed=are_taken and place.is_wrapped_by_engine))
+                place.replace(self._sender(place, ranks_agree=are_taken and place.is_wrapped_by_engine))
         self._offered = True
 
-    def _sender(self, place: Place, *, agreed: bool) -> Callable[[Any], Any]:
+    def _sender(self, place: Place, *, ranks_agree: bool) -> Callable[[Any], Any]:
         # The engine's hash of an item is one of a list of tensors together.
         is_hashed = place.is_wrapped_by_engine and isinstance(place.value, torch.Tensor)
         precomputed_hash = hash_of(place.holder) if is_hashed else None
@@ -210,16 +210,16 @@ class Sending:
         def sent(value: Any) -> Any:
             if not is_sent(value):
                 return value
-            return slot.pointers.of(value, *self._offer(value, agreed=agreed), precomputed_hash)
+            return slot.pointers.of(value, *self._offer(value, ranks_agree=ranks_agree), precomputed_hash)
 
         return sent
 
     def offer(self, tensor: torch.Tensor) -> tuple[Payload, bytes | None]:
         """As `Chain.offer`, for a pointer that the engine makes; what has been offered before stays inline."""
-        return (Inline(tensor), None) if self._offered else self._offer(tensor, agreed=True)
+        return (Inline(tensor), None) if self._offered else self._offer(tensor, ranks_agree=True)
 
-    def _offer(self, tensor: torch.Tensor, *, agreed: bool) -> tuple[Payload, bytes | None]:
-        payload, invitation = self._chain.offer(tensor, self.samples, agreed=agreed)
+    def _offer(self, tensor: torch.Tensor, *, ranks_agree: bool) -> tuple[Payload, bytes | None]:
+        payload, invitation = self._chain.offer(tensor, self.samples, ranks_agree=ranks_agree)
         if not isinstance(payload, Inline):
             self._made.append(payload)
         return payload, invitation
@@ -278,6 +278,6 @@ def offering(requests: list[Any]) -> Iterator[None]:
     """A step of `around_wrap`: every tensor goes by the transports, also what the engine would send inline."""
     current = slot.scope.get()
     with guarded("wrapping", "tensors of this request are sent inline, which is slower"):
-        if current is not None and are_ours():
+        if current is not None and our_class_is_in_place():
             current.offer_all(requests)
     yield

@@ -42,14 +42,14 @@ class Wire(ABC):
     def receive(self, source: int, data: torch.Tensor) -> Moving:
         """Begin to fill `data`, which has to be as large as what is sent; it is undefined until then."""
 
-    def tell(self, to: int, message: Any, patience: timedelta = PATIENCE) -> None:
-        """Send a small object, to one who may listen only later. Raises RuntimeError."""
+    def send_object(self, to: int, message: Any, patience: timedelta = PATIENCE) -> None:
+        """Send a small object, to a process that may listen only later. Raises RuntimeError."""
         data = pickle.dumps(message)
         sizes = torch.frombuffer(bytearray(len(data).to_bytes(_SIZE, "little")), dtype=torch.uint8)
         for moving in (self.send(to, sizes), self.send(to, torch.frombuffer(bytearray(data), dtype=torch.uint8))):
             moving.wait(patience)
 
-    def hear(self, source: int, patience: timedelta = ANY_TIME) -> Any:
+    def receive_object(self, source: int, patience: timedelta = ANY_TIME) -> Any:
         """Wait for a small object. Raises RuntimeError."""
         size = torch.empty(_SIZE, dtype=torch.uint8, device="cpu")
         self.receive(source, size).wait(patience)

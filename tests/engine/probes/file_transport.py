@@ -1,6 +1,6 @@
 """A transport that a test adds: each tensor in a file of its own, which the first rank that takes it removes.
 
-As in docs/how-it-works.md, "A transport of your own": this file, and one entry in the chain.
+As in CONTRIBUTING.md, "Add a transport": this file, and one entry in the chain.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class FileTransport(Transport):
     """Carries every tensor by way of the directory $NOTES, while there is a file `by_file` in it."""
 
     payload = File
-    seam = "file"
+    where = "file"
     consequence = "the feature goes another way"
 
     def __init__(self, here: Here) -> None:
