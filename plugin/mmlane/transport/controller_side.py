@@ -13,7 +13,7 @@ from functools import partial, wraps
 from typing import Any
 
 from mmlane.engine.launch import without_lane
-from mmlane.engine.requests import Place
+from mmlane.engine.requests import Place, id_of
 from mmlane.engine.topology import CONTROLLER, replicas_elsewhere
 from mmlane.log import guarded, logger
 from mmlane.transport.agreement import arrivals
@@ -91,7 +91,7 @@ def tensors_in(message: Any) -> Iterator[None]:
             for place in arrival.places:
                 if any(map(is_pointer, place.values())):
                     taken.append(place)
-                    place.replace(partial(_tensor, getattr(arrival.request, "rid", None)))
+                    place.replace(partial(_tensor, id_of(arrival.request)))
     try:
         yield
     finally:
