@@ -32,8 +32,8 @@ def test_several_threads_put_and_take(pair: Together) -> None:
             assert same(taken, tensor)
 
     in_threads([lambda which=which: work(which) for which in range(4)])  # type: ignore[misc]
-    stats = pair.lane.stats()
-    assert (stats.tickets, stats.used_bytes, stats.malformed_messages) == (0, 0, 0)
+    pair.wait_until_nothing_is_out()  # of two releases at once the reader's thread sends one
+    assert pair.lane.stats().malformed_messages == 0
 
 
 def test_tensors_may_be_let_go_by_any_thread(pair: Together) -> None:
