@@ -82,7 +82,7 @@ class First:
     """The first rank's end."""
 
     def __init__(self, nodes: int) -> None:
-        from mmlane.transport.link import Departure
+        from mmlane.transport.crossing import Departure
         from mmlane.transport.wire import TorchWire
 
         self._over = threading.Event()
@@ -94,7 +94,7 @@ class First:
 
     def crossed(self, payload: Any) -> Any:
         """The tickets, by node."""
-        from mmlane.transport.link import Crossing, Piece
+        from mmlane.transport.crossing import Crossing, Piece
 
         crossing = Crossing([Piece(0, payload.dtype, tuple(payload.shape), True, False)], [payload])
         self._over.clear()
@@ -110,7 +110,7 @@ class Leader:
 
     def __init__(self, rank: int, nodes: int, readers: int) -> None:
         from mmlane.lane import Lane
-        from mmlane.transport.link import Landing
+        from mmlane.transport.crossing import Landing
         from mmlane.transport.wire import TorchWire
 
         made = Lane({"node": readers})

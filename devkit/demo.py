@@ -227,7 +227,7 @@ def segments_in(listing: dict[str, int]) -> dict[str, int]:
 def remove_unused(listing: dict[str, int]) -> dict[str, int]:
     """Delete what a dead server left in the machine's /dev/shm, and return that.
 
-    The names do not tell whose they are: what belongs to another user, is mapped, or vanishes by itself within a
+    The names do not tell whose they are: what belongs to another user, is mapped, or vanishes unaided within a
     few seconds, as segments of a living engine do, is not touched.
     """
     candidates = segments_in(listing) | {
@@ -239,7 +239,7 @@ def remove_unused(listing: dict[str, int]) -> dict[str, int]:
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             mapped |= {Path(line.split()[5]).name for line in maps.read_text().splitlines() if f" {SHM}/" in line}
-        except (PermissionError, FileNotFoundError, ProcessLookupError):  # not ours, or gone meanwhile
+        except (PermissionError, FileNotFoundError, ProcessLookupError):  # not ours, or gone since
             continue
     removed = {}
     for name in candidates.keys() - mapped:

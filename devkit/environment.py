@@ -54,7 +54,7 @@ def engine_environment(version: str, *, plugin: Path | None = None) -> Environme
 
 
 def disposable_environment(version: str, plugin: Path, root: Path) -> Environment:
-    """The same, with the plugin in a new directory `root` that nobody else uses, so that it can be damaged."""
+    """The same, with the plugin in a new directory `root` of its own, so that it can be damaged."""
     _install(plugin, root, _engine(version))
     return Environment(version, venv_python(root), site_packages(root), root)
 

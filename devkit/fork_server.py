@@ -138,7 +138,7 @@ class TimedOut(RuntimeError):
 
 
 def _text(file: IO[bytes]) -> str:
-    # Whoever writes has the same position in the file: leave it alone.
+    # The writer has the same position in the file: leave it alone.
     size = os.fstat(file.fileno()).st_size
     return os.pread(file.fileno(), size, 0).decode(errors="replace")
 

@@ -130,7 +130,7 @@ class Server:
             end_with(server)
             self._forget_all()
             return True
-        os.setpgid(pid, pid)  # here, too: whoever comes first
+        os.setpgid(pid, pid)  # here, too: either may come first
         os.close(order.stdout)
         os.close(order.stderr)
         child = self._children[pid] = Child(pid, os.pidfd_open(pid), order.reply)
@@ -250,7 +250,7 @@ def main() -> None:
     with variables_read() as read:
         for module in modules:
             importlib.import_module(module)
-    # What has been imported is no garbage: nobody needs to look through it, nor to copy its pages for that.
+    # What has been imported is no garbage: no collection needs to look through it, nor to copy its pages for that.
     gc.freeze()
     gc.enable()
     sys.stdout.flush()

@@ -8,7 +8,7 @@ from devkit.cache import build_once, cache_root, digest
 from devkit.environment import base_environment
 from devkit.installer import run, venv_python
 
-# Gradients with blobs on them: compresses like a photograph, and no two seeds look alike.
+# Gradients with blobs on them: compresses like a photograph, and each seed looks different.
 _PAINTER = """
 import sys
 import numpy as np

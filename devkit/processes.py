@@ -28,7 +28,7 @@ class Family:
 
     A member is found by its session or by its parent, and stays a member once seen, so that a process
     which leaves the session or loses its parent is still accounted for. Start times tell a member
-    from a stranger that got its number later.
+    from another that got its number later.
     """
 
     def __init__(self, leader: int) -> None:

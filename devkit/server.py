@@ -119,7 +119,7 @@ class EngineServer:
         """End every process of this server, and return when they are gone. Safe to call again.
 
         SIGTERM goes to the main process alone, as from a container's runtime, so that an orderly
-        shutdown is what is tried; whoever remains after the grace is killed. The engine's takes 5 to
+        shutdown is what is tried; a process that remains after the grace is killed. The engine's takes 5 to
         15 s, most of it sleep, so a test that wants to see one asks for the time.
         """
         if self._process is None:
@@ -153,7 +153,7 @@ class EngineServer:
         return self._process is not None and self._process.poll() is None
 
     def exit_signal(self) -> str | None:
-        """The name of the signal that ended the main process; None while it runs, or when it exited by itself."""
+        """The name of the signal that ended the main process; None while it runs, or if there was none."""
         code = self._process.poll() if self._process is not None else None
         return signal.Signals(-code).name if code is not None and code < 0 else None
 

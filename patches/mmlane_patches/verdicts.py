@@ -38,7 +38,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Process:
+class RunningProcess:
     """`started` is in clock ticks since boot, `born` the same by the clock that stamps files."""
 
     pid: int
@@ -58,18 +58,18 @@ class Verdicts:
         self.namespace = host.pid_namespace()
         self.everywhere = private or self.namespace == FIRST_PID_NAMESPACE
         self.hidden = _hidden()
-        self.living: list[Process] = []
+        self.living: list[RunningProcess] = []
         if not self.hidden:
             pids = host.pids()
             self.hidden = "/proc cannot be listed" if pids is None else ""
             self.living = sorted(_living(pids or []), key=lambda process: process.born)
 
     @cached_property
-    def oldest_engine(self) -> Process | None:
+    def oldest_engine(self) -> RunningProcess | None:
         return next((process for process in self.living if process.may_have_mapped(rb"/libtorch")), None)
 
     @cached_property
-    def oldest_python(self) -> Process | None:
+    def oldest_python(self) -> RunningProcess | None:
         return next((process for process in self.living if process.may_have_mapped(rb"python|pypy")), None)
 
     def why_wanted(self, segment: Candidate) -> str:
@@ -90,7 +90,7 @@ class Verdicts:
         return f"process {oldest.pid} ({oldest.name}) is older than they are and may want them; {BY_HAND}"
 
 
-def _younger(process: Process, segment: Candidate) -> bool:
+def _younger(process: RunningProcess, segment: Candidate) -> bool:
     return process.born > segment.changed / 1e9 + SLACK_S
 
 
@@ -109,7 +109,7 @@ def _hidden() -> str:
     return ""
 
 
-def _living(pids: list[int]) -> Iterator[Process]:
+def _living(pids: list[int]) -> Iterator[RunningProcess]:
     """Those of this user; also one that does not tell what it is, which may be as old as any."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     ticks = os.sysconf("SC_CLK_TCK")
@@ -117,6 +117,6 @@ def _living(pids: list[int]) -> Iterator[Process]:
         process, users = host.process(pid), host.status_numbers(pid, "Uid")
         if process is None or not users:
             if host.is_alive(pid):  # else it has just ended
-                yield Process(pid, "?", 0, 0.0)
+                yield RunningProcess(pid, "?", 0, 0.0)
         elif process.state not in "ZX" and os.geteuid() in users:
-            yield Process(pid, process.name, process.started, booted + process.started / ticks)
+            yield RunningProcess(pid, process.name, process.started, booted + process.started / ticks)

@@ -1,7 +1,7 @@
-"""What a server is asked, and what is done to it meanwhile, with the plugin and without.
+"""What a server is asked, and what is done to it at the same time, with the plugin and without.
 
 A change of this file makes every transcript of an unpatched release out of date (transcripts.py): what concerns
-the plugin alone is in looking.py.
+the plugin alone is in server_lanes.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from tests.engine.watching import WatchedServer
 
 # The modes with a server for each release, in the order in which they have theirs, and who uses it in which order.
 MODES = ("backport", "lane")
-ON_A_SERVER = ("test_release", "test_release_backport", "test_release_lane", "test_soak", "test_the_end")
+ON_A_SERVER = ("test_release", "test_release_backport", "test_release_lane", "test_soak", "test_server_ends")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

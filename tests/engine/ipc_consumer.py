@@ -312,7 +312,7 @@ def counted(sync: Any) -> float | None:
 
 
 def link() -> dict[str, Any]:
-    """Somebody has linked the engine's path to a file of ours."""
+    """Another user has linked the engine's path to a file of ours."""
     VICTIM.write_text("precious")
     ENGINES_LOCK.unlink(missing_ok=True)
     ENGINES_LOCK.symlink_to(VICTIM)
@@ -338,7 +338,7 @@ def exclusion() -> dict[str, Any]:
         flock(held, LOCK_UN)
     for rank in ranks:
         rank.join(60)
-    return {"meanwhile": meanwhile, "counted": counted(sync), "exits": [rank.exitcode for rank in ranks]}
+    return {"counted before": meanwhile, "counted": counted(sync), "exits": [rank.exitcode for rank in ranks]}
 
 
 def count_in(sync: Any) -> None:

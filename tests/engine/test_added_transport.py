@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from tests.engine import asking, looking
-from tests.engine.racing import ANSWERED
+from tests.engine import asking, server_lanes
+from tests.engine.request_kinds import ANSWERED
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
@@ -40,16 +40,16 @@ def test_images_travel_by_a_transport_that_was_added(
 
         lost = asking.ask_and_lose_the_segment(server)
         assert lost.status == 500, lost.body
-        looking.open_lanes(server)
+        server_lanes.open_lanes(server)
         answers_are_right()
-        by_lane = looking.lane(server)
+        by_lane = server_lanes.lane(server)
         assert by_lane.puts > 0 and set(by_lane.fallbacks) <= {"not_open"}
 
-        with looking.flag(server, "by_file"):
+        with server_lanes.flag(server, "by_file"):
             answers_are_right()
             sent = (server.notes / "sent_by_file").read_text().splitlines()
             assert len(sent) > 4 and not any(Path(file).exists() for file in sent)
-            assert looking.lane(server).puts == by_lane.puts and looking.features(server) == []
+            assert server_lanes.lane(server).puts == by_lane.puts and server_lanes.features(server) == []
             server.loses()
             with asking.schedulers_stopped(server):
                 answer = asking.in_background(lambda: server.generate([asking.image(7)], asking.TEXT))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from devkit.checkpoint import tiny_qwen2_5_vl
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.unpatched.stages import ENV
 from tests.engine.watching import WatchedServer
 
@@ -55,11 +55,11 @@ def test_they_travel_by_the_lane_and_hold_no_room(release: str, plugin_wheel: Pa
     args = ["--max-total-tokens", str(TOKENS)]
     with WatchedServer(release, plugin=plugin_wheel, probes=["auxiliary"], args=args, env=env) as server:
         assert asking.ANSWERED["two images"](server).status == 200  # inline: no rank has joined yet
-        looking.open_lanes(server)
-        before = looking.lane(server)
+        server_lanes.open_lanes(server)
+        before = server_lanes.lane(server)
         assert asking.ANSWERED["one image"](server).status == 200
         # The feature, and of the auxiliary ones each.
-        assert looking.lane(server).puts >= before.puts + 5
+        assert server_lanes.lane(server).puts >= before.puts + 5
         one = asking.tokens(server.generate([asking.image(4)], asking.TEXT))
         assert asking.tokens(asking.one_image_n3(server)) == one * 3
         assert asking.two_images_n2(server).status == 200
@@ -74,13 +74,13 @@ def test_they_travel_by_the_lane_and_hold_no_room(release: str, plugin_wheel: Pa
 
             with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
                 list(pool.map(decoding, range(DECODING)))
-            during = looking.lane(server)
+            during = server_lanes.lane(server)
             assert during.fallbacks == before.fallbacks
             # The features, which a CPU keeps as well, of those that have not come to their end yet.
             assert STILL <= during.extents <= DECODING + 1, during
-        looking.wait_for_baseline(server)
+        server_lanes.wait_for_baseline(server)
         all_arrived(server, answers=DECODING + 8)
-        assert looking.features(server) == []
+        assert server_lanes.features(server) == []
 
 
 @pytest.mark.matrix
@@ -99,10 +99,10 @@ def test_they_travel_inline_where_there_is_no_lane(release: str, plugin_wheel: P
 def test_later_pipeline_stages_get_them(release: str, plugin_wheel: Path) -> None:
     args = ["--model-path", str(tiny_qwen2_5_vl()), "--pp-size", "2"]
     with WatchedServer(release, plugin=plugin_wheel, probes=["auxiliary"], args=args, env=ENV) as server:
-        looking.open_lanes(server)
+        server_lanes.open_lanes(server)
         assert asking.ANSWERED["two images"](server).status == 200
         made = {tuple(note["digests"]) for note in notes(server, "made")}
         arrived = notes(server, "auxiliary")
         assert {note["stage"] for note in arrived} == {0, 1}
         assert {tuple(digests) for note in arrived for digests in note["digests"]} == made
-        looking.wait_for_baseline(server)
+        server_lanes.wait_for_baseline(server)

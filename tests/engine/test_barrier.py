@@ -42,7 +42,7 @@ def test_no_rank_takes_before_all_have_opened(version: str, patched: dict[str, d
 
 
 def test_ranks_with_a_lane(version: str, patched: dict[str, dict[str, Any]]) -> None:
-    """Each of four ranks comes to the same end by itself, and waits only where a segment is in the message."""
+    """Each of four ranks comes to the same result alone, and waits only where a segment is in the message."""
     isolated = Version(version) >= ISOLATED
     agreeing = ["barrier", "all_reduce"] if isolated else ["all_reduce"]
     lost = "MMInputsProcessError" if isolated else "RefusedInputs"

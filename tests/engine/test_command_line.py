@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 ONE = "0.5.12.post1"  # for what does not differ from release to release
 SERVE = "import sys; from sglang.cli.main import main; sys.argv[0] = 'sglang'; main()"
 COMMANDS = {"launch_server": ("-m", "sglang.launch_server"), "serve": ("-c", SERVE, "serve")}
-UNDONE = Path(__file__).with_name("undone.py")
+SCRIPT = Path(__file__).with_name("stop_and_restart.py")
 # Another plugin holds a target.
 TAKER = """
 import sglang.srt.managers.io_struct as io
@@ -85,7 +85,7 @@ def test_a_wrong_value_is_refused_with_the_right_ones(started: dict[str, Ended],
 
 
 def test_undo_restores_the_engines_own_objects(version: str, plugin_wheel: Path) -> None:
-    result = forks.start(version, plugin_wheel, UNDONE).result(300)
+    result = forks.start(version, plugin_wheel, SCRIPT).result(300)
     assert "undone" in result.stdout, result.stderr[-3000:]
     shows_the_flags(result)
 

@@ -203,7 +203,7 @@ def test_no_other_user_can_touch_the_lock(chosen: Version, patched: dict[str, Re
     file = f"/tmp/mmlane-{os.geteuid()}/shm_wr_lock.lock"
     assert lock["link"] == {"victim": "precious", "lock": file, "right": True, "counted": 1.0}
     assert lock["others-file"] == {"answer": "True", "counted": 1.0}
-    assert lock["exclusion"] == {"meanwhile": 0.0, "counted": 600.0, "exits": [0, 0]}
+    assert lock["exclusion"] == {"counted before": 0.0, "counted": 600.0, "exits": [0, 0]}
 
 
 def test_a_directory_that_is_taken_is_passed_over(chosen: Version, patched: dict[str, Results]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from devkit.server import free_port
 from tests.engine.asking import image
 from tests.engine.digests import compare
-from tests.engine.reported import on
+from tests.engine.field_reports import on
 from tests.engine.transcripts import HERE, Transcripts
 from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer

@@ -1,4 +1,4 @@
-"""An error that nobody expects, in each place at which the engine calls mmlane.
+"""An unexpected error, in each place at which the engine calls mmlane.
 
 docs/how-it-works.md, "When mmlane fails", has the rule: the tokenizer's side goes another way and says so once; a
 rank fails the request, or ends.
@@ -16,7 +16,7 @@ import pytest
 from packaging.version import Version
 
 from devkit.client import Reply
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -70,13 +70,13 @@ def said(server: WatchedServer, line: str, seam: str, error: str = "Injected") -
 
 
 @RELEASES
-def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
+def test_errors_while_it_serves(release: str, plugin_wheel: Path) -> None:
     with failing_server(release, plugin_wheel) as server:
         join = "mmlane.lane.reader:Reader.join"
         with failing(server, f"{join} Injected scheduler_TP1"):
             assert one(server).status == 200  # by segment
             asking.wait_for(lambda: said(server, "join failed", join) == 1, "the line of the rank")
-        looking.open_lanes(server)  # it tries again
+        server_lanes.open_lanes(server)  # it tries again
         wanted = [asking.tokens(one(server)), asking.tokens(three(server))]
         seams = dict(SENDING)
         is_shared = Version(release) < Version("0.5.13")  # samples have items of their own by us alone
@@ -106,11 +106,11 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
         with failing(server, f"{write} Injected"):
             asking.wait_for(lambda: said(server, "metrics failed", write) == 1, "the line of the metrics")
         counted = [f'mmlane_failures_total{{where="{where}"}}' for where in ("join", "put", "share", "metrics")]
-        asking.wait_for(lambda: looking.metrics(server).keys() >= set(counted), "the counts")
-        looking.wait_for_baseline(server)
+        asking.wait_for(lambda: server_lanes.metrics(server).keys() >= set(counted), "the counts")
+        server_lanes.wait_for_baseline(server)
         assert asking.tokens(one(server)) == wanted[0]
 
-        # In a rank: a ticket's error fails its request, on all ranks; what nobody expects ends the rank.
+        # In a rank: a ticket's error fails its request, on all ranks; an unexpected error ends the rank.
         take = "mmlane.lane.reader:Reader.take"
         with failing(server, f"{take} StaleTicket"):
             server.loses()
@@ -118,7 +118,7 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
             # One rank answers; another may come to it only now, and must find it failing, too.
             asking.wait_for(lambda: failed(server, take) == server.tp, "all ranks to fail")
         assert asking.tokens(three(server)) == wanted[1]
-        looking.wait_for_baseline(server)
+        server_lanes.wait_for_baseline(server)
         ranks = server.find("sglang::scheduler")
         server.breaks()
         with failing(server, f"{take} Injected scheduler_TP1"):
@@ -130,8 +130,8 @@ def test_while_it_serves(release: str, plugin_wheel: Path) -> None:
 
 
 @RELEASES
-def test_at_start(release: str, plugin_wheel: Path) -> None:
-    """Whoever cannot take part leaves the lane out, and says so; images are answered all the same."""
+def test_errors_while_the_engine_starts(release: str, plugin_wheel: Path) -> None:
+    """A process that cannot take part goes without the lane, and says so; images are answered all the same."""
     server = failing_server(release, plugin_wheel)
     seams = ("mmlane.transport.tokenizer_side:start", "mmlane_patches.leftovers:reclaim")
     with failing(server, *(f"{seam} Injected" for seam in seams)), server:
@@ -139,7 +139,7 @@ def test_at_start(release: str, plugin_wheel: Path) -> None:
         assert three(server).status == 200
         assert said(server, "start failed", seams[0]) == 1
         assert said(server, "sweep failed", seams[1]) == 1
-        assert looking.lanes(server) == []
+        assert server_lanes.lanes(server) == []
 
 
 @RELEASES
@@ -150,6 +150,6 @@ def test_a_rank_that_cannot_join(release: str, plugin_wheel: Path) -> None:
         assert one(server).status == 200
         assert three(server).status == 200
         assert said(server, "start failed", start) == 1
-        asking.wait_for(lambda: looking.lane(server).joined == {"dp0": [1]}, "the other rank")
+        asking.wait_for(lambda: server_lanes.lane(server).joined == {"dp0": [1]}, "the other rank")
         assert one(server).status == 200
-        assert looking.lane(server).state == "waiting"
+        assert server_lanes.lane(server).state == "waiting"

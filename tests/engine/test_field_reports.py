@@ -17,11 +17,11 @@ from packaging.version import Version
 
 from devkit.client import IMAGE_SLOT, Reply, data_url
 from devkit.images import jpeg
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.asking import image
 from tests.engine.conftest import end_the_one_before
 from tests.engine.faults import DEFERRED
-from tests.engine.reported import by_segment, cached_tokens, flush, lane_off, nothing_left, on
+from tests.engine.field_reports import by_segment, cached_tokens, flush, lane_off, nothing_left, on
 from tests.engine.watching import WatchedServer
 
 pytestmark = [pytest.mark.engine, on("0.5.18")]
@@ -36,7 +36,7 @@ HEADS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00
 def engine(version: str, plugin_wheel: Path) -> Iterator[WatchedServer]:
     end_the_one_before()
     with WatchedServer(version, plugin=plugin_wheel) as server:
-        looking.open_lanes(server)
+        server_lanes.open_lanes(server)
         yield server
 
 
@@ -64,9 +64,9 @@ def test_several_large_images_in_one_request(version: str, engine: WatchedServer
 @contextmanager
 def all_by_lane(server: WatchedServer, release: str, images: int) -> Iterator[None]:
     """One request with so many images is asked inside, and nothing of it goes another way."""
-    before = looking.lane(server)
+    before = server_lanes.lane(server)
     yield
-    after = looking.lane(server)
+    after = server_lanes.lane(server)
     # 0.5.9 sends the images of a request as one feature. The positions of a long prompt go by lane as well.
     features = images if Version(release) >= DEFERRED else 1
     assert after.puts - before.puts in (features, features + 1)
@@ -80,7 +80,7 @@ def tokens(width: int, height: int) -> int:
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_corrupted_image(kind: str, version: str, unpatched: Any, engine: WatchedServer) -> None:
-    """It fails its own request as it does without mmlane, a batch of prompts as a whole, and nobody else's."""
+    """It fails its own request as it does without mmlane, a batch of prompts as a whole, and no other request."""
     corrupted = HEADS[kind] + random.Random(kind).randbytes(6 << 20)
     right = unpatched["pictures"]["4"]["tokens"]
     others = [asking.in_background(partial(engine.generate, [image(4)], asking.TEXT)) for _ in range(4)]
@@ -111,9 +111,11 @@ def test_a_large_batch(engine: WatchedServer) -> None:
     """64 prompts in one request, an image each, all of them under way at once."""
     pictures = [image(seed) for seed in range(BATCH)]
     nothing_left(engine)
-    with asking.schedulers_stopped(engine):  # else the engine's own race, see racing.py
+    with asking.schedulers_stopped(engine):  # else the engine's own race, see request_kinds.py
         answer = asking.in_background(partial(batch, engine, pictures))
-        asking.wait_for(lambda: looking.lane(engine).tickets == BATCH, lambda: f"tickets: {looking.lane(engine)}")
+        asking.wait_for(
+            lambda: server_lanes.lane(engine).tickets == BATCH, lambda: f"tickets: {server_lanes.lane(engine)}"
+        )
     reply = answer.result(asking.WAIT_S)
     assert reply.status == 200, reply.body
     found = asking.tokens(reply)
@@ -128,13 +130,13 @@ def test_a_conversation_that_resends_its_images(version: str, engine: WatchedSer
     with lane_off(engine):
         expected = conversation(engine)
     flush(engine)
-    before = looking.lane(engine), len(engine.log())
+    before = server_lanes.lane(engine), len(engine.log())
     assert conversation(engine) == expected
     assert len(set(expected)) == len(expected)
     if Version(version) >= DEFERRED:  # 0.5.9 knows the images of a request only together
         assert cached_tokens(engine.log()[before[1] :]) > tokens(*asking.IMAGE)
-    assert looking.lane(engine).puts > before[0].puts
-    assert looking.lane(engine).fallbacks == before[0].fallbacks
+    assert server_lanes.lane(engine).puts > before[0].puts
+    assert server_lanes.lane(engine).fallbacks == before[0].fallbacks
 
 
 def conversation(server: WatchedServer) -> list[str]:

@@ -17,7 +17,7 @@ from devkit.client import Reply, data_url
 from devkit.images import jpeg
 from devkit.server import EngineServer, dies_with_us, free_port
 from devkit.sharedmemory import can_be_private, privately
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.test_topologies import MODES, modes
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.stages import ENV, answers, stages
@@ -48,19 +48,19 @@ def test_without_a_tokenizer(release: str, plugin_wheel: Path) -> None:
     with WatchedServer(release, plugin=plugin_wheel, args=args) as server:
         inline = by_tokens(server, five)  # with the invitation to the lane
         assert inline.status == 200, inline.body
-        asking.wait_for(lambda: looking.lane(server).state == "open", "the lane")
-        before = looking.lane(server)
+        asking.wait_for(lambda: server_lanes.lane(server).state == "open", "the lane")
+        before = server_lanes.lane(server)
         assert asking.tokens(by_tokens(server, five)) == asking.tokens(inline)
         one = asking.tokens(by_tokens(server, [asking.image(7)]))
         assert asking.tokens(by_tokens(server, [asking.image(7)], n=3)) == one * 3
-        after = looking.lane(server)
+        after = server_lanes.lane(server)
         assert after.puts > before.puts and after.fallbacks == before.fallbacks
         assert larger_between_ranks(server) < asking.TENSOR
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             asks = [pool.submit(by_tokens, server, [asking.image(seed)]) for seed in range(24)]
             assert {ask.result().status for ask in asks} == {200}
-        looking.wait_for_baseline(server)
-        assert looking.features(server) == []
+        server_lanes.wait_for_baseline(server)
+        assert server_lanes.features(server) == []
 
 
 def larger_between_ranks(server: WatchedServer) -> int:
@@ -75,7 +75,7 @@ def larger_between_ranks(server: WatchedServer) -> int:
 @pytest.mark.matrix
 @pytest.mark.releases("newest", "0.5.12.post1")
 def test_without_a_tokenizer_and_without_the_lane(release: str, plugin_wheel: Path) -> None:
-    """By no segment, which nobody would take: inline, each image at its own size."""
+    """By no segment, which no rank would take: inline, each image at its own size."""
     env = {"MMLANE_CAPACITY_MB": "1"}  # smaller than a feature
     five = [asking.image(seed) for seed in range(5)]
     for mode in ("lane", "backport"):
@@ -85,7 +85,7 @@ def test_without_a_tokenizer_and_without_the_lane(release: str, plugin_wheel: Pa
             replies = [by_tokens(server, five) for _ in range(3)]
             assert {reply.status for reply in replies} == {200}
             assert len({str(asking.tokens(reply)) for reply in replies}) == 1
-            assert looking.features(server) == []
+            assert server_lanes.features(server) == []
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -118,13 +118,13 @@ def test_a_node_for_each_pipeline_stage(release: str, plugin_wheel: Path, transc
     args = ["--model-path", str(tiny_qwen2_5_vl()), "--pp-size", "2", *nodes]
     server = WatchedServer(release, plugin=plugin_wheel, args=args, env=ENV)
     with other_node(server), server:
-        looking.open_lanes(server)
-        assert looking.lane(server).joined == {"dp0": [0, 1]}
-        before = looking.lane(server)
+        server_lanes.open_lanes(server)
+        assert server_lanes.lane(server).joined == {"dp0": [0, 1]}
+        before = server_lanes.lane(server)
         assert answers(server) == wanted
-        after = looking.lane(server)
+        after = server_lanes.lane(server)
         assert after.puts > before.puts and after.fallbacks == before.fallbacks
-        looking.wait_for_baseline(server)
+        server_lanes.wait_for_baseline(server)
 
 
 @contextmanager

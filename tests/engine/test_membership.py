@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from mmlane.lane import failpoints, protocol
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
@@ -34,11 +34,11 @@ ACCEPTING = [point for point in failpoints.PRODUCER if point.startswith("accept.
 
 def as_ever(server: WatchedServer, release: str, transcripts: Transcripts) -> None:
     """Its lane is that of its two ranks, and its answers are those of a server without mmlane."""
-    assert looking.lane(server).joined == {"dp0": [0, 1]}
-    assert set(looking.lane(server).fallbacks) == {"not_open"}
+    assert server_lanes.lane(server).joined == {"dp0": [0, 1]}
+    assert set(server_lanes.lane(server).fallbacks) == {"not_open"}
     unpatched = transcripts.of(release, plain)["pictures"]["4"]["tokens"]
     assert asking.tokens(server.generate([asking.image(4)], asking.TEXT)) == unpatched
-    looking.wait_for_baseline(server)
+    server_lanes.wait_for_baseline(server)
 
 
 def where(server: WatchedServer, point: str) -> int:
@@ -60,13 +60,13 @@ def test_standing_still_at_every_step_of_joining(
         lines = [f"{point} stop scheduler_TP1" for point in JOINING]
         lines += [f"{point} stop" for point in ACCEPTING if point != "accept.joined"]
         (server.notes / "stand").write_text("\n".join(lines))
-        opening = asking.in_background(lambda: looking.open_lanes(server))
+        opening = asking.in_background(lambda: server_lanes.open_lanes(server))
         left = {line.split()[0] for line in lines}
 
         def go_on() -> bool:
             """Whatever stands still goes on."""
             for point in list(left):
-                with suppress(ValueError):  # nobody has come there yet
+                with suppress(ValueError):  # no peer has come there yet
                     pid = where(server, point)
                     if is_stopped(pid):
                         server.kill(pid, signal.SIGCONT)
@@ -86,7 +86,7 @@ def test_a_tokenizer_that_holds_its_lock_longer_than_ranks_wait(
     """The rank gives up waiting, and tries again; neither takes it for a member before it is one."""
     with WatchedServer(release, plugin=plugin_wheel, probes=["handshake"]) as server:
         (server.notes / "stand").write_text(f"{point} hold")
-        looking.open_lanes(server)
+        server_lanes.open_lanes(server)
         assert where(server, point)
         as_ever(server, release, transcripts)
 
@@ -104,7 +104,7 @@ def strangers(server: WatchedServer) -> Iterator[None]:
 
     def try_to_join() -> None:
         while not over.wait(0.001):
-            for name in looking.names({process.pid for process in server.processes()}):
+            for name in server_lanes.names({process.pid for process in server.processes()}):
                 for greeting in greetings:
                     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
                         connection.settimeout(1.0)
@@ -120,18 +120,20 @@ def strangers(server: WatchedServer) -> Iterator[None]:
     thread.start()
     try:
         yield
-        asking.wait_for(lambda: len(got) > 10, "strangers")
+        asking.wait_for(lambda: len(got) > 10, "peers without the secret")
     finally:
         over.set()
         thread.join()
-    assert {fds for _, fds in got} == {0}, "a stranger got the memory"
+    assert {fds for _, fds in got} == {0}, "a peer without the secret got the memory"
     assert {message for message, _ in got} <= {bytes((protocol.REJECT,)), b""}
 
 
-def test_strangers(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
+def test_peers_without_the_secret_change_nothing(
+    release: str, plugin_wheel: Path, transcripts: Transcripts
+) -> None:
     """They neither stand in for a rank, nor get the memory, nor keep the lane from opening."""
     with WatchedServer(release, plugin=plugin_wheel) as server:
         with strangers(server):
-            looking.open_lanes(server)
+            server_lanes.open_lanes(server)
             as_ever(server, release, transcripts)
-        assert looking.lane(server).rejected_peers > 0
+        assert server_lanes.lane(server).rejected_peers > 0

@@ -185,7 +185,7 @@ def leader_stands_still(server: WatchedNodes) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("victim", ["first", "leader", "peer", "node"])
 @FOUR
-def test_the_end_of_a_rank_is_the_end_of_the_engine(release: str, victim: str, plugin_wheel: Path) -> None:
+def test_a_rank_that_ends_on_any_node_ends_the_engine(release: str, victim: str, plugin_wheel: Path) -> None:
     """With features on their way to the other node."""
     with WatchedNodes(release, tp=4, plugin=plugin_wheel) as server:
         server.open_lanes()
@@ -304,7 +304,7 @@ def test_a_node_with_another_version(
 
 
 class Crossed:
-    """What arrived at the second node, and what the tokenizer copied into its lane meanwhile, in bytes."""
+    """What arrived at the second node, and what the tokenizer copied into its lane at the same time, in bytes."""
 
     arrived = payload = 0
 

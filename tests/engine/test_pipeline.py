@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.stages import (
     RELEASES,
@@ -25,14 +25,14 @@ def test_two_stages(release: str, plugin_wheel: Path, transcripts: Transcripts) 
     assert unpatched["tensors cross twice"]
     with two_stages(release, plugin_wheel, "lane") as server:
         before = set(asking.segments(server))
-        looking.open_lanes(server)  # of the first stage: the other has no use for it
-        assert looking.lane(server).joined == {"dp0": [0, 1]}
+        server_lanes.open_lanes(server)  # of the first stage: the other has no use for it
+        assert server_lanes.lane(server).joined == {"dp0": [0, 1]}
         assert answers(server) == unpatched["answers"]
         one = asking.tokens(server.generate([asking.image(4)], asking.TEXT))
         assert asking.tokens(asking.one_image_n3(server)) == one * 3
         assert asking.two_images_n2(server).status == 200
         assert asking.bytes_between_ranks(server) < asking.TENSOR
-        looking.wait_for_baseline(server)
+        server_lanes.wait_for_baseline(server)
         wait_for_no_new_segments(server, before)
 
 

@@ -12,10 +12,10 @@ from packaging.version import Version
 
 from devkit.images import jpeg
 from mmlane import __version__
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.conftest import MODES
 from tests.engine.faults import DEFERRED, FANNED_OUT
-from tests.engine.racing import ANSWERED, AT_ONCE
+from tests.engine.request_kinds import ANSWERED, AT_ONCE
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -29,19 +29,19 @@ def by_its_way(server: WatchedServer, mode: str, *, images: bool = True) -> Iter
     if mode != "lane":
         yield
         return
-    looking.open_lanes(server)
-    before = looking.lane(server)
+    server_lanes.open_lanes(server)
+    before = server_lanes.lane(server)
     yield
-    after = looking.lane(server)
+    after = server_lanes.lane(server)
     assert (after.puts > before.puts) == images
     assert after.fallbacks == before.fallbacks
 
 
 def test_metrics_before_the_first_image(lane_server: WatchedServer) -> None:
     """Who runs, and that no image has come yet. The first test on this server: others send some."""
-    found = looking.metrics(lane_server)
+    found = server_lanes.metrics(lane_server)
     assert found[f'mmlane_info{{mode="lane",version="{__version__}"}}'] == 1
-    assert looking.states(lane_server) == {"unused": 1}
+    assert server_lanes.states(lane_server) == {"unused": 1}
     assert found["mmlane_capacity_bytes"] == found["mmlane_puts_total"] == 0
 
 
@@ -111,22 +111,22 @@ def test_concurrent_requests_of_every_kind(mode: str, unpatched: Any, server: Wa
 def on_its_way(server: WatchedServer, mode: str, before: dict[str, int]) -> None:
     """Wait until the only request is between the tokenizer and the schedulers. before: the segments until then."""
     if mode == "lane":
-        asking.wait_for(lambda: looking.lane(server).tickets == 1, "the ticket")
+        asking.wait_for(lambda: server_lanes.lane(server).tickets == 1, "the ticket")
     else:
         asking.wait_for(lambda: bool(asking.segments(server).keys() - before), "the segment")
 
 
 def nothing_under_way(server: WatchedServer, mode: str) -> None:
     if mode == "lane":
-        looking.wait_for_baseline(server)
-    looking.wait_for_no_features(server)
+        server_lanes.wait_for_baseline(server)
+    server_lanes.wait_for_no_features(server)
 
 
 @both
 def test_hanging_up_in_mid_flight(mode: str, server: WatchedServer) -> None:
     """A user who goes away at the first token, and one whose request is aborted on its way to the schedulers."""
     if mode == "lane":
-        looking.open_lanes(server)
+        server_lanes.open_lanes(server)
     nothing_under_way(server, mode)
     events = server.stream([asking.image(9)], asking.TEXT, max_new_tokens=200)
     next(events)

@@ -16,9 +16,9 @@ from packaging.version import Version
 from devkit.client import Reply
 from devkit.images import jpeg
 from devkit.sharedmemory import can_be_private
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.asking import image
-from tests.engine.reported import nothing_left, on
+from tests.engine.field_reports import nothing_left, on
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -32,7 +32,7 @@ FEW_TOKENS = ("--max-total-tokens", "1024", "--schedule-conservativeness", "0.3"
 
 def sent(server: WatchedServer) -> int:
     """How many features have been sent by lane or otherwise."""
-    stats = looking.lane(server)
+    stats = server_lanes.lane(server)
     return stats.puts + sum(stats.fallbacks.values())
 
 
@@ -57,7 +57,7 @@ def test_little_memory_and_little_room_for_tokens(release: str, plugin_wheel: Pa
         env={"MMLANE_CAPACITY_MB": str(LANE_MB), **env},
         shm_bytes=SHM if can_be_private() else None,
     ) as server:
-        looking.open_lanes(server)
+        server_lanes.open_lanes(server)
         a_burst_that_finds_no_room(server)
         requests_that_are_retracted(server)
 
@@ -67,10 +67,10 @@ def a_burst_that_finds_no_room(server: WatchedServer) -> None:
     pictures = [jpeg(640, 480, seed=seed) for seed in range(6)]
     right = [asking.tokens(server.generate([picture], asking.TEXT)) for picture in pictures]
     nothing_left(server)
-    before = looking.lane(server).puts
+    before = server_lanes.lane(server).puts
     with at_once(server, pictures * 4) as asks:
-        by_lane = looking.lane(server).puts - before
-        by_segment = len(looking.features(server))
+        by_lane = server_lanes.lane(server).puts - before
+        by_segment = len(server_lanes.features(server))
     assert by_lane > 0 and by_segment > 0
     if can_be_private():
         assert by_lane + by_segment < len(asks)
@@ -105,12 +105,12 @@ def retractions(server: WatchedServer) -> int:
 def test_a_queue_that_is_full(release: str, plugin_wheel: Path) -> None:
     """The engine refuses what comes then with 503; the lane is empty after it, and the next is answered."""
     with WatchedServer(release, plugin=plugin_wheel, tp=1, args=["--max-queued-requests", "2"]) as server:
-        looking.open_lanes(server)
+        server_lanes.open_lanes(server)
         pictures = [image(seed) for seed in range(4)]
         right = [asking.tokens(server.generate([picture], asking.TEXT)) for picture in pictures]
         nothing_left(server)
         with at_once(server, pictures * 4) as asks:
-            assert looking.lane(server).tickets == len(asks)
+            assert server_lanes.lane(server).tickets == len(asks)
         replies = [ask.result() for ask in asks]
         assert {reply.status for reply in replies} == {200, 503}
         for reply, tokens in zip(replies, right * 4, strict=True):
@@ -125,7 +125,7 @@ def test_aborts_with_two_tokenizer_workers(release: str, plugin_wheel: Path) -> 
     probes = ["patience"] if Version(release) < Version("0.5.12") else []
     arguments = ["--tokenizer-worker-num", "2"]
     with WatchedServer(release, probes=probes, plugin=plugin_wheel, args=arguments) as server:
-        looking.open_lanes(server, 2)
+        server_lanes.open_lanes(server, 2)
         nothing_left(server)
         aborts_by_name(server)
         nothing_left(server)
@@ -138,9 +138,9 @@ def aborts_by_name(server: WatchedServer) -> None:
     def both_serve() -> bool:
         events = server.stream([image(len(streams))], asking.TEXT, max_new_tokens=8000, ignore_eos=True)
         streams[next(events)["meta_info"]["id"]] = events
-        return all(stats.tickets for stats in looking.lanes(server))
+        return all(stats.tickets for stats in server_lanes.lanes(server))
 
-    asking.wait_for(both_serve, lambda: f"a request of each worker: {looking.lanes(server)}")
+    asking.wait_for(both_serve, lambda: f"a request of each worker: {server_lanes.lanes(server)}")
     ends = {name: asking.in_background(partial(list, events)) for name, events in streams.items()}
 
     def ended(name: str) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from tests.engine import asking, looking
-from tests.engine.reported import on
+from tests.engine import asking, server_lanes
+from tests.engine.field_reports import on
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
@@ -33,7 +33,7 @@ def answers_by_segment(server: WatchedServer, release: str, transcripts: Transcr
         assert reply.status == 200, (name, reply.body)
         assert asking.tokens(reply) == unpatched[name]["tokens"], name
     assert list(server.notes.glob("*.theirs"))
-    assert looking.lanes(server) == []
+    assert server_lanes.lanes(server) == []
     asking.wait_for(
         lambda: asking.segments(server).keys() <= before.keys(),
         lambda: f"{asking.segments(server)} to go but {before}",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from devkit.client import Reply
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -71,7 +71,7 @@ def test_a_thousand_requests(version: str, lane_server: WatchedServer) -> None:
     """Of all kinds, with random aborts: the lane is empty after it, and no process has grown by what passed."""
     chance = random.Random(SEED)
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        looking.open_lanes(lane_server)
+        server_lanes.open_lanes(lane_server)
 
         def some(count: int) -> Counter[str]:
             seeds = [chance.randrange(1 << 30) for _ in range(count)]
@@ -81,8 +81,8 @@ def test_a_thousand_requests(version: str, lane_server: WatchedServer) -> None:
         before = anonymous_memory(lane_server)
         outcomes += some(REQUESTS * 7 // 10)
         after = anonymous_memory(lane_server)
-    looking.wait_for_baseline(lane_server)
+    server_lanes.wait_for_baseline(lane_server)
     grown = {pid: after[pid] - before[pid] for pid in before if after[pid] - before[pid] > GROWTH}
-    assert not grown, f"{grown}, with {looking.lane(lane_server).copied_bytes} bytes copied, {outcomes}"
-    assert looking.features(lane_server) == []
+    assert not grown, f"{grown}, with {server_lanes.lane(lane_server).copied_bytes} bytes copied, {outcomes}"
+    assert server_lanes.features(lane_server) == []
     assert lane_server.generate([asking.image()], asking.TEXT).status == 200

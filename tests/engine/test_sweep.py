@@ -11,7 +11,7 @@ import pytest
 from devkit.container import Container
 from devkit.sharedmemory import can_be_private
 from mmlane_patches.verdicts import SLACK_S
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.watching import WatchedServer
 
 pytestmark = pytest.mark.engine
@@ -50,9 +50,9 @@ def says_that_it_has_no_lane(server: WatchedServer) -> None:
     (line,) = lines()
     assert "shared-memory segments instead" in line and "MMLANE_CAPACITY_MB (here 99999999999)" in line
     assert "MMLANE_CAPCITY_MB (did you mean MMLANE_CAPACITY_MB?)" in server.log()
-    assert looking.states(server) == {"failed": 1}
+    assert server_lanes.states(server) == {"failed": 1}
     assert asking.ANSWERED["one image"](server).status == 200
-    assert lines() == [line] and looking.lanes(server) == []
+    assert lines() == [line] and server_lanes.lanes(server) == []
 
 
 @pytest.mark.skipif(not can_be_private(), reason="needs the right to make namespaces")

@@ -12,9 +12,9 @@ import pytest
 from packaging.version import Version
 
 from devkit.images import jpeg
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.asking import image
-from tests.engine.racing import AT_ONCE
+from tests.engine.request_kinds import AT_ONCE
 from tests.engine.test_auxiliary import all_arrived
 from tests.engine.test_failures import failing
 from tests.engine.transcripts import Transcripts
@@ -40,14 +40,14 @@ def everything_is_answered(server: WatchedServer) -> None:
 
 def goes_by_lane(server: WatchedServer, producers: int) -> None:
     """Every producer opens its lane, and from then on nothing goes another way."""
-    looking.open_lanes(server, producers)
-    before = looking.lanes(server)
+    server_lanes.open_lanes(server, producers)
+    before = server_lanes.lanes(server)
     everything_is_answered(server)
-    after = looking.lanes(server)
+    after = server_lanes.lanes(server)
     assert [stats.fallbacks for stats in after] == [stats.fallbacks for stats in before]
     assert all(late.puts > early.puts for late, early in zip(after, before, strict=True))
-    looking.wait_for_baseline(server)
-    assert looking.features(server) == []
+    server_lanes.wait_for_baseline(server)
+    assert server_lanes.features(server) == []
 
 
 def survives_a_lost_segment(server: WatchedServer) -> None:
@@ -55,7 +55,7 @@ def survives_a_lost_segment(server: WatchedServer) -> None:
     lost = asking.ask_and_lose_the_segment(server)
     assert lost.status == 500, lost.body
     assert asking.ANSWERED["one image"](server).status == 200
-    looking.wait_for_no_features(server)
+    server_lanes.wait_for_no_features(server)
 
 
 def modes(server: WatchedServer, mode: str, producers: int) -> None:
@@ -73,7 +73,7 @@ def test_data_parallel(release: str, mode: str, plugin_wheel: Path) -> None:
     with WatchedServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], env=env) as server:
         modes(server, mode, 1)
         assert roles(server) == ["detokenizer", "dp_controller", "main", "scheduler", "scheduler"]
-        assert mode == "backport" or looking.lane(server).joined == {"dp0": [0], "dp1": [0]}
+        assert mode == "backport" or server_lanes.lane(server).joined == {"dp0": [0], "dp1": [0]}
 
 
 @pytest.mark.releases("newest", "0.5.9", "0.5.12.post1", "0.5.18")
@@ -82,7 +82,7 @@ def test_a_replica_on_another_node(release: str, plugin_wheel: Path) -> None:
     probes = ["elsewhere", "auxiliary", "failures"]
     with WatchedServer(release, plugin=plugin_wheel, tp=1, args=["--dp", "2"], probes=probes) as server:
         goes_by_lane(server, 1)
-        assert looking.lane(server).joined == {"dp0": [0], "controller": [0]}
+        assert server_lanes.lane(server).joined == {"dp0": [0], "controller": [0]}
         all_arrived(server, answers=20)
         assert len(list(server.notes.glob("*.auxiliary"))) == 2  # of both replicas
         server.loses()
@@ -90,7 +90,7 @@ def test_a_replica_on_another_node(release: str, plugin_wheel: Path) -> None:
             replies = [server.generate([asking.image(seed)], asking.TEXT) for seed in (1, 2)]
         assert sorted(reply.status for reply in replies) == [200, 500]
         everything_is_answered(server)
-        looking.wait_for_baseline(server)
+        server_lanes.wait_for_baseline(server)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -112,24 +112,24 @@ def test_two_tokenizer_workers(release: str, mode: str, plugin_wheel: Path) -> N
 def a_worker_is_killed(server: WatchedServer) -> None:
     """Its lane goes with it; the other worker's lane is as before."""
     server.verify()
-    victim, survivor = looking.lanes(server)
+    victim, survivor = server_lanes.lanes(server)
     server.kill(victim.pid)
-    asking.wait_for(lambda: looking.names({victim.pid}) == [], "the lane's end")
-    assert looking.names({survivor.pid}) == [survivor.name]
+    asking.wait_for(lambda: server_lanes.names({victim.pid}) == [], "the lane's end")
+    assert server_lanes.names({survivor.pid}) == [survivor.name]
 
 
 def test_a_lane_that_is_too_small(plugin_wheel: Path) -> None:
     """What does not fit goes by segment, with one warning, and is counted; what fits goes by lane."""
     small = {**DEBUG, "MMLANE_CAPACITY_MB": "4"}
     with WatchedServer("0.5.12.post1", plugin=plugin_wheel, env=small) as server:
-        looking.open_lanes(server)
+        server_lanes.open_lanes(server)
         for seed in range(3):
             assert server.generate([jpeg(640, 480, seed=seed)], asking.TEXT).status == 200
-        assert looking.lane(server).fallbacks["oversize"] == 3
+        assert server_lanes.lane(server).fallbacks["oversize"] == 3
         assert server.log().count("has no place for a feature (oversize)") == 1
-        before = looking.lane(server).puts
+        before = server_lanes.lane(server).puts
         assert server.generate([asking.image()], asking.TEXT).status == 200
-        assert looking.lane(server).puts == before + 1
+        assert server_lanes.lane(server).puts == before + 1
 
 
 def test_64_mib_of_shared_memory(plugin_wheel: Path, transcripts: Transcripts) -> None:
@@ -139,10 +139,10 @@ def test_64_mib_of_shared_memory(plugin_wheel: Path, transcripts: Transcripts) -
     # With the lane, /dev/shm is not needed: the first request, which finds it too small, says where the lane is.
     with WatchedServer(small_memory.RELEASE, plugin=plugin_wheel, shm_bytes=small_memory.SIZE) as server:
         assert small_memory.four_images(server).status == 200
-        asking.wait_for(lambda: looking.lane(server).state == "open", "the lane")
-        before = looking.lane(server).puts
+        asking.wait_for(lambda: server_lanes.lane(server).state == "open", "the lane")
+        before = server_lanes.lane(server).puts
         assert small_memory.four_images(server).status == 200
-        assert looking.lane(server).puts == before + 5  # four images, and the positions of a long prompt
+        assert server_lanes.lane(server).puts == before + 5  # four images, and the positions of a long prompt
     flags = ["--mmlane", "backport", "--mmlane-strict"]
     with WatchedServer(
         small_memory.RELEASE, plugin=plugin_wheel, shm_bytes=small_memory.SIZE, args=flags, env=DEBUG
@@ -161,7 +161,7 @@ def collected(server: WatchedServer) -> bool:
     assert asking.ANSWERED["text only"](server).status == 200
     for pid in server.find("sglang::scheduler"):
         server.kill(pid, signal.SIGUSR2)
-    return looking.lane(server).tickets == 0
+    return server_lanes.lane(server).tickets == 0
 
 
 @pytest.mark.releases(*sessions.RELEASES)
@@ -171,18 +171,18 @@ def test_sessions_and_retraction(release: str, plugin_wheel: Path, transcripts: 
     left_to_collector = Version(release) < Version("0.5.10")
     probes = ["collector"] if left_to_collector else []
     with WatchedServer(release, probes=probes, plugin=plugin_wheel, args=sessions.FEW_TOKENS) as server:
-        looking.open_lanes(server)
+        server_lanes.open_lanes(server)
         assert sessions.ask_in_a_session(server) == expected
         if left_to_collector:
             asking.wait_for(lambda: collected(server), "the session's image")
-        looking.wait_for_baseline(server)
+        server_lanes.wait_for_baseline(server)
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
             asks = [
                 pool.submit(server.generate, [image(seed)], asking.TEXT, max_new_tokens=300) for seed in range(12)
             ]
             assert {ask.result().status for ask in asks} == {200}
         assert "retract" in server.log().lower()
-        looking.wait_for_baseline(server)
+        server_lanes.wait_for_baseline(server)
 
 
 @pytest.mark.releases(*embeddings.RELEASES)
@@ -194,9 +194,9 @@ def test_an_embedding_model(release: str, plugin_wheel: Path, transcripts: Trans
     assert expected[0] != close(expected[1])
     with WatchedServer(release, plugin=plugin_wheel, args=embeddings.AS_EMBEDDING) as server:
         assert embeddings.embedding(server, embeddings.SEEDS[0]) == close(expected[0])
-        asking.wait_for(lambda: looking.lane(server).state == "open", "the lane")
-        before = looking.lane(server).puts
+        asking.wait_for(lambda: server_lanes.lane(server).state == "open", "the lane")
+        before = server_lanes.lane(server).puts
         for seed, wanted in zip(embeddings.SEEDS, expected, strict=True):
             assert embeddings.embedding(server, seed) == close(wanted)
-        assert looking.lane(server).puts == before + 2
-        looking.wait_for_baseline(server)
+        assert server_lanes.lane(server).puts == before + 2
+        server_lanes.wait_for_baseline(server)

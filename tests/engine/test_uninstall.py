@@ -16,9 +16,9 @@ import pytest
 
 from devkit.environment import Environment, disposable_environment
 from tests.conftest import NEWEST
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.asking import image
-from tests.engine.racing import ANSWERED
+from tests.engine.request_kinds import ANSWERED
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
@@ -93,16 +93,16 @@ def test_under_a_running_engine(
         change(environment)  # before the first request: what that makes a process import is imported after this
         as_ever(server)
         if mode == "lane":
-            looking.open_lanes(server, 2 if "--tokenizer-worker-num" in TOPOLOGY.get(release, ()) else 1)
-        before = looking.lanes(server)
+            server_lanes.open_lanes(server, 2 if "--tokenizer-worker-num" in TOPOLOGY.get(release, ()) else 1)
+        before = server_lanes.lanes(server)
         with ThreadPoolExecutor(4) as pool:
             load = [pool.submit(server.generate, [image(seed)], asking.TEXT, n=2) for seed in range(16)]
             uninstall(environment)  # the other version, too
             assert {reply.result().status for reply in load} == {200}
         as_ever(server)
-        after = looking.lanes(server)
+        after = server_lanes.lanes(server)
         assert [stats.fallbacks for stats in after] == [stats.fallbacks for stats in before]
         assert all(late.puts > early.puts for late, early in zip(after, before, strict=True))
-        looking.wait_for_baseline(server)
-        assert looking.features(server) == []
+        server_lanes.wait_for_baseline(server)
+        assert server_lanes.features(server) == []
         assert re.findall(r"mmlane: .*(?:skipped|could not).*", server.log()) == []

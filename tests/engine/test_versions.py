@@ -16,8 +16,8 @@ import pytest
 from devkit.environment import disposable_environment
 from mmlane.lane import protocol
 from tests.conftest import CHECKOUT
-from tests.engine import asking, looking
-from tests.engine.racing import ANSWERED
+from tests.engine import asking, server_lanes
+from tests.engine.request_kinds import ANSWERED
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.plain import plain
 from tests.engine.watching import WatchedServer
@@ -63,7 +63,7 @@ def test_ranks_of_another_version(
     with WatchedServer(release, environment=environment) as server:
         answers = [asking.tokens(ask(server)) for ask in ANSWERED.values()]
         assert answers == [answer["tokens"] for answer in unpatched["answers"].values()]
-        stats = looking.lane(server)
+        stats = server_lanes.lane(server)
         assert stats.state == "waiting" and set(stats.fallbacks) == {"not_open"}
         asking.wait_for(lambda: server.log().count("mmlane: join failed") >= server.tp, "each rank's line")
         lines = re.findall(r"mmlane: join failed: (.*)", server.log())

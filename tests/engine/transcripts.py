@@ -26,6 +26,7 @@ from packaging.version import Version
 
 from devkit.cache import digest
 from devkit.wheels import wheel_digest
+from mmlane.compat import matrix
 
 HERE = Path(__file__).parent
 DIRECTORY = HERE / "transcripts"
@@ -75,11 +76,13 @@ def scenario(
     """Makes a scenario of a function that takes a release and returns what that did.
 
     What is done is said by the function's own file, and by these files of tests/engine. on: the releases it is
-    for, by name or by a condition; all if it is None.
+    for, by name (`newest` is the table's) or by a condition; all if it is None.
     """
 
     def is_for(version: str) -> bool:
-        return on is None or (on(Version(version)) if callable(on) else version in on)
+        if on is None or callable(on):
+            return on is None or on(Version(version))
+        return version in on or ("newest" in on and Version(version) == matrix().newest)
 
     def make(function: Callable[[str], Any]) -> Scenario:
         own = Path(function.__code__.co_filename)
@@ -193,7 +196,7 @@ class Transcripts:
     def _write(self, version: str, content: dict[str, Any]) -> None:
         head = f"# What sglang {version} does without mmlane; written by `make transcripts` (../transcripts.py).\n"
         text = yaml.safe_dump(dict(sorted(content.items())), default_flow_style=None, sort_keys=False, width=115)
-        beside = self._file(version).with_suffix(f".{os.getpid()}")  # whoever is killed here leaves no half
+        beside = self._file(version).with_suffix(f".{os.getpid()}")  # a process killed here leaves no half
         beside.write_text(head + text)
         beside.replace(self._file(version))
 

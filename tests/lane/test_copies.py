@@ -16,7 +16,7 @@ from torch import Tensor
 from mmlane.lane import failpoints
 from tests.lane.harness.payloads import inferred, random, same
 from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, published
-from tests.lane.writes import SMALL, WRITES
+from tests.lane.ways_to_write import SMALL, WRITES
 
 
 def test_the_same_tensor_twice_is_two_copies(wide: Together) -> None:

@@ -18,7 +18,7 @@ from mmlane.lane import LaneError, Reservation
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.programs import run_beside_a_lane
 from tests.lane.harness.together import PAGE, Together, held, offset, published
-from tests.lane.writes import SMALL, WRITES
+from tests.lane.ways_to_write import SMALL, WRITES
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])

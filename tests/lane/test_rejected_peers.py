@@ -230,7 +230,10 @@ def test_a_reader_that_is_rejected_before_it_has_said_a_word_is_told_why(
     gate = Gate("join.connected")
 
     def join() -> None:
-        with Reader("tp") as reader, pytest.raises(JoinRefused, match=r"it refused: nothing heard for 0\.05 s"):
+        with (
+            Reader("tp") as reader,
+            pytest.raises(JoinRefused, match=r"it rejected this process: nothing heard for 0\.05 s"),
+        ):
             reader.join(lane.invitation)
 
     with in_a_thread(join):
@@ -247,7 +250,7 @@ def test_a_reader_that_is_rejected_unheard_is_told_why() -> None:
         connection.send(protocol.reject("I do not listen"))
 
     with impostor(behave, visitors=2) as invitation:
-        with Reader("tp") as reader, pytest.raises(JoinRefused, match="it refused: I do not listen"):
+        with Reader("tp") as reader, pytest.raises(JoinRefused, match="it rejected this process: I do not listen"):
             reader.join(invitation)
         with pytest.raises(StatusError, match="I do not listen"):
             ask(invitation.name, DEADLINE)

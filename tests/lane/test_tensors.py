@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.lane.harness.payloads import inferred, plain, random, same
 from tests.lane.harness.together import Together, published
-from tests.lane.writes import SMALL
+from tests.lane.ways_to_write import SMALL
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{said}")

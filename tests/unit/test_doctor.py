@@ -17,7 +17,7 @@ from packaging.version import Version
 import mmlane_patches
 from mmlane import __version__, compat, host
 from mmlane.cli import lane_size
-from mmlane.cli.examination import examine
+from mmlane.cli.checks import run_checks
 from mmlane.cli.units import size
 from mmlane.engine import Engine
 from mmlane.settings import PINNED, VARIABLES, Settings, read
@@ -481,7 +481,7 @@ def test_a_missing_shm_says_what_follows_in_this_mode() -> None:
 
 def test_what_carries_features_on_a_release() -> None:
     def carrier(release: str, **environ: str) -> str:
-        return examine(Version(release), environ).carrier()
+        return run_checks(Version(release), environ).carrier()
 
     assert carrier("0.5.12") == carrier(ENGINES[-1]) == "lane"
     assert carrier("0.5.12", MMLANE="backport") == carrier(ENGINES[-1], MMLANE_DISABLE="lane") == "segments"

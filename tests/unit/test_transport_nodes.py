@@ -28,11 +28,11 @@ from mmlane.lane.ticket import read, write  # noqa: E402
 from mmlane.transport import gate, scheduler_side  # noqa: E402
 from mmlane.transport.base import Here, LostFeature, Scheduler  # noqa: E402
 from mmlane.transport.chain import Chain  # noqa: E402
+from mmlane.transport.crossing import Crossing, Landed  # noqa: E402
 from mmlane.transport.gate import KEPT_S, LATE_S, LOOK_S, Gate  # noqa: E402
-from mmlane.transport.hand import InHand  # noqa: E402
 from mmlane.transport.inline import Inline  # noqa: E402
 from mmlane.transport.lane import Ticket  # noqa: E402
-from mmlane.transport.link import Crossing, Landed  # noqa: E402
+from mmlane.transport.leader_copy import LeaderCopy  # noqa: E402
 from mmlane.transport.nodes import Node, announce, find_route, name_of  # noqa: E402
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
 from mmlane.transport.samples import Samples, Shared  # noqa: E402
@@ -40,9 +40,9 @@ from mmlane.transport.segment import Segment  # noqa: E402
 from tests.lane.harness.payloads import same  # noqa: E402
 from tests.lane.harness.together import copy, published, put  # noqa: E402
 from tests.lane.harness.waiting import DEADLINE  # noqa: E402
-from tests.unit import link_ranks  # noqa: E402
+from tests.unit import crossing_ranks  # noqa: E402
+from tests.unit.crossing_ranks import Looks, ask, hear, ranks, tell  # noqa: E402
 from tests.unit.launches import launched, without_a_side  # noqa: E402
-from tests.unit.link_ranks import Looks, ask, hear, ranks, tell  # noqa: E402
 
 dist: Any = torch.distributed
 MIB = 1 << 20
@@ -450,7 +450,7 @@ def test_a_feature_in_a_leaders_hand_is_a_number_there(
 ) -> None:
     passed = crossed(first, request(by_lane(lane, T)), b=[0], c=[b"c"])
     (there,) = features(on(B, passed, monkeypatch))
-    assert isinstance(there.payload, InHand)
+    assert isinstance(there.payload, LeaderCopy)
     assert there.payload.state() == {"key": 0, "ranks": [2, 3], "shape": T.shape, "dtype": T.dtype}
     assert isinstance(features(on(C, passed, monkeypatch))[0].payload, Ticket)
 
@@ -548,10 +548,12 @@ def states(**by_node: dict[str, Any]) -> ShmPointerMMData:
 
 
 def test_a_pointer_has_a_state_for_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = states(a={"payload": "inline", "tensor": torch.zeros(2)}, b={"payload": "hand", "key": 4, "ranks": [2]})
+    made = states(
+        a={"payload": "inline", "tensor": torch.zeros(2)}, b={"payload": "leader_copy", "key": 4, "ranks": [2]}
+    )
     assert isinstance(on(A, made, monkeypatch).payload, Inline)
     there = on(B, made, monkeypatch)
-    assert isinstance(there.payload, InHand) and there.payload.state()["key"] == 4
+    assert isinstance(there.payload, LeaderCopy) and there.payload.state()["key"] == 4
     assert isinstance(on(A, there, monkeypatch).payload, Inline)  # it is passed on as it came
     again = on(B, there, monkeypatch)
     assert again.payload.state() == there.payload.state()
@@ -842,7 +844,7 @@ def test_a_tokenizers_ticket_tells_how_many_follow(lane: Lane) -> None:
     assert Ticket(b"t", None).state() == {"ticket": b"t"}
 
 
-# --- from hand to hand --------------------------------------------------------------------------------------
+# --- copies of a leader -------------------------------------------------------------------------------------
 
 LOOKS: list[Looks] = [
     ((3, 1000), torch.float32, 1),
@@ -857,21 +859,21 @@ LOOKS: list[Looks] = [
 def test_a_leaders_tensors_go_to_all_ranks_of_its_node(world: int) -> None:
     with ranks(world) as there:
         for rank in there:
-            tell(rank, link_ranks.hand_over, 10, LOOKS)
+            tell(rank, crossing_ranks.hand_over, 10, LOOKS)
         for rank in there:
             assert hear(rank) == [True] * len(LOOKS)
 
 
-def test_what_is_released_leaves_the_hand() -> None:
+def test_what_is_released_is_not_kept_by_the_leader() -> None:
     with ranks(1) as (rank,):
-        assert ask(rank, link_ranks.drop_from_hand) == [2]
+        assert ask(rank, crossing_ranks.drop_copies) == [2]
 
 
 def test_a_process_that_is_no_rank_passes_a_number_on() -> None:
     state = {"key": 1, "ranks": [0, 1], "shape": (2,), "dtype": torch.uint8}
-    assert Chain(Here()).receive({"payload": "hand", **state}).state() == state
+    assert Chain(Here()).receive({"payload": "leader_copy", **state}).state() == state
     offered, _ = Chain(Here()).offer(torch.ones(3))
-    assert isinstance(offered, Segment)  # no hand takes what is sent
+    assert isinstance(offered, Segment)  # no leader keeps what is sent
     offered.release()
 
 

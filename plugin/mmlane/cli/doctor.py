@@ -16,8 +16,8 @@ from typer.core import TyperCommand
 
 from mmlane import PREFIX, __version__
 from mmlane.cli import lane_size
+from mmlane.cli.checks import TROUBLE, USAGE, Checks, Machine, run_checks
 from mmlane.cli.console import console, until_closed
-from mmlane.cli.examination import TROUBLE, USAGE, Examination, Here, examine
 from mmlane.cli.triggers import Triggers
 from mmlane.cli.units import size
 from mmlane.host import PREFIXES, SharedMemory
@@ -89,7 +89,7 @@ def doctor(
     MMLANE* variable; 3 no sglang in this environment.
     """
     try:
-        found = examine(engine)
+        found = run_checks(engine)
     except SettingsError as error:
         if as_json:
             _fail(str(error), USAGE)
@@ -114,17 +114,17 @@ def _fail(error: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def render(found: Examination, console: Console) -> None:
-    """The examination for a person. Every state is a word, so nothing is lost without colour."""
+def render(found: Checks, console: Console) -> None:
+    """What was found, for a person. Every state is a word, so nothing is lost without colour."""
     _head(found, console)
     if found.report is not None and not found.report.unsupported():
         _patches(found.report, console)
-    if found.here is not None:
-        _this_machine(found.here, found.settings, console)
+    if found.machine is not None:
+        _this_machine(found.machine, found.settings, console)
     _verdict(found, console)
 
 
-def _head(found: Examination, console: Console) -> None:
+def _head(found: Checks, console: Console) -> None:
     title = Text(f"mmlane {__version__}", style="bold")
     if found.report is not None:
         title.append(f" on sglang {found.report.engine}")
@@ -134,10 +134,10 @@ def _head(found: Examination, console: Console) -> None:
     _table(console, [("engine", "none found" if found.report is None else engine), *_settings(found)])
 
 
-def _settings(found: Examination) -> Iterable[Row]:
+def _settings(found: Checks) -> Iterable[Row]:
     """All settings as what they amount to here."""
     chosen = found.settings
-    capacity, pinned = lane_size.described(chosen, found.here.memory if found.here is not None else None)
+    capacity, pinned = lane_size.described(chosen, found.machine.memory if found.machine is not None else None)
     rows = {
         "mode": ("mode", "off: the engine runs as it is" if chosen.mode == "off" else chosen.mode),
         "disable": ("turned off", ", ".join(sorted(chosen.disable)) or "none"),
@@ -166,27 +166,27 @@ def _patch(decision: Decision) -> Row:
     return decision.state, id, reason
 
 
-def _this_machine(here: Here, chosen: Settings, console: Console) -> None:
+def _this_machine(machine: Machine, chosen: Settings, console: Console) -> None:
     _heading(console, "Triggers", "how mmlane gets into the engine's processes")
-    _table(console, _triggers(here.triggers, chosen))
+    _table(console, _triggers(machine.triggers, chosen))
     _heading(console, "Memory")
-    memory = here.memory
+    memory = machine.memory
     limit = f"{size(memory.limit)} by cgroup" if memory.limit is not None else "no cgroup limit"
     if memory.limit is not None and memory.used is not None:
         limit += f", {size(memory.used)} of it used"
     rows: list[Row] = [("machine", f"{size(memory.total)}, {limit}")]
-    if here.shm is None:
+    if machine.shm is None:
         rows.append(("/dev/shm", "missing"))
     else:
-        rows.append((str(here.shm.path), f"{size(here.shm.total)}, {size(here.shm.free)} free"))
-        rows += _segments(here.shm)
+        rows.append((str(machine.shm.path), f"{size(machine.shm.total)}, {size(machine.shm.free)} free"))
+        rows += _segments(machine.shm)
     _table(console, rows)
     _heading(console, "Kernel", "for the lane, each tried here")
     _table(
         console,
         [
             ("ok" if feature.works else "missing", feature.name, feature.problem or feature.purpose)
-            for feature in here.kernel
+            for feature in machine.kernel
         ],
     )
 
@@ -221,7 +221,7 @@ def _segments(shm: SharedMemory) -> Iterable[Row]:
         yield f"  {prefix}*", text
 
 
-def _verdict(found: Examination, console: Console) -> None:
+def _verdict(found: Checks, console: Console) -> None:
     problems, notes = found.problems(), found.notes()
     console.print()
     if not problems and not notes:

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mmlane import PREFIX, host
+from mmlane.cli.checks import FINE, TROUBLE
 from mmlane.cli.console import console, is_live, until_closed
-from mmlane.cli.examination import FINE, TROUBLE
 from mmlane.cli.units import size
 from mmlane.lane.status import LaneStats, OtherUser, StatusError, ask, running, switch
 

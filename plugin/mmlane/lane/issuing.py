@@ -25,7 +25,7 @@ _DRAIN = 16  # puts after which releases are handled, needed or not
 _AT_ONCE = 64  # messages to handle then
 
 
-class Place(NamedTuple):
+class Allocation(NamedTuple):
     """Where an extent is, and the (offset, nbytes) ranges that have to be committed for it."""
 
     offset: int
@@ -81,7 +81,7 @@ class Issuer:
             self.fallbacks[refused.cause] += 1
         return refused
 
-    def find(self, nbytes: int, hold: Hold) -> Place | Refused:
+    def find(self, nbytes: int, hold: Hold) -> Allocation | Refused:
         """An extent of that size, for the hold to keep."""
         if (refused := self._why_not_open()) is not None:
             return refused
@@ -101,7 +101,7 @@ class Issuer:
                 f" {len(self.tickets.live)} tickets: readers must let tensors go, or the capacity be raised",
             )
         self.tickets.allocate(offset, nbytes, hold)
-        return Place(offset, uncommitted)
+        return Allocation(offset, uncommitted)
 
     def issue(self, tensor: torch.Tensor, hold: Hold, at: int) -> bytes | Refused:
         """A ticket for what lies at a place in an extent and looks like a tensor."""

@@ -101,7 +101,7 @@ def _map(
         raise ConnectionResetError
     kind = protocol.kind(message)
     if kind == protocol.REJECT:
-        raise ProtocolError(f"it refused: {protocol.read_reject(message)}")
+        raise ProtocolError(f"it rejected this process: {protocol.read_reject(message)}")
     if kind != protocol.WELCOME:
         raise ProtocolError(f"message {kind} instead of a WELCOME")
     found = protocol.read_welcome(message, invitation.secret, nonce)

@@ -9,9 +9,9 @@ import torch
 
 from mmlane.log import failed
 from mmlane.transport.base import Declined, Here, LostFeature, Payload, Transport, lost_message
-from mmlane.transport.hand import HandTransport
 from mmlane.transport.inline import Inline, InlineTransport, SmallInlineTransport
 from mmlane.transport.lane import LaneTransport
+from mmlane.transport.leader_copy import LeaderCopyTransport
 from mmlane.transport.samples import Samples
 from mmlane.transport.segment import SegmentTransport
 
@@ -21,7 +21,7 @@ CHAIN: tuple[type[Transport], ...] = (
     SmallInlineTransport,
     LaneTransport,
     SegmentTransport,
-    HandTransport,
+    LeaderCopyTransport,
     InlineTransport,
 )
 

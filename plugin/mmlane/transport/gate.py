@@ -1,8 +1,8 @@
 """Where requests wait for their features to cross to other nodes, before they are broadcast.
 
 Once all ranks are known (`nodes`), a pointer travels with a state for each node (`ShmPointerMMData.by_node`), and
-features cross to every other node once (`link`). Requests wait for that at the `Gate`, in order, while the engine
-goes on with those that it has.
+features cross to every other node once (`crossing`). Requests wait for that at the `Gate`, in order, while the
+engine goes on with those that it has.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mmlane.log import guarded, logger
 from mmlane.transport.agreement import Arrival, arrivals, end_on_error, move_out_of_batches, taker
 from mmlane.transport.base import LostFeature
 from mmlane.transport.chain import KIND
-from mmlane.transport.hand import InHand
+from mmlane.transport.crossing import Crossing, Departure, Landed, Piece
 from mmlane.transport.inline import Inline, compact
 from mmlane.transport.lane import Ticket
-from mmlane.transport.link import Crossing, Departure, Landed, Piece
+from mmlane.transport.leader_copy import LeaderCopy
 from mmlane.transport.nodes import Node, Route, find_route
 from mmlane.transport.pointer import ShmPointerMMData, is_pointer
 from mmlane.transport.wire import TorchWire
@@ -237,7 +237,7 @@ class Gate:
         if isinstance(landed, bytes):
             return {KIND: Ticket.kind, "ticket": landed}
         if isinstance(landed, int):
-            return {KIND: InHand.kind, "key": landed, "ranks": node.ranks}
+            return {KIND: LeaderCopy.kind, "key": landed, "ranks": node.ranks}
         state: dict[str, Any] = {KIND: Inline.kind, "tensor": compact(tensor)}
         if departure.state == "opening":
             state["route"] = self._route

@@ -52,9 +52,9 @@ from mmlane.transport.agreement import (
 )
 from mmlane.transport.base import LostFeature, Scheduler
 from mmlane.transport.chain import Chain
+from mmlane.transport.crossing import Landing
 from mmlane.transport.gate import Gate
-from mmlane.transport.hand import HandTransport
-from mmlane.transport.link import Landing
+from mmlane.transport.leader_copy import LeaderCopyTransport
 from mmlane.transport.nodes import Route, announce, name_of
 from mmlane.transport.pointer import is_pointer, our_class_is_in_place, slot
 from mmlane.transport.wire import TorchWire
@@ -78,8 +78,8 @@ class SchedulerSide:
     def land(self, route: Route) -> None:
         """The rank that receives requests says where all are: if this one leads its node, it has a lane for it."""
         here, me = self.chain.here, torch.distributed.get_rank()
-        hand = self.chain.find(HandTransport)
-        assert isinstance(here, Scheduler) and isinstance(hand, HandTransport)
+        copies = self.chain.find(LeaderCopyTransport)
+        assert isinstance(here, Scheduler) and isinstance(copies, LeaderCopyTransport)
         leaders = [node.ranks[0] for node in route]
         if self._landing is not None or me not in leaders[1:]:
             return
@@ -91,7 +91,7 @@ class SchedulerSide:
             len(leaders),
             lambda: TorchWire(leaders),
             lambda: Lane(readers, capacity=capacity, pinned=min(self._pinned, capacity)),
-            hand.kept,
+            copies.kept,
             self.count_bytes,
         )
 

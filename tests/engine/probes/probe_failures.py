@@ -1,8 +1,8 @@
 """Raises in functions of mmlane: in those that the file $NOTES/fail names while it is there.
 
 Its lines are `MODULE:NAME ERROR [TITLE]`: ERROR is the name of an error in mmlane.lane, or of a new one that
-nobody expects; with a TITLE, only processes of that title fail. The functions are those of SEAMS. A process writes
-each failure as a line to $NOTES/PID.failed before it raises.
+no code expects; with a TITLE, only processes of that title fail. The functions are those of SEAMS. A process
+writes each failure as a line to $NOTES/PID.failed before it raises.
 """
 
 from __future__ import annotations

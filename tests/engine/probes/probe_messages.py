@@ -63,10 +63,10 @@ def is_ours(caller: FrameType) -> bool:
 def is_heartbeat(caller: FrameType) -> bool:
     """The first rank's crossing of nothing, and a leader's answer to that."""
     for name, frame in frames(caller):
-        if name == "mmlane.transport.link" and frame.f_code.co_name == "_landed":
+        if name == "mmlane.transport.crossing" and frame.f_code.co_name == "_landed":
             crossing = frame.f_locals["crossing"]
             return not (crossing.pieces or crossing.let_go)
-        if name == "mmlane.transport.link" and frame.f_code.co_name == "_tell":
+        if name == "mmlane.transport.crossing" and frame.f_code.co_name == "_tell":
             return not frame.f_locals["landed"]
     return False
 
@@ -83,4 +83,4 @@ def often(link: ModuleType) -> None:
 
 
 when_imported("torch.distributed", watch)
-when_imported("mmlane.transport.link", often)
+when_imported("mmlane.transport.crossing", often)

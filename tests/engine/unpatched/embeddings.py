@@ -9,7 +9,7 @@ from tests.engine import asking
 from tests.engine.transcripts import scenario
 from tests.engine.watching import WatchedServer
 
-RELEASES = ("0.5.23", "0.5.9", "0.5.12.post1", "0.5.16")
+RELEASES = ("newest", "0.5.9", "0.5.12.post1", "0.5.16")
 AS_EMBEDDING = ("--is-embedding",)
 SEEDS = (13, 14)
 

@@ -8,7 +8,7 @@ from tests.engine import asking
 from tests.engine.transcripts import scenario
 from tests.engine.watching import WatchedServer
 
-RELEASES = ("0.5.12.post1", "0.5.9", "0.5.16", "0.5.23")
+RELEASES = ("0.5.12.post1", "0.5.9", "0.5.16", "newest")
 
 
 @scenario(on=RELEASES)

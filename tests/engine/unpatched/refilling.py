@@ -12,7 +12,7 @@ from tests.engine.transcripts import HERE, scenario
 from tests.engine.watching import WatchedServer
 
 SCRIPT = HERE / "refilled.py"
-RELEASES = ("0.5.16", "0.5.10", "0.5.12.post1", "0.5.23")
+RELEASES = ("0.5.16", "0.5.10", "0.5.12.post1", "newest")
 SAMPLES = 4
 
 

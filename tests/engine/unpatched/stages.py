@@ -11,7 +11,7 @@ from tests.engine.transcripts import scenario
 from tests.engine.watching import WatchedServer
 
 # Before 0.5.11 the engine makes CUDA events in this loop, whatever the device.
-RELEASES = ("0.5.12.post1", "0.5.11", "0.5.14", "0.5.16", "0.5.19", "0.5.23")
+RELEASES = ("0.5.12.post1", "0.5.11", "0.5.14", "0.5.16", "0.5.18", "0.5.19", "newest")
 ENV = {
     "MMLANE_LOG": "debug",
     # Four ranks start one by one on memory that others use as well.

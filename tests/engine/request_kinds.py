@@ -3,7 +3,7 @@
 From 0.5.11 to 0.5.18 the engine, with mmlane or without, sends the first of several prompts in one request while
 it still tokenizes the next, and begins to wait for answers after that: an answer that is there before fails the
 request with 500 (`KeyError` in `TokenizerManager._wait_one_response`). On a busy machine that happens to a request
-by itself, too; it is asked again then, and only then.
+on its own, too; it is asked again then, and only then.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ first rank (0)                     leaders (1, 2, ...)
                                <-  OPEN                   all ranks of the node have joined, or there is no lane
 pieces, numbers to let go      ->                         to each
 chunks of the pieces' bytes    ->                         to 1, which passes them on to 2, and so on
-                               <-  landed                 a ticket, a number in the leader's hand, or None
+                               <-  landed                 a ticket, the number of a leader's copy, or None
 
 Gloo fills a larger buffer in part, and aborts the process for a smaller one; so both ends cut the bytes by one
 rule (`_chunks`).
@@ -45,7 +45,7 @@ _LATE = (
 )
 
 Room = Reservation | torch.Tensor | None  # where a leader receives a piece; nowhere for want of memory
-Landed = bytes | int | None  # where it is then: a ticket, its number in the leader's hand, or lost there
+Landed = bytes | int | None  # where it is then: a ticket, the number of a leader's copy, or lost there
 
 
 class Piece(NamedTuple):
@@ -169,7 +169,7 @@ class Landing:
     """A leader's end: receives into the lane of its node.
 
     end: its number on the wire, of `ends`. wire, lane: make what their names say; the first may wait for the other
-    ends. hand: where a piece is put, under a number of this leader's own, if the lane has no room for it.
+    ends. copies: where a piece is put, under a number of this leader's own, if the lane has no room for it.
     count_bytes: told what has been "received", and "sent" on.
     """
 
@@ -179,13 +179,13 @@ class Landing:
         ends: int,
         wire: Callable[[], Wire],
         lane: Callable[[], Lane],
-        hand: dict[int, torch.Tensor],
+        copies: dict[int, torch.Tensor],
         count_bytes: Callable[[str, int], None],
     ) -> None:
         self._end, self._ends = end, ends
         self._count_bytes = count_bytes
         self._make_wire, self._make_lane = wire, lane
-        self._hand = hand
+        self._copies = copies
         self._numbers = itertools.count()
         self._lane: Lane | None = None
         self._kept: dict[int, Reservation] = {}
@@ -224,7 +224,7 @@ class Landing:
         except BaseException:
             for number in landed:
                 if isinstance(number, int):
-                    self._hand.pop(number, None)  # no rank will ask for it
+                    self._copies.pop(number, None)  # no rank will ask for it
             raise
 
     def _land(self, wire: Wire, pieces: list[Piece]) -> list[Landed]:
@@ -268,22 +268,22 @@ class Landing:
         if not piece.comes:
             room = self._kept.pop(piece.number, None)
         if not isinstance(room, Reservation):
-            return self._in_hand(room)
+            return self._keep_copy(room)
         ticket = room.publish()
         if isinstance(ticket, Refused):  # the lane was closed or switched off since, say
             kept = _memory(piece.shape, piece.dtype)
-            return self._in_hand(None if kept is None else kept.copy_(room.tensor))
+            return self._keep_copy(None if kept is None else kept.copy_(room.tensor))
         if piece.is_kept:
             self._kept[piece.number] = room
         else:
             room.close()
         return ticket
 
-    def _in_hand(self, tensor: torch.Tensor | None) -> int | None:
+    def _keep_copy(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
             return None
         number = next(self._numbers)
-        self._hand[number] = tensor
+        self._copies[number] = tensor
         return number
 
 

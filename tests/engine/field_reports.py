@@ -12,7 +12,7 @@ from packaging.version import Version
 from devkit.client import Reply
 from mmlane.compat import matrix
 from mmlane.lane.status import switch
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.watching import WatchedServer
 
 
@@ -25,7 +25,7 @@ def on(usual: str, since: str = "0") -> pytest.MarkDecorator:
 @contextmanager
 def lane_off(server: WatchedServer) -> Iterator[None]:
     """Inside, features travel by segment."""
-    name = looking.lane(server).name
+    name = server_lanes.lane(server).name
     assert switch(name, off=True, timeout=asking.WAIT_S).state == "off"
     try:
         yield
@@ -48,8 +48,8 @@ def by_segment(server: WatchedServer, ask: Callable[[], Reply]) -> Reply:
 
 def nothing_left(server: WatchedServer) -> None:
     """The lanes are empty, and so is /dev/shm, once what was asked has been answered."""
-    looking.wait_for_baseline(server)
-    looking.wait_for_no_features(server)
+    server_lanes.wait_for_baseline(server)
+    server_lanes.wait_for_no_features(server)
 
 
 def cached_tokens(log: str) -> int:

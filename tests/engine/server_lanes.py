@@ -93,7 +93,7 @@ def open_lanes(server: WatchedServer, count: int = 1) -> None:
 
 
 def wait_for_baseline(server: WatchedServer) -> None:
-    """Wait until every ticket has been released, and nothing is kept for anybody."""
+    """Wait until every ticket has been released, and no memory is kept."""
 
     def at_baseline() -> bool:
         return all((stats.tickets, stats.extents, stats.used_bytes) == (0, 0, 0) for stats in lanes(server))

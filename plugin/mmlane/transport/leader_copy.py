@@ -1,6 +1,6 @@
-"""From hand to hand: what a node's leader had to keep in its own memory, because its lane had no room.
+"""Copies that a node's leader keeps in its own memory, because its lane had no room, and sends to its ranks.
 
-Which ranks a leader serves, and how features get to it, is in `nodes` and `link`.
+Which ranks a leader serves, and how features get to it, is in `nodes` and `crossing`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mmlane.transport.wire import bytes_of
 _TAG = 0x6D6D  # apart from what the engine sends from rank to rank
 
 
-class InHand(Payload):
+class LeaderCopy(Payload):
     """A tensor that the leader has, and gives to the other ranks of its node when all of them take it.
 
     All of them receive the same requests, so they take in the same order.
     """
 
-    kind = "hand"
+    kind = "leader_copy"
 
     def __init__(self, state: Mapping[str, Any], kept: dict[int, torch.Tensor]) -> None:
         self._state = dict(state)
@@ -63,11 +63,11 @@ def _group() -> Any:
     return get_world_group().cpu_group
 
 
-class HandTransport(Transport):
-    """Declines all: only leaders make its payloads (`link`). kept: by key, the tensors that this leader has."""
+class LeaderCopyTransport(Transport):
+    """Declines all: only leaders make its payloads (`crossing`). kept: by key, what this leader has."""
 
-    payload = InHand
-    where = "hand"
+    payload = LeaderCopy
+    where = "leader_copy"
     consequence = "nothing"
 
     def __init__(self, here: Here) -> None:
@@ -76,5 +76,5 @@ class HandTransport(Transport):
     def offer(self, tensor: torch.Tensor, samples: Samples | None = None) -> Declined:
         return Declined("leaders only")
 
-    def receive(self, state: Mapping[str, Any]) -> InHand:
-        return InHand(state, self.kept)
+    def receive(self, state: Mapping[str, Any]) -> LeaderCopy:
+        return LeaderCopy(state, self.kept)

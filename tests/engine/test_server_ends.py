@@ -1,4 +1,4 @@
-"""The end of a server that other tests have used: whoever dies of what, nothing is left."""
+"""The end of a server that other tests have used: whatever process dies, nothing is left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from packaging.version import Version
 
 from tests.conftest import EVERY, USUAL
-from tests.engine import asking, looking
+from tests.engine import asking, server_lanes
 from tests.engine.faults import DEFERRED
 from tests.engine.transcripts import Transcripts
 from tests.engine.unpatched.killed import RELEASES, killed_in_a_burst
@@ -37,7 +37,7 @@ def main_process(server: WatchedServer) -> None:
 
 
 def by_itself(server: WatchedServer) -> None:
-    """The end of a rank ends the engine, as it does without the plugin: nobody waits for a reader that is gone."""
+    """A rank that ends ends the engine, as without the plugin: no process waits for a reader that is gone."""
     server.kill(server.find("sglang::scheduler")[-1])
     asking.resume(server)
     asking.wait_for(lambda: server.find("sglang::scheduler") == [], "the other rank's end", ENDS_S)
@@ -68,8 +68,8 @@ def end_of(version: str) -> Callable[[WatchedServer], None]:
 
 def ends_in_a_burst(server: WatchedServer, end: Callable[[WatchedServer], None]) -> None:
     """With two images of each of several requests on their way to the schedulers."""
-    looking.open_lanes(server)
-    looking.wait_for_baseline(server)
+    server_lanes.open_lanes(server)
+    server_lanes.wait_for_baseline(server)
     # 0.5.9 sends the images of a request as one feature.
     tickets = asking.BURST * (1 if Version(server.version) < DEFERRED else 2)
     before = asking.segments(server)
@@ -77,23 +77,23 @@ def ends_in_a_burst(server: WatchedServer, end: Callable[[WatchedServer], None])
     server.verify()
     server.breaks()
     with asking.burst(server):
-        asking.wait_for(lambda: looking.lane(server).tickets >= tickets, "the tickets")
+        asking.wait_for(lambda: server_lanes.lane(server).tickets >= tickets, "the tickets")
         assert asking.segments(server) == before
         end(server)
     has_ended(server)
     assert server.processes() == []
-    assert looking.features(server) == []
+    assert server_lanes.features(server) == []
     assert asking.segments(server).keys() <= before.keys()
-    assert looking.names(pids) == []
+    assert server_lanes.names(pids) == []
 
 
 def test_nothing_is_left_of_what_was_asked(lane_server: WatchedServer) -> None:
     """After everything that other tests have asked of this server."""
-    looking.open_lanes(lane_server)
-    looking.wait_for_baseline(lane_server)
-    assert looking.lane(lane_server).lost_tickets == looking.lane(lane_server).malformed_messages == 0
-    assert list(looking.lane(lane_server).fallbacks) == ["not_open"]
-    assert looking.features(lane_server) == []
+    server_lanes.open_lanes(lane_server)
+    server_lanes.wait_for_baseline(lane_server)
+    assert server_lanes.lane(lane_server).lost_tickets == server_lanes.lane(lane_server).malformed_messages == 0
+    assert list(server_lanes.lane(lane_server).fallbacks) == ["not_open"]
+    assert server_lanes.features(lane_server) == []
 
 
 def test_nothing_is_left_of_the_server(version: str, lane_server: WatchedServer) -> None:
@@ -102,9 +102,9 @@ def test_nothing_is_left_of_the_server(version: str, lane_server: WatchedServer)
 
 def test_nothing_is_left_by_the_backports(backport_server: WatchedServer) -> None:
     """After everything that other tests have asked of this server, while it still runs and when it has ended."""
-    looking.wait_for_no_features(backport_server)
+    server_lanes.wait_for_no_features(backport_server)
     backport_server.stop()
-    assert looking.features(backport_server) == []
+    assert server_lanes.features(backport_server) == []
     assert backport_server.processes() == []
 
 
@@ -118,7 +118,7 @@ def test_killed_in_a_burst(release: str, end: Callable[[WatchedServer], None], p
 
 @pytest.mark.matrix
 @pytest.mark.releases("newest")
-def test_the_end_of_a_rank_ends_the_engine(release: str, plugin_wheel: Path) -> None:
+def test_a_rank_that_ends_ends_the_engine(release: str, plugin_wheel: Path) -> None:
     with WatchedServer(release, plugin=plugin_wheel) as server:
         ends_in_a_burst(server, by_itself)
 

@@ -1,6 +1,6 @@
 """Everything that mmlane has put into an engine goes when it stops, and comes again. A test runs:
 
-    PYTHON_OF_AN_ENGINE_WITH_MMLANE undone.py
+    PYTHON_OF_AN_ENGINE_WITH_MMLANE stop_and_restart.py
 
 At the end it prints the help of the engine's command line, which has mmlane's flags.
 """

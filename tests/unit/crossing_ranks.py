@@ -17,9 +17,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from mmlane.lane import Invitation, Lane, LaneUnavailable, Reader
-from mmlane.transport import hand, link
-from mmlane.transport.hand import HandTransport, InHand
-from mmlane.transport.link import Crossing, Departure, Landed, Landing, Piece
+from mmlane.transport import crossing, leader_copy
+from mmlane.transport.crossing import Crossing, Departure, Landed, Landing, Piece
+from mmlane.transport.leader_copy import LeaderCopy, LeaderCopyTransport
 from mmlane.transport.wire import TorchWire, Wire
 from tests.lane.harness.child import Child
 from tests.lane.harness.payloads import random, same
@@ -46,7 +46,7 @@ class Process:
         self.over: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.crossings: list[Crossing] = []
         # As a leader:
-        self.hand: dict[int, torch.Tensor] = {}
+        self.copies: dict[int, torch.Tensor] = {}
         self.landing: Landing | None = None
         self.lane: Lane | None = None
         self.reader: Reader | None = None
@@ -191,7 +191,7 @@ def land(this: Process, capacity: int | None, segment: int | None = None) -> Non
         this.lane = Lane({GROUP: 1}, capacity=capacity, **({} if segment is None else {"segment": segment}))
         return this.lane
 
-    this.landing = Landing(this.rank, this.world, this.wire, make, this.hand, this.count)
+    this.landing = Landing(this.rank, this.world, this.wire, make, this.copies, this.count)
 
 
 def join(this: Process, invitation: bytes) -> None:
@@ -202,7 +202,7 @@ def join(this: Process, invitation: bytes) -> None:
 
 def without_memory(this: Process) -> None:
     """From now on there is no memory but the lane's."""
-    link._memory = lambda shape, dtype: None
+    crossing._memory = lambda shape, dtype: None
 
 
 def take(this: Process, ticket: bytes, looks: Looks) -> bool:
@@ -237,13 +237,13 @@ def holds(this: Process) -> int:
     return this.lane.stats().extents
 
 
-def in_hand(this: Process, number: int, looks: Looks) -> bool:
-    """Whether a tensor is in this leader's hand, bit for bit."""
-    return same(this.hand[number], random(*looks))
+def has_copy(this: Process, number: int, looks: Looks) -> bool:
+    """Whether this leader has kept a copy of a tensor, bit for bit."""
+    return same(this.copies[number], random(*looks))
 
 
-def numbers_in_hand(this: Process) -> list[int]:
-    return sorted(this.hand)
+def numbers_of_copies(this: Process) -> list[int]:
+    return sorted(this.copies)
 
 
 def stand_before_the_bytes(this: Process) -> None:
@@ -300,17 +300,17 @@ def receives(this: Process, source: int, sizes: list[int]) -> list[bool]:
     return [same(data, random((size,), seed=size)) for data, size in zip(filled, sizes, strict=True)]
 
 
-# --- from hand to hand --------------------------------------------------------------------------------------
+# --- copies of a leader -------------------------------------------------------------------------------------
 
 
 def hand_over(this: Process, key: int, looks: list[Looks]) -> list[bool]:
-    """Each tensor from rank 0's hand to all: whether it is there, and a second look finds the same."""
-    hand._group = lambda: dist.group.WORLD
+    """Each tensor from rank 0's memory to all: whether it is there, and a second look finds the same."""
+    leader_copy._group = lambda: dist.group.WORLD
     kept = {key + n: random(*one) for n, one in enumerate(looks)} if this.rank == 0 else {}
     answers = []
     for n, one in enumerate(looks):
         state = {"key": key + n, "ranks": list(range(this.world)), "shape": one[0], "dtype": one[1]}
-        payload = InHand(state, kept)
+        payload = LeaderCopy(state, kept)
         assert payload.state() == state and payload.peek() is None
         tensor = payload.take()
         answers.append(same(tensor, random(*one)) and payload.take() is tensor and payload.peek() is tensor)
@@ -318,9 +318,9 @@ def hand_over(this: Process, key: int, looks: list[Looks]) -> list[bool]:
     return answers
 
 
-def drop_from_hand(this: Process) -> list[int]:
+def drop_copies(this: Process) -> list[int]:
     """Release one of two, twice; what is left."""
-    transport = HandTransport(None)  # type: ignore[arg-type]
+    transport = LeaderCopyTransport(None)  # type: ignore[arg-type]
     transport.kept.update({1: torch.ones(1), 2: torch.ones(2)})
     payload = transport.receive({"key": 1, "ranks": [0, 1], "shape": (1,), "dtype": torch.float32})
     payload.release()

@@ -38,7 +38,7 @@ _NVIDIA = Path("/dev/nvidiactl")  # there where a process can use a GPU of that 
 
 
 @dataclass(frozen=True)
-class Here:
+class Machine:
     """This interpreter and this machine."""
 
     triggers: triggers.Triggers
@@ -49,18 +49,20 @@ class Here:
 
 
 @dataclass(frozen=True)
-class Examination:
-    """What was found. `report` is None without an engine; `here` is None when the question was about a release."""
+class Checks:
+    """What was found. report: None without an engine. machine: None when the question was about a release."""
 
     settings: settings.Settings
     report: Report | None
     root: Path | None
-    here: Here | None
+    machine: Machine | None
 
     def untested(self) -> str:
         """Why this engine version counts as untested; "" when it is in the table or there is no engine."""
         words = self.report.untested if self.report is not None else ""
-        return words if self.here is not None else words.partition(",")[0]  # nothing is checked on a mere version
+        return (
+            words if self.machine is not None else words.partition(",")[0]
+        )  # nothing is checked on a mere version
 
     def error(self) -> str:
         """Why nothing could be said about an engine; "" when it could."""
@@ -85,10 +87,10 @@ class Examination:
     def problems(self) -> list[str]:
         """What keeps mmlane from doing all that this engine lacks, each with its remedy."""
         found = [self.error()] if self.report is None else self.report.trouble()
-        if self.here is not None:
-            found += _trigger_problems(self.here.triggers, self.settings)
-            found += _shm_problems(self.here, self.carrier())
-            found += lane_size.problems(self.settings, self.here.memory)
+        if self.machine is not None:
+            found += _trigger_problems(self.machine.triggers, self.settings)
+            found += _shm_problems(self.machine, self.carrier())
+            found += lane_size.problems(self.settings, self.machine.memory)
         return found
 
     def notes(self) -> list[str]:
@@ -100,15 +102,15 @@ class Examination:
             found.append(settings.misspelt(self.settings.unknown))
         if self.settings.former:
             found.append(settings.renamed(self.settings.former))
-        if self.here is not None:
-            if self.here.triggers.entry_point is None:
+        if self.machine is not None:
+            if self.machine.triggers.entry_point is None:
                 found.append(
                     f"no entry point {triggers.NAME} in group {triggers.GROUP}; the startup hook does its work, "
                     "but only where Python runs it; reinstall mmlane with pip"
                 )
-            found += _shm_notes(self.here, self.carrier()) + self._leftover_notes(self.here.shm)
-            found += lane_size.notes(self.settings, self.here.memory, gpu=self.here.gpu)
-            missing = [feature.name for feature in self.here.kernel if not feature.works]
+            found += _shm_notes(self.machine, self.carrier()) + self._leftover_notes(self.machine.shm)
+            found += lane_size.notes(self.settings, self.machine.memory, gpu=self.machine.gpu)
+            missing = [feature.name for feature in self.machine.kernel if not feature.works]
             if missing:
                 found.append(
                     f"this kernel lacks {', '.join(missing)}; the lane goes without where it can, "
@@ -121,7 +123,7 @@ class Examination:
         note = f"sglang {report.engine} is {self.untested()}"
         if report.untested.startswith("unsupported"):
             return note
-        if self.here is None:
+        if self.machine is None:
             return (
                 f"{note}; it is treated like the release before it, as shown here, but nothing was checked: "
                 "install it and run `mmlane doctor` there, which compares every function to be patched with the "
@@ -167,15 +169,15 @@ class Examination:
             and {"version": report["engine"], "untested": self.untested(), "root": _text(self.root)},
             "settings": self._settings_dict(),
             "patches": report["patches"] if report is not None else [],
-            "triggers": self.here and _triggers_dict(self.here.triggers),
-            "shm": self.here and self.here.shm and _shm_dict(self.here.shm),
-            "memory": self.here and asdict(self.here.memory),
-            "kernel": self.here and [asdict(feature) for feature in self.here.kernel],
+            "triggers": self.machine and _triggers_dict(self.machine.triggers),
+            "shm": self.machine and self.machine.shm and _shm_dict(self.machine.shm),
+            "memory": self.machine and asdict(self.machine.memory),
+            "kernel": self.machine and [asdict(feature) for feature in self.machine.kernel],
         }
 
     def _settings_dict(self) -> dict[str, Any]:
         """What the settings amount to; `defaults` names those that are at their defaults."""
-        chosen, memory = self.settings, self.here.memory if self.here is not None else None
+        chosen, memory = self.settings, self.machine.memory if self.machine is not None else None
         return {
             "mode": chosen.mode,
             "disable": sorted(chosen.disable),
@@ -189,20 +191,20 @@ class Examination:
         }
 
 
-def examine(asked: Version | None, environ: Mapping[str, str] | None = None) -> Examination:
+def run_checks(asked: Version | None, environ: Mapping[str, str] | None = None) -> Checks:
     """Look at this interpreter and machine; or, given a version, only at what mmlane does on that release.
 
     Nothing is patched and the engine is not imported. Raises `settings.SettingsError`.
     """
     chosen = settings.read(os.environ if environ is None else environ)
     if asked is not None:
-        return Examination(chosen, _report(chosen, engine.Engine(asked, None)), None, None)
+        return Checks(chosen, _report(chosen, engine.Engine(asked, None)), None, None)
     found = engine.installed()
-    return Examination(
+    return Checks(
         settings=chosen,
         report=_report(chosen, found) if found is not None else None,
         root=found.root if found is not None else None,
-        here=Here(
+        machine=Machine(
             triggers=triggers.installed(),
             shm=host.shared_memory(),
             memory=host.memory(),
@@ -238,8 +240,8 @@ def _trigger_problems(found: triggers.Triggers, chosen: settings.Settings) -> li
     return []
 
 
-def _shm_problems(here: Here, carrier: Carrier) -> list[str]:
-    shm, follows = here.shm, INLINE[carrier]
+def _shm_problems(machine: Machine, carrier: Carrier) -> list[str]:
+    shm, follows = machine.shm, INLINE[carrier]
     if shm is None:
         return [f"no {host.SHM}: {follows}; mount a tmpfs there"]
     if shm.read_only:
@@ -252,9 +254,9 @@ def _shm_problems(here: Here, carrier: Carrier) -> list[str]:
     return []
 
 
-def _shm_notes(here: Here, carrier: Carrier) -> list[str]:
+def _shm_notes(machine: Machine, carrier: Carrier) -> list[str]:
     """Whether there is room enough, where more room would help."""
-    shm = here.shm
+    shm = machine.shm
     if shm is None or not shm.writable or shm.read_only or shm.free >= SMALL_SHM[carrier]:
         return []
     return [
