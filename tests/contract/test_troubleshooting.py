@@ -34,7 +34,7 @@ def quotations() -> list[str]:
 @cache
 def code() -> list[Words]:
     """The words of all strings of the packages."""
-    found = set()
+    found: set[Words] = set()
     for package in PACKAGES:
         for module in sorted((CHECKOUT / package).rglob("*.py")):
             found.update(words_of(string) for string in strings_of(ast.parse(module.read_text(encoding="utf-8"))))
