@@ -24,8 +24,8 @@ import torch
 
 import mmlane.lane
 from mmlane.lane import JoinRefused, Lane, Reader, memory, status
+from tests.lane.harness.lane_with_readers import put, serves
 from tests.lane.harness.sockets import invitation_of_nobody
-from tests.lane.harness.together import put, serves
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20

@@ -40,7 +40,7 @@ from tests.lane.harness.confinement import (
     require_mounts,
 )
 from tests.lane.harness.kernel import blocks, open_files
-from tests.lane.harness.together import backing
+from tests.lane.harness.lane_with_readers import backing
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20

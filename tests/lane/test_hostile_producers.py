@@ -21,6 +21,7 @@ from mmlane.lane import Invitation, JoinRefused, Lane, LaneError, Reader, protoc
 from tests.effort import examples
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.kernel import open_files
+from tests.lane.harness.lane_with_readers import put, serves
 from tests.lane.harness.sockets import (
     HUGE,
     KINDS,
@@ -31,7 +32,6 @@ from tests.lane.harness.sockets import (
     receive,
     until_it_hangs_up,
 )
-from tests.lane.harness.together import put, serves
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20

@@ -22,8 +22,8 @@ from mmlane.lane import Invitation, Lane, Reader, Refused, Reservation, inbox, p
 from tests.effort import examples
 from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child, die_with_the_parent
+from tests.lane.harness.lane_with_readers import new_tensor, put
 from tests.lane.harness.sockets import HUGE, KINDS, MAPPED, admitted, slot_and_serial, visit, welcomed
-from tests.lane.harness.together import new_tensor, put
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.lane.harness import kernel
+from tests.lane.harness.lane_with_readers import SEGMENT
 from tests.lane.harness.payloads import MODES
 from tests.lane.harness.peers import (
     CAPACITY,
@@ -23,7 +24,6 @@ from tests.lane.harness.peers import (
     shut_gate,
     wait_at_gate,
 )
-from tests.lane.harness.together import SEGMENT
 from tests.lane.harness.waiting import eventually
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from mmlane.lane import LaneError, Mode, UnknownLane
 from tests.lane.harness import kernel
+from tests.lane.harness.lane_with_readers import SEGMENT
 from tests.lane.harness.peers import CAPACITY, Company, Producing, Reading, baseline, carries, refused, tickets
-from tests.lane.harness.together import SEGMENT
 from tests.lane.harness.waiting import eventually
 
 # --- joining and leaving -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from mmlane.lane import Invitation, JoinRefused, Mode, failpoints
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Where
 from tests.lane.harness.child import Died
+from tests.lane.harness.lane_with_readers import SEGMENT
 from tests.lane.harness.payloads import MODES, Sent
 from tests.lane.harness.peers import (
     CAPACITY,
@@ -31,7 +32,6 @@ from tests.lane.harness.peers import (
     hears_of_the_end,
     refused,
 )
-from tests.lane.harness.together import SEGMENT
 from tests.lane.harness.waiting import eventually
 
 TIMES = (1, 3)  # a first time and one amid everything

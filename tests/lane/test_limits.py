@@ -21,7 +21,7 @@ from mmlane.lane.mapping import Mapping
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.confinement import become, limit, limit_address_space, limit_descriptors
 from tests.lane.harness.kernel import open_files
-from tests.lane.harness.together import copy, put
+from tests.lane.harness.lane_with_readers import copy, put
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20

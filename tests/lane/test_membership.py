@@ -14,6 +14,7 @@ import torch
 from mmlane.lane import Invitation, JoinRefused, Lane, LaneError, Reader, admission, failpoints, protocol, status
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Gate
+from tests.lane.harness.lane_with_readers import new_tensor, put, serves
 from tests.lane.harness.payloads import Sent
 from tests.lane.harness.peers import (
     Company,
@@ -28,7 +29,6 @@ from tests.lane.harness.peers import (
     wait_at_gate,
 )
 from tests.lane.harness.sockets import MAPPED, hello, receive, visit, welcomed
-from tests.lane.harness.together import new_tensor, put, serves
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 JOINING = [point for point in failpoints.READER if point.startswith("join.")]

@@ -27,7 +27,7 @@ from tests.lane.harness.confinement import (
     require_mounts,
 )
 from tests.lane.harness.kernel import blocks
-from tests.lane.harness.together import backing, put
+from tests.lane.harness.lane_with_readers import backing, put
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20

@@ -33,9 +33,9 @@ from mmlane.lane import (
     listening,
     status,
 )
+from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, LaneWithReaders, lane_with_readers, put, serves
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.sockets import listen, receive, visit
-from tests.lane.harness.together import PAGE, SEGMENT, Together, put, serves, together
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 # --- arguments ---------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def test_numpys_integers_are_integers() -> None:
     size = numpy.int64(SEGMENT)
     with Lane({"tp": numpy.int64(1)}, capacity=16 * size, pinned=size, segment=size) as lane:
         serves(lane)
-    with together() as pair:
+    with lane_with_readers() as pair:
         room = pair.lane.reserve((numpy.int64(4), 1024), torch.float32)
         assert isinstance(room, Reservation)
         assert status.ask(pair.lane.name).used_bytes == 4 * 1024 * 4
@@ -57,7 +57,7 @@ def test_numpys_integers_are_integers() -> None:
 
 @pytest.mark.parametrize("shape", [(2.0, 3), ("2", 3), (None,), (-1, 3), 3])
 def test_a_shape_that_is_none_is_an_error_and_changes_nothing(shape: Any) -> None:
-    with together() as pair:
+    with lane_with_readers() as pair:
         with pytest.raises((ValueError, TypeError)):
             pair.lane.reserve(shape, torch.float32)
         assert pair.lane.is_open
@@ -74,7 +74,7 @@ def test_a_size_that_is_no_integer_is_an_error(name: str) -> None:
 
 def test_a_reservation_whose_tensor_points_elsewhere_is_published_no_further_than_it_reaches() -> None:
     """(1, 2) What is published lies in the room; another memory has to be copied into it."""
-    with together() as pair:
+    with lane_with_readers() as pair:
         neighbour = pair.put(random((PAGE,), seed=1))
         room = pair.lane.reserve((PAGE,), torch.uint8)
         assert isinstance(room, Reservation)
@@ -93,7 +93,7 @@ def test_a_tensor_whose_storage_was_resized_is_refused(left: int) -> None:
     tensor = torch.zeros(1000)
     assert tensor.untyped_storage().nbytes() == 4000
     tensor.untyped_storage().resize_(left)
-    with together() as pair:
+    with lane_with_readers() as pair:
         assert pair.refused(tensor).cause == "unsupported"
 
 
@@ -121,7 +121,7 @@ def test_a_thread_that_waits_no_more_as_the_lane_opens() -> None:
 
 
 def test_a_signal_handler_that_makes_up_for_what_a_take_was_about_to() -> None:
-    with together() as pair:
+    with lane_with_readers() as pair:
         (link,) = pair.reader._listener.links.values()
         link.dropped = Emptied()
         del link
@@ -249,7 +249,7 @@ def test_releases_that_cannot_be_sent_for_a_while_are_sent_later(
 ) -> None:
     """And the reader's thread tries it after a while, not all the time."""
     monkeypatch.setattr(listening, "_AFTER_ERROR", 1800.0)
-    with together() as pair:
+    with lane_with_readers() as pair:
         (link,) = pair.reader._listener.links.values()
         failing = FakeFailingSocket(link.connection)
         link.connection = link.outbox._connection = failing  # type: ignore[assignment]
@@ -267,7 +267,7 @@ def test_releases_that_cannot_be_sent_for_a_while_are_sent_later(
         del link
 
 
-def end_while_it_fails(pair: Together) -> float | None:
+def end_while_it_fails(pair: LaneWithReaders) -> float | None:
     """How long the reader's thread sleeps then; no name keeps the link after this."""
     (link,) = pair.reader._listener.links.values()
     real = link.connection
@@ -281,7 +281,7 @@ def end_while_it_fails(pair: Together) -> float | None:
 
 
 def test_a_lane_that_ends_while_its_socket_fails_lets_the_readers_thread_sleep() -> None:
-    with together() as pair:
+    with lane_with_readers() as pair:
         patience = end_while_it_fails(pair)
         assert patience is not None and patience > 5  # until the lane is forgotten
 
@@ -345,7 +345,7 @@ def test_a_reader_that_is_sent_away_when_it_has_joined_says_why(caplog: pytest.L
 
 def test_a_reader_whose_thread_has_failed_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves its lanes, and lets go of their memory."""
-    with together() as pair:
+    with lane_with_readers() as pair:
         monkeypatch.setattr(pair.reader._listener, "_tidy", lambda: 1 / 0)
         pair.reader._listener.wake()
         eventually(lambda: pair.reader._listener.has_failed, "the thread has failed")

@@ -20,6 +20,7 @@ from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.confinement import NOBODY, become, require_other_users
 from tests.lane.harness.kernel import open_files
+from tests.lane.harness.lane_with_readers import serves
 from tests.lane.harness.sockets import (
     HUGE,
     KINDS,
@@ -33,7 +34,6 @@ from tests.lane.harness.sockets import (
     visit,
     welcomed,
 )
-from tests.lane.harness.together import serves
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20

@@ -29,10 +29,10 @@ from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child
 from tests.lane.harness.confinement import NOBODY, become, require_other_users
 from tests.lane.harness.kernel import open_files
+from tests.lane.harness.lane_with_readers import new_tensor, put, serves
 from tests.lane.harness.libc import checked
 from tests.lane.harness.peers import Company, Producing, Reading, baseline, carries
 from tests.lane.harness.sockets import admitted, impostor, invitation_of_nobody, receive, visit, welcomed
-from tests.lane.harness.together import new_tensor, put, serves
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20

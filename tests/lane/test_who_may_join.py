@@ -37,9 +37,9 @@ from mmlane.lane.status import ask, switch
 from tests.lane.harness.child import Child, Failed, die_with_the_parent, run
 from tests.lane.harness.confinement import NOBODY, become, require_other_users
 from tests.lane.harness.kernel import lane_files, open_files
+from tests.lane.harness.lane_with_readers import new_tensor, put, serves
 from tests.lane.harness.libc import checked, libc
 from tests.lane.harness.sockets import MAPPED, hello, invitation_of_nobody, receive, visit
-from tests.lane.harness.together import new_tensor, put, serves
 from tests.lane.harness.waiting import eventually
 
 MIB = 1 << 20

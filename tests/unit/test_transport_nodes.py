@@ -37,8 +37,8 @@ from mmlane.transport.nodes import Node, announce, find_route, name_of  # noqa: 
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
 from mmlane.transport.samples import Samples, Shared  # noqa: E402
 from mmlane.transport.segment import Segment  # noqa: E402
+from tests.lane.harness.lane_with_readers import copy, published, put  # noqa: E402
 from tests.lane.harness.payloads import same  # noqa: E402
-from tests.lane.harness.together import copy, published, put  # noqa: E402
 from tests.lane.harness.waiting import DEADLINE  # noqa: E402
 from tests.unit import crossing_ranks  # noqa: E402
 from tests.unit.crossing_ranks import Looks, ask, hear, ranks, tell  # noqa: E402

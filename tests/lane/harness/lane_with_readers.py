@@ -23,7 +23,7 @@ SEGMENT = 64 << 10
 
 
 @dataclass
-class Together:
+class LaneWithReaders:
     """An open lane, the readers of its only group `tp`, and what is at hand of both."""
 
     lane: Lane
@@ -90,13 +90,13 @@ def books(stats: LaneStats) -> dict[str, Any]:
 
 
 @contextmanager
-def together(
+def lane_with_readers(
     readers: int = 1, *, linger: float = 30.0, device: str | None = None, **options: Any
-) -> Iterator[Together]:
+) -> Iterator[LaneWithReaders]:
     """A lane, of 16 small segments by default. Nothing of it is left in this process when all is well."""
     before = kernel.lane_files(os.getpid())
     options = {"capacity": 16 * SEGMENT, "segment": SEGMENT, **options}
-    pair = Together(Lane({"tp": readers}, **options))
+    pair = LaneWithReaders(Lane({"tp": readers}, **options))
     try:
         for number in range(readers):
             pair.readers.append(Reader("tp", number, linger=linger, device=device))
