@@ -48,7 +48,7 @@ def bytes_of_others(pair: LaneWithReaders, stream: Any) -> int:
     """
     zeros, others = torch.zeros(SIZE, dtype=torch.uint8), torch.ones(SIZE, dtype=torch.uint8)
     on_device = torch.full((SIZE,), 2, dtype=torch.uint8, device="cuda")  # now: cudaMalloc may wait for the device
-    gpu._sleep(1)  # alike for the loading of a kernel
+    gpu._sleep(1)  # the same for the loading of a kernel
     gpu.synchronize()
     with gpu.stream(stream):
         gpu._sleep(LONG)
@@ -74,7 +74,7 @@ def test_room_that_the_device_still_reads_is_not_released(pair: LaneWithReaders)
         pair.wait_until_nothing_is_out()
 
 
-def test_without_events_it_would_be(pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_events_room_is_released_too_early(pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test before can fail."""
     monkeypatch.setattr(device.Device, "_record", lambda self, streams: [])
     assert bytes_of_others(pair, gpu.Stream()) > 0
@@ -95,7 +95,7 @@ def test_a_graph_is_captured_while_tensors_are_let_go(pair: LaneWithReaders) -> 
 
 
 def test_events_are_looked_at_during_a_capture(pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a thread for which that is allowed; by any other it would spoil the capture."""
+    """By a thread for which that is allowed; by any other thread it would invalidate the capture."""
     looks: list[Any] = []
     query = gpu.Event.query
 

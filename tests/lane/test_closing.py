@@ -1,4 +1,4 @@
-"""The end of a lane, of a reader, of a process: who holds something keeps it, and the last of it frees the memory.
+"""The end of a lane, of a reader, of a process: a process keeps what it holds until it lets it go.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -96,7 +96,7 @@ def put_amid_close(producing: Producing, point: str) -> tuple[Sent | Refused, in
 
 @pytest.mark.parametrize("point", ["put.allocated", "commit.populated", "put.committed", "put.copied"])
 def test_a_lane_closed_amid_a_put(company: Company, point: str) -> None:
-    """The memory stays until the put is through with it, and nobody writes to a wakeup event that is gone."""
+    """The memory stays until the put has ended, and no thread writes to a wakeup event that is closed."""
     producer, (reader,) = company.open(["tp"])
     answer, written = producer.call(put_amid_close, point)
     assert isinstance(answer, Refused) and answer.cause == "closed"
@@ -204,7 +204,7 @@ def test_a_reader_that_holds_nothing_ends_the_lane_as_well() -> None:
 
 @pytest.mark.parametrize("first", ["lane", "reader"])
 def test_a_closed_reader_keeps_no_memory_of_a_lane_that_has_ended(first: str) -> None:
-    """Though a ticket was on its way, which could have been taken for a while: nobody can take it any more."""
+    """Though a ticket was on its way, which could have been taken for a while: no reader can take it any more."""
     with lane_with_readers(linger=3600.0) as pair:
         held = pair.reader.take(pair.put(random(SHAPE)))
         pair.put(random(SHAPE))

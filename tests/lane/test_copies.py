@@ -1,4 +1,4 @@
-"""Every put copies what is there, whoever wrote it and however.
+"""Every put copies the tensor's present content, however it was written.
 
 The numbers are those of the invariants in docs/lane.md.
 """

@@ -76,7 +76,7 @@ def test_what_the_lane_keeps_is_registered_and_tensors_lie_in_it(gpu: FakeGpu, p
 def test_what_is_registered_can_be_written_to_until_then_and_not_after(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many drivers refuse to register a read-only mapping; and nobody but the producer is to write (6)."""
+    """Many drivers refuse to register a read-only mapping; and only the producer may write (6)."""
     seen: list[str] = []
     register = gpu.register
 
@@ -155,7 +155,7 @@ def test_kept_memory_stays_and_other_memory_goes(gpu: FakeGpu) -> None:
         pair.reader.discard(pair.put(random((8 * SEGMENT,))))
         assert pair.lane.stats().committed_bytes > PINNED
         eventually(lambda: pair.lane.stats().committed_bytes == PINNED, "what was idle is handed back")
-        eventually(lambda: pair.lane._control.agenda.next_look is None, "nobody looks any more")
+        eventually(lambda: pair.lane._control.agenda.next_look is None, "no further look is planned")
         assert list(gpu.registered.values()) == [PINNED] and pair.lane.stats().pinned_bytes == PINNED
 
 
@@ -219,7 +219,7 @@ def test_a_member_that_could_not_be_told_is_told_later_and_none_twice(
     with lane_with_readers(2, device="cuda:0", pinned=PINNED, idle=0.05) as pair:
         for reader in pair.readers:
             assert reader.wait_pinned(pair.lane.name, DEADLINE)
-        eventually(lambda: pair.lane._control.agenda.next_look is None, "nobody looks any more")
+        eventually(lambda: pair.lane._control.agenda.next_look is None, "no further look is planned")
         assert [member.number for member in sorted(told)] == [0, 1, 1, 1]
         assert len(gpu.registered) == 2
         assert pair.lane.stats().committed_bytes == pair.lane.stats().pinned_bytes == PINNED
@@ -276,13 +276,15 @@ def test_room_that_the_device_still_reads_is_not_released(gpu: FakeGpu, pair: La
     pair.wait_until_nothing_is_out()
 
 
-def test_without_events_it_would_be(gpu: FakeGpu, pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_events_room_is_released_too_early(
+    gpu: FakeGpu, pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test before can fail: with no event recorded, the device reads the next tensor's bytes."""
     monkeypatch.setattr(device.Device, "_record", lambda self, streams: [])
     assert bytes_of_others(pair, gpu.default) == ALL
 
 
-def test_alike_for_memory_that_is_not_pinned(gpu: FakeGpu) -> None:
+def test_memory_that_is_not_pinned_is_not_released_while_the_device_reads(gpu: FakeGpu) -> None:
     """Where a GPU can read any memory, a pageable copy may be under way just so."""
     with lane_with_readers(device="cuda:0") as pair:
         assert bytes_of_others(pair, gpu.default) == 0
@@ -306,7 +308,7 @@ def test_events_on_the_default_stream(gpu: FakeGpu, pair: LaneWithReaders) -> No
 
 
 def test_events_on_the_streams_of_taking_and_of_letting_go(gpu: FakeGpu, pair: LaneWithReaders) -> None:
-    """They may have been current since before anybody watched."""
+    """They may have been current since before the reader watched."""
     taking, letting_go = FakeStream(), FakeStream()
     with gpu.stream(taking, seen=False):
         taken = pair.reader.take(pair.put(random((SEGMENT,))))
@@ -417,7 +419,7 @@ def test_a_release_that_was_interrupted_waits_for_the_device_too(
             settle(self, *args)
 
         monkeypatch.setattr(device.Device, "settle", interrupted)
-        monkeypatch.setattr(sys, "unraisablehook", lambda hook: None)  # in a finalizer, nobody hears of it
+        monkeypatch.setattr(sys, "unraisablehook", lambda hook: None)  # no caller can catch it in a finalizer
         del taken
         eventually(lambda: len(gpu.default.work) > 1, "an event is behind the copy")
         assert pair.lane.stats().tickets == 1
@@ -555,7 +557,7 @@ def test_a_device_that_is_not_there() -> None:
 
 @pytest.mark.parametrize(("looks", "recorded"), [((False, False), True), ((True,), False), ((False, True), False)])
 def test_no_event_of_a_capture(looks: tuple[bool, ...], recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it begins between the look and the event, whose query would spoil it."""
+    """Also where it begins between the look and the event, whose query would invalidate it."""
     events: list[Any] = []
 
     class Event:

@@ -380,7 +380,7 @@ def everything(world: World, random: Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(examples(2, 60)))
-def test_nothing_is_lost_in_a_storm(seed: int) -> None:
+def test_many_interrupts_lose_nothing(seed: int) -> None:
     random = Random(seed)
     hits = 0
     with worlds() as open_world:

@@ -72,7 +72,7 @@ def test_a_reader_that_leaves_an_open_lane_ends_it_and_keeps_what_it_holds(compa
     assert leaves.call(Reading.check) == 2
 
 
-def test_coming_and_going_leaks_nothing(company: Company) -> None:
+def test_joining_and_leaving_repeatedly_leaks_nothing(company: Company) -> None:
     producer = company.producer({"tp": 2})
     invitation = company.invitation(producer)
     leaves = company.reader("tp", invitation)

@@ -200,7 +200,7 @@ ALIASES: dict[str, Callable[[Tensor], object]] = {
 def test_a_copy_is_kept_as_long_as_an_alias_of_its_tensor_lives(
     wide: LaneWithReaders, made: Callable[[Tensor], object], end: Callable[[list[Reservation]], None]
 ) -> None:
-    """(2): it is not used again, so that what the alias writes is in nobody's tensor (6)."""
+    """(2): it is not used again, so that what the alias writes is in no reader's tensor (6)."""
     copies = [wide.copy(random((PAGE,)))]
     alias = [made(copies[0].tensor)]
     end(copies)
@@ -226,7 +226,7 @@ def test_what_is_closed_cannot_be_published(
         del alias
         wide.discard(ticket)
     end([copy])
-    before = wide.books()
+    before = wide.figures()
     for _ in range(2):
         with pytest.raises(LaneError, match="closed"):
             copy.publish()
@@ -234,7 +234,7 @@ def test_what_is_closed_cannot_be_published(
             copy.publish(tensor)
         with pytest.raises(LaneError, match="closed"):
             _ = copy.tensor
-    assert wide.books() == before and wide.lane.is_open
+    assert wide.figures() == before and wide.lane.is_open
     assert held(wide.lane.stats()) == ((1, 1, 1) if out else (0, 0, 0))
     if out:
         assert same(wide.reader.take(ticket), tensor)
@@ -257,6 +257,6 @@ HELD_AT_THE_END = """
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_program_ends_without_a_word_while_copies_are_kept(ended: bool) -> None:
+def test_a_program_ends_without_output_while_copies_are_kept(ended: bool) -> None:
     program = run_beside_a_lane(HELD_AT_THE_END.replace("ENDED", str(ended)))
     assert (program.returncode, program.stdout, program.stderr) == (0, "well\n", "")

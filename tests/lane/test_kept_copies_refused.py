@@ -32,11 +32,11 @@ from tests.lane.harness.waiting import eventually
 
 def refused(pair: LaneWithReaders, copy: Reservation) -> Refused:
     """The refusal of a ticket for a copy, which is counted and changes nothing else."""
-    before, books = pair.lane.stats(), pair.books()
+    before, figures = pair.lane.stats(), pair.figures()
     ticket = copy.publish()
     assert isinstance(ticket, Refused)
     assert pair.lane.stats().fallbacks.get(ticket.cause, 0) == before.fallbacks.get(ticket.cause, 0) + 1
-    assert pair.books() == books
+    assert pair.figures() == figures
     return ticket
 
 

@@ -210,7 +210,7 @@ def check_after_interrupt(
     assert all(same(reader.take(ticket), tensor) for ticket in tickets)
     copy.close()
     if not lane.is_closed:
-        # Of a ticket that was interrupted at its very end nobody has it.
+        # A publish that was interrupted at its very end has issued a ticket that no variable holds.
         lane._issuer.withdrawn.extend((live.slot, live.serial) for live in lane._issuer.tickets.live.values())
         assert held(lane.stats()) == (0, 0, 0)
         again = lane.copy(tensor)

@@ -1,4 +1,4 @@
-"""Mappings and descriptors of a reader: none is left, and where none can be had a copy does."""
+"""Mappings and descriptors of a reader: none is leaked, and where no mapping can be had the tensor is copied."""
 
 from __future__ import annotations
 

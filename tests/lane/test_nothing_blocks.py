@@ -70,7 +70,7 @@ def everything(pair: LaneWithReaders) -> None:
 
 
 @pytest.mark.parametrize("whose", ["producer", "reader"])
-def test_a_log_handler_that_stands_still_holds_up_nobody_but_the_thread_that_logs(whose: str) -> None:
+def test_a_blocked_log_handler_holds_up_only_the_thread_that_logs(whose: str) -> None:
     with lane_with_readers(idle=PERIOD) as pair, standing_still() as handler:
         (member,) = pair.lane.members
         if whose == "producer":

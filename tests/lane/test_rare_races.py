@@ -1,4 +1,4 @@
-"""Calls that meet at odd moments, odd arguments, and a system that fails for a while: nobody else feels it.
+"""Calls that meet at odd moments, odd arguments, and a system that fails for a while: they affect no other call.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -56,7 +56,7 @@ def test_numpys_integers_are_integers() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2.0, 3), ("2", 3), (None,), (-1, 3), 3])
-def test_a_shape_that_is_none_is_an_error_and_changes_nothing(shape: Any) -> None:
+def test_a_malformed_shape_is_an_error_and_changes_nothing(shape: Any) -> None:
     with lane_with_readers() as pair:
         with pytest.raises((ValueError, TypeError)):
             pair.lane.reserve(shape, torch.float32)
@@ -98,7 +98,7 @@ def test_a_tensor_whose_storage_was_resized_is_refused(left: int) -> None:
 
 
 @pytest.mark.parametrize("timeout", [-0.3, -1.0, 0.0])
-def test_waiting_for_no_time_at_all_is_over_at_once(timeout: float) -> None:
+def test_wait_open_with_a_timeout_of_zero_or_less_returns_at_once(timeout: float) -> None:
     with Lane({"tp": 1}, capacity=SEGMENT, segment=SEGMENT) as lane:
         assert not lane.wait_open(timeout)
         serves(lane)
@@ -114,13 +114,13 @@ class Emptied(deque[Any]):
         return True
 
 
-def test_a_thread_that_waits_no_more_as_the_lane_opens() -> None:
+def test_the_lane_opens_when_its_last_waiting_thread_has_just_timed_out() -> None:
     with Lane({"tp": 1}, capacity=SEGMENT, segment=SEGMENT) as lane:
         lane._lifecycle._waiting = Emptied()
         serves(lane)
 
 
-def test_a_signal_handler_that_makes_up_for_what_a_take_was_about_to() -> None:
+def test_a_take_whose_pending_release_was_sent_by_a_signal_handler() -> None:
     with lane_with_readers() as pair:
         (link,) = pair.reader._listener.links.values()
         link.dropped = Emptied()
@@ -169,8 +169,10 @@ class Interrupt(Exception):
 
 
 @pytest.mark.parametrize("which", ["lane", "reader"])
-def test_making_it_is_interrupted_when_its_thread_runs(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has it then who could close it."""
+def test_an_interrupted_constructor_leaves_no_thread_and_no_socket(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No caller has the object then, so none can close it."""
     start = threading.Thread.start
 
     def interrupted(thread: threading.Thread) -> None:
@@ -192,7 +194,7 @@ def test_making_it_is_interrupted_when_its_thread_runs(which: str, monkeypatch: 
 
 @contextmanager
 def full_queue(name: str) -> Iterator[None]:
-    """Somebody listens, but accepts nobody; and there is no place to wait."""
+    """A socket that listens and accepts no connection, and whose queue is full."""
     with listen(name):
         waiting = []
         with suppress(BlockingIOError):

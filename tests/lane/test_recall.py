@@ -1,4 +1,4 @@
-"""`Lane.recall`: tickets that were probably never sent come back soon, and nobody loses what he holds."""
+"""`Lane.recall`: tickets that were probably never sent come back soon, and a reader keeps what it holds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_recalled_ticket_comes_back_and_is_refused_from_then_on() -> None:
                 reader.take(ticket)
 
 
-def test_who_holds_a_recalled_ticket_keeps_it() -> None:
+def test_a_reader_that_holds_a_recalled_ticket_keeps_it() -> None:
     """(3, 6) Also when only one of the readers has taken it: the other may still."""
     with lane_with_readers(readers=2, idle=PERIOD) as pair:
         tensor = random((5000,))
@@ -48,7 +48,7 @@ def test_who_holds_a_recalled_ticket_keeps_it() -> None:
         eventually(lambda: pair.lane.stats().tickets == 0, "everything is back")
 
 
-def test_what_is_no_ticket_or_is_not_out_is_left_alone() -> None:
+def test_recalling_a_foreign_released_or_malformed_ticket_changes_nothing() -> None:
     with lane_with_readers(idle=PERIOD) as pair, lane_with_readers(idle=PERIOD) as elsewhere:
         foreign = elsewhere.put(random((5000,)))
         ticket = pair.put(random((5000,)))

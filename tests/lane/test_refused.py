@@ -1,4 +1,4 @@
-"""Who is refused and why, and what an error amid a put or a take leaves behind: nothing.
+"""Refusals and their causes; and that an error during a put or a take leaves nothing behind.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -63,12 +63,12 @@ def test_not_open_says_who_is_missing() -> None:
         assert lane.stats().fallbacks == {"not_open": 1} and lane.stats().used_bytes == 0
 
 
-def test_unsupported_says_what_it_was(pair: LaneWithReaders) -> None:
+def test_a_refusal_as_unsupported_names_the_tensor(pair: LaneWithReaders) -> None:
     refused = pair.refused(torch.zeros(3).to_sparse())
     assert refused.cause == "unsupported" and refused.detail.startswith("torch.float32, torch.sparse_coo")
 
 
-def test_closed_says_so_and_closing_twice_is_nothing() -> None:
+def test_a_put_on_a_closed_lane_is_refused_and_closing_twice_is_no_error() -> None:
     with lane_with_readers() as pair:
         ticket = pair.put(random((5,)))
         pair.lane.close()

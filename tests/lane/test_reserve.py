@@ -142,7 +142,7 @@ BYTES = st.integers(0, 20_000)
 @settings(max_examples=examples(100, 1000))
 @given(st.lists(st.tuples(BYTES, BYTES, st.sampled_from(MODES)), min_size=1, max_size=12))
 def test_any_ranges_at_once_in_any_modes(large: LaneWithReaders, ranges: list[tuple[int, int, Mode]]) -> None:
-    """Overlapping ones, too: each is its own ticket, and what one reader writes nobody else sees (6)."""
+    """Overlapping ones, too: each is its own ticket, and what one reader writes no other process sees (6)."""
     wanted = random((20_000,))
     with reserve(large.lane, 20_000) as room:
         room.tensor.copy_(wanted)
@@ -302,10 +302,10 @@ NOT_PARTS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("made", NOT_PARTS.values(), ids=NOT_PARTS)
 def test_what_is_no_contiguous_part_is_an_error(wide: LaneWithReaders, made: Callable[[Tensor], Any]) -> None:
     room = reserve(wide.lane, 100)
-    before = wide.books()
+    before = wide.figures()
     with pytest.raises(ValueError, match=r"contiguous part|travel by lane"):
         room.publish(made(room.tensor))
-    assert wide.books() == before and wide.lane.is_open
+    assert wide.figures() == before and wide.lane.is_open
     room.close()
 
 
@@ -395,7 +395,7 @@ ALIASES: dict[str, Callable[[Tensor], object]] = {
 def test_room_is_free_when_no_alias_lives_and_no_ticket_is_out(
     wide: LaneWithReaders, end: Callable[[list[Reservation]], None], alias: Callable[[Tensor], object], first: str
 ) -> None:
-    """(2) Whoever fills it may still do so."""
+    """(2) A thread that fills it may still do so."""
     rooms = [reserve(wide.lane, 2 * PAGE)]
     rooms[0].tensor.fill_(1)
     aliases = [alias(rooms[0].tensor)]
@@ -560,7 +560,7 @@ def test_a_lane_that_is_off_gives_no_room_and_publishes_nothing_until_it_is_on(w
 
 @pytest.mark.parametrize("how", ["lane", "reader"])
 def test_a_lane_that_ends_while_room_is_filled(how: str) -> None:
-    """The tensor stays memory that can be written to, as long as anybody has it; then it goes."""
+    """The tensor stays memory that can be written to, as long as a reference to it is left; then it goes."""
     with lane_with_readers(readers=2) as pair:
         room = reserve(pair.lane, 3 * SEGMENT)
         room.tensor[:SEGMENT] = 1

@@ -53,13 +53,13 @@ def test_a_ticket_that_is_not_out_is_stale(pair: LaneWithReaders, ended: str) ->
         pair.lane.drain()
         again = pair.put(tensor)
         assert (read(again).slot, read(again).offset) == (read(ticket).slot, read(ticket).offset)
-    books = pair.books()
+    figures = pair.figures()
     for _ in range(3):
         with pytest.raises(StaleTicket, match=pair.lane.name):
             pair.reader.take(ticket)
         pair.reader.discard(ticket)
     pair.discard(pair.put(tensor))  # so the reader's thread has come to those before it
-    assert pair.books() == {**books, "puts": books["puts"] + 1}
+    assert pair.figures() == {**figures, "puts": figures["puts"] + 1}
     assert all(same(taken, tensor) for taken in held)
     if ended == "used again":
         assert same(pair.reader.take(again), tensor)

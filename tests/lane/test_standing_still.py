@@ -1,4 +1,4 @@
-"""Those that stand still, or hear late: nobody waits for them, and nothing of theirs is lost."""
+"""Readers that stand still, or handle messages late: no other process waits for them, and no ticket is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taking and letting go, in one process: what a tensor is good for, and when its ticket is released.
+"""Taking and letting go, in one process: what can be done with a tensor, and when its ticket is released.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -38,7 +38,7 @@ def test_every_mode_gives_the_tensor_and_the_ticket_ends_with_it(
 
 
 @pytest.mark.parametrize("mode", ["cow", "clone"])
-def test_what_a_reader_writes_is_seen_by_nobody_else(mode: Mode) -> None:
+def test_no_other_tensor_shows_what_a_reader_writes(mode: Mode) -> None:
     """(6)"""
     with lane_with_readers(readers=2) as pair:
         tensor = random(SHAPE, torch.float32)
@@ -79,7 +79,7 @@ def test_a_page_that_is_not_written_is_not_copied(pair: LaneWithReaders) -> None
 
 
 def test_writing_to_a_view_ends_the_process() -> None:
-    """With a signal rather than with other bytes for everybody (6)."""
+    """With a signal, rather than with changed bytes in every reader (6)."""
     ended = run_beside_a_lane(
         """
         tensor = random((10,))
@@ -169,7 +169,7 @@ def test_a_ticket_is_out_as_long_as_any_alias_lives(
 
 @pytest.mark.parametrize("mode", ["view", "cow"])
 def test_an_alias_reads_the_same_bytes_to_the_end(pair: LaneWithReaders, mode: Mode) -> None:
-    """(2): the producer goes on filling the lane meanwhile."""
+    """(2): while the producer goes on filling the lane."""
     tensor = random((2 * SEGMENT,))
     taken = pair.reader.take(pair.put(tensor), mode)
     part = taken[SEGMENT:].view(-1, 16).T
@@ -240,4 +240,4 @@ def test_a_reader_knows_how_much_it_holds() -> None:
         del view
         assert pair.reader.held_share(pair.lane.name) == 0
         with pytest.raises(UnknownLane):
-            pair.reader.held_share("mmlane-of-nobody")
+            pair.reader.held_share("mmlane-that-is-not-joined")

@@ -166,11 +166,11 @@ def test_what_is_not_plain_is_refused(
 
 @pytest.mark.parametrize(("made", "says"), NO_TENSOR.values(), ids=NO_TENSOR)
 @pytest.mark.parametrize("kept", [False, True])
-def test_what_is_no_tensor_is_a_mistake(
+def test_an_argument_that_is_not_a_tensor_is_a_type_error(
     wide: LaneWithReaders, made: Callable[[], Any], says: str, kept: bool
 ) -> None:
-    before = wide.books()
+    before = wide.figures()
     with pytest.raises(TypeError, match=f"tensor is of type {says}: wanted a torch.Tensor"):
         (wide.lane.copy if kept else wide.lane.put)(made())
-    assert wide.books() == before
+    assert wide.figures() == before
     assert same(wide.reader.take(wide.put(random((5,)))), random((5,)))

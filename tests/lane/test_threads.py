@@ -1,4 +1,4 @@
-"""Several threads at once, and Python's collector anywhere: every ticket is released, nobody waits for a lock."""
+"""Several threads at once, and Python's collector anywhere: tickets are released without waiting for a lock."""
 
 from __future__ import annotations
 

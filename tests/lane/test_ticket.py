@@ -1,4 +1,4 @@
-"""Tickets: what they carry arrives, and nothing else is taken, whatever is handed in for one.
+"""Tickets: the tensors that they stand for arrive, and anything else that is passed as a ticket is an error.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -204,7 +204,7 @@ class Attack:
 
 
 @pytest.mark.long
-def test_thousands_of_things_that_are_not_tickets(pair: LaneWithReaders) -> None:
+def test_thousands_of_invalid_tickets_are_each_an_error(pair: LaneWithReaders) -> None:
     """(5): each is an error of its own kind; nothing is taken, nothing is released, the lane goes on.
 
     To discard a stale ticket is no error: the reader's thread looks at it, and does nothing.
@@ -241,7 +241,7 @@ def test_withdrawing_what_is_not_a_ticket_of_this_lane_changes_nothing(pair: Lan
     ticket = pair.put(random((8,)))
     with lane_with_readers() as other:
         elsewhere = other.put(random((8,)))
-        books = pair.books()
+        figures = pair.figures()
         content = read(ticket)
         for wrong in (
             elsewhere,
@@ -254,7 +254,7 @@ def test_withdrawing_what_is_not_a_ticket_of_this_lane_changes_nothing(pair: Lan
         for nonsense in (b"", b"mml1", ticket[:-1], None, 7, bytearray(ticket)):
             with pytest.raises(MalformedTicket):
                 pair.lane.withdraw(nonsense)  # type: ignore[arg-type]
-        assert pair.books() == books
+        assert pair.figures() == figures
         assert other.lane.stats().tickets == 1
         other.lane.withdraw(elsewhere)
     assert same(pair.reader.take(ticket), random((8,)))

@@ -57,12 +57,12 @@ class LaneWithReaders:
         assert isinstance(refused, Refused)
         after = self.lane.stats()
         assert after.fallbacks.get(refused.cause, 0) == before.fallbacks.get(refused.cause, 0) + 1
-        assert books(after) == books(before)
+        assert figures(after) == figures(before)
         return refused
 
-    def books(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """What is out and held now."""
-        return books(self.lane.stats())
+        return figures(self.lane.stats())
 
     def nothing_is_out(self) -> bool:
         """Whether all tickets have ended, and no extent is held."""
@@ -74,7 +74,7 @@ class LaneWithReaders:
         eventually(self.nothing_is_out, "all extents are back")
 
 
-def books(stats: LaneStats) -> dict[str, Any]:
+def figures(stats: LaneStats) -> dict[str, Any]:
     """All that a request that fails must not change: it may change its own count, and memory committed."""
     return {
         "tickets": stats.tickets,

@@ -74,7 +74,7 @@ class Producing:
             if isinstance(copy, Refused):
                 return copy
             ticket = copy.publish()
-            if left > 1 and not isinstance(ticket, Refused):  # else nobody would say that it is to be forgotten
+            if left > 1 and not isinstance(ticket, Refused):  # else no caller would say that it is to be forgotten
                 self.copies[seed] = copy, left - 1
         return ticket if isinstance(ticket, Refused) else Sent(ticket, seed, nbytes)
 
