@@ -1,6 +1,6 @@
 """What the .pth line costs a Python process that has nothing to do with the engine.
 
-Each sample is a fresh interpreter, started without site-packages, that times the line by itself; beside it, as the
+Each sample is a fresh interpreter, started without site-packages, that times the line alone; beside it, as the
 peer in the same interpreter, the import of one small module of the standard library.
 
     python -m bench.startup [--runs 100]

@@ -1,7 +1,7 @@
 """Fingerprints of the engine's functions that patches replace or rely on: which bodies a person has read.
 
 A wrapper at a stable seam still leans on what the wrapped body does. When a release changes such a body,
-somebody has to read it again. The record names the releases at which each body changed, oldest first; `null`
+a maintainer has to read it again. The record names the releases at which each body changed, oldest first; `null`
 is where it is no longer there.
 """
 

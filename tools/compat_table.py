@@ -23,13 +23,13 @@ PULL = "https://github.com/sgl-project/sglang/pull/"
 
 
 def overview(table: Matrix) -> str:
-    """Engine releases down, patches across; one row for releases that are treated alike."""
+    """Engine releases down, patches across; one row for releases that have the same cells."""
     specs = _specs(table)
     rows = [["SGLang", *(f"`{spec.id}`" for spec in specs)]]
-    for states, alike in groupby(
+    for states, versions_of_row in groupby(
         table.engines, key=lambda version: [_cell(spec, version).state for spec in specs]
     ):
-        versions = list(alike)
+        versions = list(versions_of_row)
         rows.append([_span(versions[0], versions[-1]), *("applied" if s == "apply" else "native" for s in states)])
     note = (
         "*applied*: mmlane makes the change; *native*: the engine has it. "
@@ -44,8 +44,8 @@ def details(table: Matrix) -> str:
     parts = [overview(table)]
     for spec in _specs(table):
         rows = [["SGLang", "mmlane"]]
-        for cell, alike in groupby(table.engines, key=lambda version: _cell(spec, version)):
-            versions = list(alike)
+        for cell, versions_of_row in groupby(table.engines, key=lambda version: _cell(spec, version)):
+            versions = list(versions_of_row)
             does = "fixes" if cell.state == "apply" else "native"
             rows.append([_span(versions[0], versions[-1]), f"{does}: {cell.reason}"])
         upstream = ", ".join(f"[{ref}]({PULL}{ref.removeprefix('#')})" for ref in spec.upstream) or "none"

@@ -1,4 +1,4 @@
-"""`python -m tools.matrix_new 0.5.24`: what the table would do with an engine that nobody has seen yet.
+"""`python -m tools.matrix_new 0.5.24`: what the table would do with an engine release that it does not have yet.
 
 For each patch: the cell that would hold, whether its targets are there, whether the faults are those that the
 cell claims, and which bodies are not those of the release before. Exit status 1: a person has to look.

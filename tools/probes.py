@@ -299,7 +299,7 @@ def splits_in_tokenizer(source: EngineSource) -> bool:
         for module in (PROCESSORS, BATCHES)
         if (file := source.file(module)) is not None
     }
-    _found(any(there.values()), "nobody splits the images of a request")
+    _found(any(there.values()), "no module splits the images of a request")
     return there[PROCESSORS]
 
 
@@ -396,7 +396,7 @@ def lock_in_tmp(source: EngineSource) -> bool:
         return False
     opened = [step for node in owner.body if isinstance(node, Function) for step in steps(node)]
     emptied = [step for step in opened if ast.unparse(step.call) == "open(SHM_LOCK_FILE, 'w+')"]
-    _found(bool(emptied), "SHM_LOCK_FILE, but nobody opens it as 'w+'")
+    _found(bool(emptied), "SHM_LOCK_FILE, but no code opens it as 'w+'")
     path = signature_of(constant)
     _found(path.startswith("'/tmp/"), f"a lock file at an unfamiliar place: {path}")
     return True

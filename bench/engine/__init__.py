@@ -4,8 +4,8 @@
 
 The real engine on this machine's CPU (devkit), TP 2, one server at a time. `off`: the plugin is not installed;
 any other mode: installed, with `MMLANE=<mode>`. Each release has a server per mode and round, in the order of the
-modes and then backwards, so that a drift of the machine meets all modes alike; `--quick` does one round. Figures
-are medians over what all rounds measured, and ratios are to `off` of the same release in the same run.
+modes and then backwards, so that a drift of the machine affects all modes equally; `--quick` does one round.
+Figures are medians over what all rounds measured, and ratios are to `off` of the same release in the same run.
 
 **Requests** go to /generate over HTTP, max_new_tokens 4, from as many threads as there are to be requests in
 flight. A few that do not count go first. Images are 640x480, a few that come again and again: the engine's caches

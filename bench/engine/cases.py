@@ -86,7 +86,7 @@ def body(prompt: Mapping[str, Any], images: Sequence[str], **sampling: Any) -> d
 
 
 class Bodies:
-    """The bodies of requests, no two alike in text."""
+    """The bodies of requests, each with a text of its own."""
 
     def __init__(self) -> None:
         self._images = [data_url(jpeg(WIDTH, HEIGHT, seed)) for seed in range(1, POPULAR + 1)]

@@ -6,8 +6,8 @@ torch alone, no engine; any machine with one NVIDIA GPU or more, best with nothi
 measure has processes of its own, spawned for it, and its ways take turns in every round, forwards and backwards;
 the first rounds do not count. Figures are medians, least and most in parentheses; ratios are those of medians.
 Time is CLOCK_MONOTONIC, from before the first copy is queued (`non_blocking=True`) until `torch.cuda.synchronize`
-returns: the driver stages copies from pageable memory and mostly blocks meanwhile, so CUDA events would leave out
-what the host does. What arrived is summed on the device, and compared. GB are 10^9 bytes, MiB are 2^20.
+returns: the driver stages copies from pageable memory and mostly blocks while it does so, and CUDA events would
+leave out what the host does. What arrived is summed on the device, and compared. GB are 10^9 bytes, MiB are 2^20.
 
 **Ways** to have the bytes:
 
@@ -39,7 +39,7 @@ what the host does. What arrived is summed on the device, and compared. GB are 1
 - `first byte`: from before the producer's first put until all is on the consumer's device, for 32 images of
   1280x720 as Qwen2-VL's patches. `smart_resize` (transformers, image_processing_qwen2_vl.py) makes them 1288x728,
   multiples of 28: 92 x 52 patches of 3 channels * 2 frames * 14 * 14 in float32, so 32 tensors of (4784, 1176),
-  687 MiB. Messages go through the benchmark's pipes, for all ways alike: some tenths of a millisecond. `put`: the
+  687 MiB. All ways send their messages through the benchmark's pipes: some tenths of a millisecond. `put`: the
   producer's part. `GPU MiB`: contexts and pool of both processes, without the features themselves.
 
 `--rehearse` goes through all of it with small CPU tensors in place of the device's: rehearsal, not a measurement.

@@ -7,7 +7,7 @@ It runs in a checkout, with the Python of an environment that has torch for CUDA
 results that are there; that works anywhere.
 
 **What is real:** the GPU; the engine's HTTP server, tokenizer and scheduler (TP 1, `--mm-feature-transport
-cpu`); JPEG images over HTTP, no two alike; preprocessing, which is done on the GPU by the engine's default; the
+cpu`); JPEG images over HTTP, all different; preprocessing, which is done on the GPU by the engine's default; the
 way of the features to the GPU.
 
 **What is not:** the model. Its weights are the devkit's, tiny and random, and it runs by the engine's

@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace, results: Results, path: Path, console: 
 
 
 def settled(server: Server) -> list[dict[str, Any]]:
-    """What the server's lane says of itself when no ticket is out, or after a while; [] without a lane."""
+    """The status of the server's lane when no ticket is out, or after a while; [] without a lane."""
     deadline = time.monotonic() + _SETTLED_S
     while True:
         lanes = [lane for lane in look() if lane.pid in {process.pid for process in server.processes()}]

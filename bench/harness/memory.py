@@ -96,6 +96,6 @@ def _memfds(process: Path) -> dict[tuple[int, int], int]:
             if str(descriptor.readlink()).startswith("/memfd:"):
                 status = descriptor.stat()
                 found[status.st_dev, status.st_ino] = status.st_blocks * _BLOCK
-        except FileNotFoundError:  # closed meanwhile
+        except FileNotFoundError:  # closed since the directory was listed
             continue
     return found

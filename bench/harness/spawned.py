@@ -99,7 +99,7 @@ def interrupts_held() -> Iterator[None]:
 def _serve(pipe: Connection, role: Callable[..., Any], arguments: Sequence[Any]) -> None:
     die_with(os.getppid())  # had it ended before that, the pipe would say so
     made: list[Any] = []
-    with suppress(ConnectionError):  # nobody is there any more who gives orders
+    with suppress(ConnectionError):  # the process that gives orders has ended
         pipe.send(answer_of(lambda: made.append(role(*arguments))))
     for one in made:
         obey(pipe, one)

@@ -1,4 +1,4 @@
-"""Whose turn it is: a drift of the machine is to meet all ways alike."""
+"""Whose turn it is: a drift of the machine has to affect all ways equally."""
 
 from __future__ import annotations
 

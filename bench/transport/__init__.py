@@ -43,9 +43,9 @@ of what is in /dev/shm and in memfds, and of the anonymous memory of the way's p
 transport was opened. So what it keeps in reserve is in it. The source is not, nor what is needed only in passing,
 such as a segment that is gone by then. Where a way moves its source into shared memory (torch.multiprocessing),
 the benchmark still holds the old one. As root, each way has a /dev/shm of its own; otherwise other programs that
-use it meanwhile disturb the figure.
+use it during the measurement disturb the figure.
 
-**One way** is latency, measured by itself: from before the put until the one reader has the tensor. The next
+**One way** is latency, measured separately: from before the put until the one reader has the tensor. The next
 message is put when that one has been freed, and is a tensor of its own. `pipe_s` is an empty message on the same
 pipe, sent before each: what is left when a transport takes no time.
 

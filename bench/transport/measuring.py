@@ -20,7 +20,7 @@ _SMALL = 4 * MIB  # up to here a round takes next to no time, and varies more
 _MORE_ROUNDS = 4
 _ENOUGH_S = 4.0  # a way that has spent so long on a case needs no more rounds
 _FEWEST = 3
-_SLOW_S = 2.0  # so slow is nobody who would be faster when warm
+_SLOW_S = 2.0  # a way whose first round takes longer than this needs no second one to warm up
 _SPARE = GIB
 _TURNS = 4
 

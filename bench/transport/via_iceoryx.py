@@ -121,5 +121,5 @@ def _service(node: Any, name: str, case: Case) -> Any:
 
 
 def _over(address: int, dtype: torch.dtype, nbytes: int) -> Tensor:
-    """A tensor over memory that somebody else keeps."""
+    """A tensor over memory that iceoryx owns."""
     return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=dtype)

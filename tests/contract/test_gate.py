@@ -24,7 +24,7 @@ def test_what_was_received_passes_there_before_it_is_broadcast(source: EngineSou
     assert asked < broadcast and "recv_pyobj" not in text[asked:]
 
 
-def test_nobody_else_asks_the_input_blocker(source: EngineSource) -> None:
+def test_no_other_module_uses_the_input_blocker(source: EngineSource) -> None:
     scheduler = source.file(f"{MANAGERS}.scheduler")
     assert scheduler is not None
     users = {path.name for path in scheduler.parent.rglob("*.py") if ".input_blocker" in path.read_text()}

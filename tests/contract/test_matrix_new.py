@@ -1,4 +1,4 @@
-"""`matrix-new`: releases that we know, as if we did not."""
+"""`matrix-new`, with releases that are taken out of a copy of the table first."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import torch
 
 from bench.gpu.device import lacking
 from mmlane.lane import cuda, device
+from tests.lane.harness.lane_with_readers import LaneWithReaders, lane_with_readers
 from tests.lane.harness.payloads import random, same
-from tests.lane.harness.together import Together, together
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 LACKING = lacking(None)
@@ -27,13 +27,13 @@ LONG = 1_000_000_000  # cycles: about half a second, in which the host does a gr
 
 
 @pytest.fixture
-def pair() -> Iterator[Together]:
-    with together(device="cuda:0", capacity=SIZE, segment=4 * MIB, pinned=SIZE) as pair:
+def pair() -> Iterator[LaneWithReaders]:
+    with lane_with_readers(device="cuda:0", capacity=SIZE, segment=4 * MIB, pinned=SIZE) as pair:
         assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
         yield pair
 
 
-def test_a_tensor_is_pinned_and_arrives(pair: Together) -> None:
+def test_a_tensor_is_pinned_and_arrives(pair: LaneWithReaders) -> None:
     tensor = random((SIZE // 2,))
     taken = pair.reader.take(pair.put(tensor))
     assert taken.is_pinned() and same(taken.to("cuda", non_blocking=True).cpu(), tensor)
@@ -41,14 +41,14 @@ def test_a_tensor_is_pinned_and_arrives(pair: Together) -> None:
     pair.wait_until_nothing_is_out()
 
 
-def bytes_of_others(pair: Together, stream: Any) -> int:
+def bytes_of_others(pair: LaneWithReaders, stream: Any) -> int:
     """Of a tensor of zeros that fills the lane: how many bytes the device has from one that came after it.
 
     Its copy is queued behind LONG on a stream, and it is let go at once.
     """
     zeros, others = torch.zeros(SIZE, dtype=torch.uint8), torch.ones(SIZE, dtype=torch.uint8)
     on_device = torch.full((SIZE,), 2, dtype=torch.uint8, device="cuda")  # now: cudaMalloc may wait for the device
-    gpu._sleep(1)  # alike for the loading of a kernel
+    gpu._sleep(1)  # the same for the loading of a kernel
     gpu.synchronize()
     with gpu.stream(stream):
         gpu._sleep(LONG)
@@ -68,19 +68,19 @@ def bytes_of_others(pair: Together, stream: Any) -> int:
     return int(on_device.sum())
 
 
-def test_room_that_the_device_still_reads_is_not_released(pair: Together) -> None:
+def test_room_that_the_device_still_reads_is_not_released(pair: LaneWithReaders) -> None:
     for stream in (gpu.current_stream(), gpu.Stream()):
         assert bytes_of_others(pair, stream) == 0
         pair.wait_until_nothing_is_out()
 
 
-def test_without_events_it_would_be(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_events_room_is_released_too_early(pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test before can fail."""
     monkeypatch.setattr(device.Device, "_record", lambda self, streams: [])
     assert bytes_of_others(pair, gpu.Stream()) > 0
 
 
-def test_a_graph_is_captured_while_tensors_are_let_go(pair: Together) -> None:
+def test_a_graph_is_captured_while_tensors_are_let_go(pair: LaneWithReaders) -> None:
     """Neither disturbs the other, though a capture forbids all threads most calls by default."""
     source = torch.ones(9, device="cuda")
     graph = gpu.CUDAGraph()
@@ -94,8 +94,8 @@ def test_a_graph_is_captured_while_tensors_are_let_go(pair: Together) -> None:
     pair.wait_until_nothing_is_out()
 
 
-def test_events_are_looked_at_during_a_capture(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a thread for which that is allowed; by any other it would spoil the capture."""
+def test_events_are_looked_at_during_a_capture(pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread for which that is allowed; by any other thread it would invalidate the capture."""
     looks: list[Any] = []
     query = gpu.Event.query
 
@@ -151,6 +151,6 @@ def test_what_is_registered_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
         undone.append(address)
 
     monkeypatch.setattr(cuda.Cuda, "unregister", noting)
-    with together(device="cuda:0", capacity=SIZE, segment=4 * MIB, pinned=SIZE) as pair:
+    with lane_with_readers(device="cuda:0", capacity=SIZE, segment=4 * MIB, pinned=SIZE) as pair:
         assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
     eventually(lambda: len(undone) == 1, "it is unregistered")

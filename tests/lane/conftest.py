@@ -8,8 +8,8 @@ import pytest
 
 from mmlane.lane import Lane
 from tests.lane.harness.child import start_server
+from tests.lane.harness.lane_with_readers import SEGMENT, LaneWithReaders, lane_with_readers
 from tests.lane.harness.peers import Company
-from tests.lane.harness.together import SEGMENT, Together, together
 
 _failed = pytest.StashKey[bool]()
 
@@ -52,25 +52,25 @@ def company(request: pytest.FixtureRequest) -> Iterator[Company]:
 
 
 @pytest.fixture
-def pair() -> Iterator[Together]:
+def pair() -> Iterator[LaneWithReaders]:
     """A lane of 16 segments and its reader, in this process; nothing is out in the end."""
-    with together() as pair:
+    with lane_with_readers() as pair:
         yield pair
         pair.wait_until_nothing_is_out()
 
 
 @pytest.fixture
-def wide() -> Iterator[Together]:
+def wide() -> Iterator[LaneWithReaders]:
     """As `pair`, with room for whatever a test puts; nothing may be out at its end, without any wait."""
-    with together(capacity=64 * SEGMENT) as wide:
+    with lane_with_readers(capacity=64 * SEGMENT) as wide:
         yield wide
         assert wide.nothing_is_out()
 
 
 @pytest.fixture(scope="session")
-def large() -> Iterator[Together]:
+def large() -> Iterator[LaneWithReaders]:
     """For what leaves nothing behind: a lane for many tests."""
-    with together(capacity=1024 * SEGMENT) as pair:
+    with lane_with_readers(capacity=1024 * SEGMENT) as pair:
         yield pair
 
 

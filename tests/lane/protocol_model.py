@@ -1,7 +1,7 @@
 """A model of the lane's protocol: who joins, who owes what, what is reused. Pure: no sockets, threads, or time.
 
 Each method of `World` is one step of one party. What a party sends waits at the other end until that end takes a
-step, so a delay, a stopped process and a held interpreter lock are one thing here: somebody is not scheduled. A
+step, so a delay, a stopped process and a held interpreter lock are one thing here: a party is not scheduled. A
 time-out is a step, too, and may come at any moment.
 """
 
@@ -22,12 +22,12 @@ INVARIANTS = {
     "I1": "one rank took a ticket that another rank of its group refuses",
     "I2": "an extent is free or used again while a rank holds its ticket",
     "I7 open": "the lane is open without one of its ranks",
-    "I7 read": "a stranger was sent the descriptor",
-    "I7 fill": "a ticket is owed by a stranger",
+    "I7 read": "an uninvited process was sent the descriptor",
+    "I7 fill": "a ticket is owed by an uninvited process",
     "I7 visit": "a visitor was answered whose pid is not visible here",
     "W put": "a put waits for a log handler",
     "W drop": "a finalizer waits for the producer, or for its reader's thread",
-    "L": "strangers are silent, all ranks run, and the lane never opens",
+    "L": "uninvited processes are silent, all ranks run, and the lane never opens",
 }
 
 
@@ -65,7 +65,7 @@ PROTOCOL_2 = replace(
 
 @dataclass(eq=False, repr=False)
 class Process:
-    """A rank of this engine, or a stranger: a process of the same user without a place."""
+    """A rank of this engine, or an uninvited process: one of the same user without a place."""
 
     place: Place | None = None
     visible: bool = True
@@ -81,7 +81,7 @@ class Process:
     answering: Ticket | None = None  # its reader's thread holds the lock of what was seen, to answer RECALL
 
     def __repr__(self) -> str:
-        return "stranger" if self.place is None else "{}{}".format(*self.place)
+        return "uninvited" if self.place is None else "{}{}".format(*self.place)
 
 
 @dataclass(eq=False, repr=False)
@@ -121,7 +121,7 @@ class Ticket:
 
 
 class World:
-    """A producer, the ranks it expects, and strangers."""
+    """A producer, the ranks it expects, and uninvited processes."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
@@ -186,7 +186,7 @@ class World:
     def _hear(self, connection: Connection, kind: str, *content: Any) -> None:
         match connection.stage, kind:
             case "unproven", "HELLO":
-                self._greet(connection, *content)
+                self._handle_hello(connection, *content)
             case "unproven", "STATUS":
                 if not connection.owner.visible:
                     self.violations.add("I7 visit")
@@ -202,7 +202,7 @@ class World:
             case _:
                 self._reject(connection)
 
-    def _greet(self, connection: Connection, place: Place, proof: bool) -> None:
+    def _handle_hello(self, connection: Connection, place: Place, proof: bool) -> None:
         rules = self.rules
         if place not in EXPECTED or (rules.proof and rules.proof_first and not proof):
             return self._reject(connection)
@@ -259,7 +259,7 @@ class World:
     # --- tickets at the producer ---------------------------------------------------------------------------
 
     def put(self, group: str, drain: bool) -> Ticket | None:
-        """Issue a ticket. Whatever happens in here happens without a step of anybody else."""
+        """Issue a ticket. All of this happens without a step of any other party."""
         if drain and not self.closed:
             for member in self._members():
                 while member.to_producer:
@@ -325,7 +325,7 @@ class World:
             rank.connection, rank.state = self.connect(rank), "waiting"
             rank.connection.to_producer.append(("HELLO", rank.place, True))
         elif connection.to_reader:
-            self._heed(rank, *connection.to_reader.popleft())
+            self._handle(rank, *connection.to_reader.popleft())
         else:
             self._hang_up(rank, "ended" if rank.state == "joined" else "out")
 
@@ -371,7 +371,7 @@ class World:
                 self.take(rank, ticket)
 
     def drop(self, rank: Process, ticket: Ticket) -> None:
-        """A finalizer lets a ticket go that was not taken. It ends before anybody else takes a step."""
+        """A finalizer lets a ticket go that was not taken. It ends before any other party takes a step."""
         if not self.awaits(rank, ticket):
             return
         if self.rules.hands_over:
@@ -402,7 +402,7 @@ class World:
             self.ranks[place] = Process(place)
             self.processes.append(self.ranks[place])
 
-    def stranger(self, visible: bool, *messages: tuple[Any, ...]) -> Connection:
+    def uninvited(self, visible: bool, *messages: tuple[Any, ...]) -> Connection:
         """A process of the same user, which knows the name and not the secret, connects and says something."""
         connection = self.connect(Process(visible=visible))
         connection.to_producer.extend(messages)
@@ -412,7 +412,7 @@ class World:
         self.connections.append(Connection(owner))
         return self.connections[-1]
 
-    def _heed(self, rank: Process, kind: str, *content: Any) -> None:
+    def _handle(self, rank: Process, kind: str, *content: Any) -> None:
         match kind:
             case "WELCOME":
                 joined = "joined" if self.rules.known_first else "about to know"
@@ -468,7 +468,7 @@ class World:
             self.check()
 
     def calm(self) -> None:
-        """Everybody runs until nobody has anything to do. Strangers who are silent have to go."""
+        """All parties run until none has anything to do. Silent uninvited processes are rejected."""
         self.log_handler_returns()
         for _ in range(12):
             for rank in self.processes:
@@ -497,7 +497,7 @@ class World:
         return found
 
     def check_that_it_opens(self) -> set[str]:
-        """At the end: whatever strangers did, and whichever ranks had to start again, the lane opens."""
+        """At the end: whatever uninvited processes did, and whichever ranks had to start again, the lane opens."""
         for place in EXPECTED:
             self.starts(place)
         self.calm()

@@ -208,7 +208,7 @@ def test_the_whole_capacity_in_one_and_nothing_more() -> None:
     assert allocator.find(257) is None
 
 
-def test_even_nothing_uses_a_page_so_that_offsets_are_unique() -> None:
+def test_an_empty_range_uses_a_page_so_that_offsets_are_unique() -> None:
     allocator = Allocator(256, 64, PAGE)
     assert [used(allocator, 0), used(allocator, 1), used(allocator, PAGE), used(allocator, PAGE + 1)] == [
         0,
@@ -319,7 +319,7 @@ def test_sizes_that_do_not_divide_each_other_are_refused(capacity: int, segment:
         Allocator(capacity, segment, page)
 
 
-def test_the_smallest_of_all() -> None:
+def test_a_capacity_of_one_byte() -> None:
     allocator = Allocator(1, 1, 1)
     assert used(allocator, 1) == 0 and allocator.find(0) is None
 

@@ -24,8 +24,8 @@ import torch
 
 import mmlane.lane
 from mmlane.lane import JoinRefused, Lane, Reader, memory, status
-from tests.lane.harness.sockets import invitation_of_nobody
-from tests.lane.harness.together import put, serves
+from tests.lane.harness.lane_with_readers import put, serves
+from tests.lane.harness.sockets import invitation_without_lane
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20
@@ -111,7 +111,7 @@ def test_a_wrong_argument_is_one_clear_error_at_once(
 
 
 @pytest.mark.parametrize("what", ["not a tensor", [1.0], numpy.zeros(3), None])
-def test_what_is_no_tensor_is_an_error_and_no_refusal(what: Any, lane: Lane) -> None:
+def test_an_argument_that_is_not_a_tensor_is_an_error_and_no_refusal(what: Any, lane: Lane) -> None:
     for use in (lane.put, lane.copy):
         with pytest.raises(TypeError, match=r"tensor is of type \w+: wanted a torch\.Tensor, like torch\.zeros"):
             use(what)
@@ -120,7 +120,7 @@ def test_what_is_no_tensor_is_an_error_and_no_refusal(what: Any, lane: Lane) -> 
 
 
 @pytest.mark.parametrize("what", ["x", bytes, None])
-def test_what_is_no_invitation_is_an_error_that_tells_no_secret(what: Any, lane: Lane) -> None:
+def test_the_error_for_a_wrong_invitation_shows_no_secret(what: Any, lane: Lane) -> None:
     if what is bytes:
         what = bytes(lane.invitation)
     with Reader("tp") as reader:
@@ -133,7 +133,7 @@ def test_what_is_no_invitation_is_an_error_that_tells_no_secret(what: Any, lane:
         serves(lane)
 
 
-def test_what_is_no_ticket_is_an_error(lane: Lane) -> None:
+def test_a_ticket_of_a_wrong_type_is_an_error(lane: Lane) -> None:
     """Of the kind that fails a request, not a process: it may have come from elsewhere."""
     with (
         Reader("tp") as reader,
@@ -142,7 +142,7 @@ def test_what_is_no_ticket_is_an_error(lane: Lane) -> None:
         reader.take("x")  # type: ignore[arg-type]
 
 
-def test_a_lane_is_not_switched_by_a_word(lane: Lane) -> None:
+def test_switch_takes_only_a_bool(lane: Lane) -> None:
     with pytest.raises(TypeError, match="off='on' is of type str: wanted True to refuse puts"):
         lane.switch("on")  # type: ignore[arg-type]
     assert lane.state == "waiting"
@@ -175,7 +175,7 @@ def test_a_lane_and_its_reader_in_one_event_loop() -> None:
     asyncio.run(body())
 
 
-def test_a_task_waits_no_longer_than_it_said(lane: Lane) -> None:
+def test_a_task_waits_no_longer_than_its_timeout(lane: Lane) -> None:
     assert asyncio.run(lane.wait_open_async(0.01)) is False
     assert asyncio.run(lane.wait_open_async(0)) is False
     assert not lane._lifecycle._waiting
@@ -213,14 +213,14 @@ def test_a_task_that_is_cancelled_leaves_nothing(lane: Lane) -> None:
     serves(lane)
 
 
-def test_a_loop_that_is_gone_is_no_trouble_for_the_lane(lane: Lane) -> None:
+def test_the_lane_opens_though_a_waiting_event_loop_is_closed(lane: Lane) -> None:
     loop = asyncio.new_event_loop()
     coroutine = lane.wait_open_async()
     task = loop.create_task(coroutine)
     loop.run_until_complete(asyncio.sleep(0))
     assert len(lane._lifecycle._waiting) == 1
     loop.close()
-    serves(lane)  # which opens it, and so wakes whoever waits
+    serves(lane)  # which opens it, and so wakes the tasks that wait
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     coroutine.close()
 
@@ -229,7 +229,7 @@ def test_a_join_that_is_refused_says_so_in_the_task() -> None:
     async def body() -> None:
         async with Reader("tp") as reader:
             with pytest.raises(JoinRefused, match="no process listens there"):
-                await reader.join_async(invitation_of_nobody(), DEADLINE)
+                await reader.join_async(invitation_without_lane(), DEADLINE)
             with pytest.raises(TypeError, match="wanted an Invitation"):
                 await reader.join_async("x")  # type: ignore[arg-type]
 
@@ -351,7 +351,7 @@ def test_what_the_documentation_shows_of_event_loops_is_so() -> None:
 
 
 def test_what_the_documentation_shows_of_watching_is_so(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "running", lambda: (lane.name,))  # nobody else's lanes are switched off
+    monkeypatch.setattr(status, "running", lambda: (lane.name,))  # lanes of other processes are not switched off
     exec(blocks()["from mmlane.lane import status"], {})
     assert lane.state == "off"
 

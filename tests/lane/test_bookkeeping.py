@@ -44,7 +44,7 @@ class Out:
 
 @dataclass(eq=False)
 class Held:
-    """An extent as the invariants see it. kept: by its hold, also if that was dropped and nobody looked yet."""
+    """An extent as the invariants see it. kept: by its hold, or by one that was dropped and not handled yet."""
 
     hold: Hold | None
     kept: bool = True
@@ -238,7 +238,7 @@ class Tickets(RuleBasedStateMachine):
 
     @precondition(lambda self: self.live())
     @rule(data=st.data())
-    def seen_by_nobody(self, data: st.DataObject) -> None:
+    def seen_by_no_reader(self, data: st.DataObject) -> None:
         """A ticket that was lost (3)."""
         ticket = data.draw(st.sampled_from(self.live()), "ticket")
         for member in list(ticket.waiting):
@@ -382,7 +382,7 @@ class Story:
         self.bookkeeping.withdraw(ticket.slot, ticket.serial)
 
 
-def test_the_first_release_tells_whose_a_ticket_is() -> None:
+def test_the_first_release_decides_which_group_owns_a_ticket() -> None:
     """(2): the other group never had it, and need not say so."""
     story = Story()
     ticket = story.issue()
@@ -419,7 +419,7 @@ def test_a_ticket_that_one_member_has_had_cannot_be_withdrawn() -> None:
 
 
 def test_a_group_that_has_not_seen_a_ticket_leaves_it_to_the_other() -> None:
-    """(3): it is not lost as long as somebody may have it."""
+    """(3): it is not lost as long as a reader may have it."""
     story = Story()
     ticket = story.issue()
     for member in (TP0, TP1):
@@ -429,7 +429,7 @@ def test_a_group_that_has_not_seen_a_ticket_leaves_it_to_the_other() -> None:
     assert story.bookkeeping.lost == 0 and not story.bookkeeping.live
 
 
-def test_a_ticket_that_nobody_has_seen_is_lost() -> None:
+def test_a_ticket_that_no_reader_has_seen_is_lost() -> None:
     """(3)"""
     story = Story()
     ticket = story.issue()
@@ -521,14 +521,14 @@ def test_a_hold_that_was_let_go_is_not_noted_when_it_is_dropped() -> None:
     assert not story.dropped and extent.kept
 
 
-def test_a_hold_that_keeps_nothing_ends_without_a_word() -> None:
+def test_a_hold_that_keeps_nothing_can_end() -> None:
     """A put may fail before it has found a place."""
     story = Story()
     story.bookkeeping.let_go(Hold(story.dropped.append))
     assert not story.dropped and story.allocator.used_bytes == 0
 
 
-def test_a_hold_that_outlives_the_bookkeeping_ends_without_a_word() -> None:
+def test_a_hold_may_outlive_the_bookkeeping() -> None:
     story = Story()
     _, hold = story.extent()
     del story
@@ -536,11 +536,11 @@ def test_a_hold_that_outlives_the_bookkeeping_ends_without_a_word() -> None:
     del hold
 
 
-def test_serials_of_two_lanes_do_not_meet() -> None:
+def test_serials_of_two_lanes_do_not_overlap() -> None:
     one, two = Story().issue(), Story().issue()
     assert abs(one.serial - two.serial) > 1 << 16
 
 
 @pytest.mark.parametrize(("member", "says"), [(TP1, "reader 1 of 'tp'"), (DP0, "reader 0 of 'dp'")])
-def test_a_member_is_named_for_people(member: Member, says: str) -> None:
+def test_a_member_as_text(member: Member, says: str) -> None:
     assert str(member) == says

@@ -1,4 +1,4 @@
-"""The end of a lane, of a reader, of a process: who holds something keeps it, and the last of it frees the memory.
+"""The end of a lane, of a reader, of a process: a process keeps what it holds until it lets it go.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -21,10 +21,10 @@ from mmlane.lane import Lane, LaneError, Mode, Reader, Refused, StaleTicket, Unk
 from mmlane.lane.link import Link
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Gate
+from tests.lane.harness.lane_with_readers import SEGMENT, lane_with_readers
 from tests.lane.harness.payloads import MODES, SHAPE, Sent, random, same
 from tests.lane.harness.peers import CAPACITY, Company, Producing, Reading, hears_of_the_end, refused
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import SEGMENT, together
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 # --- in processes of their own -----------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def put_amid_close(producing: Producing, point: str) -> tuple[Sent | Refused, in
 
 @pytest.mark.parametrize("point", ["put.allocated", "commit.populated", "put.committed", "put.copied"])
 def test_a_lane_closed_amid_a_put(company: Company, point: str) -> None:
-    """The memory stays until the put is through with it, and nobody writes to a wakeup event that is gone."""
+    """The memory stays until the put has ended, and no thread writes to a wakeup event that is closed."""
     producer, (reader,) = company.open(["tp"])
     answer, written = producer.call(put_amid_close, point)
     assert isinstance(answer, Refused) and answer.cause == "closed"
@@ -115,7 +115,7 @@ def ended(reader: Reader, lane: Lane) -> bool:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_tickets_on_their_way_can_be_taken_after_the_producer_has_ended(mode: Mode) -> None:
-    with together(linger=3600.0) as pair:
+    with lane_with_readers(linger=3600.0) as pair:
         tensor = random(SHAPE)
         first, second, third = (pair.put(tensor) for _ in range(3))
         held = pair.reader.take(first)
@@ -131,7 +131,7 @@ def test_tickets_on_their_way_can_be_taken_after_the_producer_has_ended(mode: Mo
 
 
 def test_after_lingering_a_lane_is_unknown_and_its_memory_gone_but_for_what_is_held() -> None:
-    with together(linger=0.01) as pair:
+    with lane_with_readers(linger=0.01) as pair:
         tensor = random(SHAPE)
         first, second = pair.put(tensor), pair.put(tensor)
         held = pair.reader.take(first)
@@ -167,7 +167,7 @@ def is_mapped(address: int) -> bool:
 
 def test_a_reader_that_closes_ends_the_lane_and_all_keep_what_they_hold() -> None:
     """(2, 4): what was issued can be taken by the others, and no memory is used again."""
-    with together(readers=2) as pair:
+    with lane_with_readers(readers=2) as pair:
         reader, other = pair.readers
         tensor = random((4 * SEGMENT,))
         first, second, late = (pair.put(tensor) for _ in range(3))
@@ -193,7 +193,7 @@ def test_a_reader_that_closes_ends_the_lane_and_all_keep_what_they_hold() -> Non
 
 
 def test_a_reader_that_holds_nothing_ends_the_lane_as_well() -> None:
-    with together() as pair:
+    with lane_with_readers() as pair:
         ticket = pair.put(random(SHAPE))
         pair.reader.close()
         eventually(lambda: pair.lane.is_closed, "the producer hears of it")
@@ -204,8 +204,8 @@ def test_a_reader_that_holds_nothing_ends_the_lane_as_well() -> None:
 
 @pytest.mark.parametrize("first", ["lane", "reader"])
 def test_a_closed_reader_keeps_no_memory_of_a_lane_that_has_ended(first: str) -> None:
-    """Though a ticket was on its way, which could have been taken for a while: nobody can take it any more."""
-    with together(linger=3600.0) as pair:
+    """Though a ticket was on its way, which could have been taken for a while: no reader can take it any more."""
+    with lane_with_readers(linger=3600.0) as pair:
         held = pair.reader.take(pair.put(random(SHAPE)))
         pair.put(random(SHAPE))
         address = held.data_ptr()
@@ -257,7 +257,7 @@ class Held:
 @pytest.mark.parametrize("line", ["wanted = digest(ticket)", "self._seen[slot] = claim.watch"])
 def test_a_reader_that_closes_amid_a_take(line: str) -> None:
     """(2): never a tensor in memory that the producer believes to be free, since it frees none any more."""
-    with together() as pair:
+    with lane_with_readers() as pair:
         tensor = random((10,))
         held = Held(pair.reader, pair.put(tensor), line)
         pair.reader.close()

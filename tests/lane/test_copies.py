@@ -1,4 +1,4 @@
-"""Every put copies what is there, whoever wrote it and however.
+"""Every put copies the tensor's present content, however it was written.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from mmlane.lane import failpoints
+from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, LaneWithReaders, held, offset, published
 from tests.lane.harness.payloads import inferred, random, same
-from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, published
 from tests.lane.ways_to_write import SMALL, WRITES
 
 
-def test_the_same_tensor_twice_is_two_copies(wide: Together) -> None:
+def test_the_same_tensor_twice_is_two_copies(wide: LaneWithReaders) -> None:
     tensor = random((3 * PAGE,))
     first, second = wide.put(tensor), wide.put(tensor)
     assert offset(first) != offset(second)
@@ -28,7 +28,7 @@ def test_the_same_tensor_twice_is_two_copies(wide: Together) -> None:
     assert same(wide.reader.take(first), tensor) and same(wide.reader.take(second), tensor)
 
 
-def test_what_was_put_is_free_with_its_last_ticket_though_its_tensor_lives(wide: Together) -> None:
+def test_what_was_put_is_free_with_its_last_ticket_though_its_tensor_lives(wide: LaneWithReaders) -> None:
     """Without waiting for Python's collector, or for anything else."""
     tensors = [random((PAGE,), seed=seed) for seed in range(5)]
     for tensor in tensors:
@@ -39,7 +39,7 @@ def test_what_was_put_is_free_with_its_last_ticket_though_its_tensor_lives(wide:
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_whatever_writes_to_a_tensor_the_next_put_has_what_is_there(
-    large: Together, write: Callable[[Tensor], object]
+    large: LaneWithReaders, write: Callable[[Tensor], object]
 ) -> None:
     """(6) And tickets on what was put before read what was there then."""
     tensor = torch.arange(24.0).view(SMALL)
@@ -55,7 +55,7 @@ def test_whatever_writes_to_a_tensor_the_next_put_has_what_is_there(
     assert large.nothing_is_out()
 
 
-def test_a_buffer_that_is_refilled_for_each_put_arrives_as_it_was_each_time(wide: Together) -> None:
+def test_a_buffer_that_is_refilled_for_each_put_arrives_as_it_was_each_time(wide: LaneWithReaders) -> None:
     """As a caller does that decodes each frame of a video into the same array."""
     buffer = numpy.zeros((256, 100), numpy.float32)
     tensor = torch.from_numpy(buffer)
@@ -67,7 +67,7 @@ def test_a_buffer_that_is_refilled_for_each_put_arrives_as_it_was_each_time(wide
         assert same(wide.reader.take(ticket), torch.full((256, 100), float(frame)))
 
 
-def test_inference_tensors_are_copied_like_others(wide: Together) -> None:
+def test_inference_tensors_are_copied_like_others(wide: LaneWithReaders) -> None:
     tensor = inferred(SMALL)
     first = wide.put(tensor)
     with torch.inference_mode():
@@ -78,7 +78,7 @@ def test_inference_tensors_are_copied_like_others(wide: Together) -> None:
 
 @pytest.mark.parametrize("point", ["put.allocated", "put.committed", "put.copied"])
 def test_a_tensor_that_is_changed_while_it_is_put(
-    wide: Together, monkeypatch: pytest.MonkeyPatch, point: str
+    wide: LaneWithReaders, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     """What another thread may do. The ticket says what was there before or after, the next one what is there."""
     tensor = random((100,))
@@ -92,7 +92,7 @@ def test_a_tensor_that_is_changed_while_it_is_put(
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_the_lane_keeps_no_tensor_alive(wide: Together, kept: bool) -> None:
+def test_the_lane_keeps_no_tensor_alive(wide: LaneWithReaders, kept: bool) -> None:
     """Nor does a copy that is kept: that is of its own."""
     tensor = random((1000,))
     storage = weakref.ref(tensor.untyped_storage())
@@ -105,7 +105,7 @@ def test_the_lane_keeps_no_tensor_alive(wide: Together, kept: bool) -> None:
     del copy
 
 
-def test_what_tickets_refer_to_stays_when_room_is_short(wide: Together) -> None:
+def test_what_tickets_refer_to_stays_when_room_is_short(wide: LaneWithReaders) -> None:
     """(6)"""
     tensors = [random((8 * SEGMENT,), seed=seed) for seed in range(8)]
     out = [wide.put(tensor) for tensor in tensors]

@@ -29,8 +29,8 @@ from mmlane.lane.libc import libc
 from mmlane.lane.pinned import Pinned
 from tests.conftest import CHECKOUT
 from tests.lane.harness.fake_cuda import FakeGpu, FakeStream
+from tests.lane.harness.lane_with_readers import SEGMENT, LaneWithReaders, lane_with_readers
 from tests.lane.harness.payloads import random, same
-from tests.lane.harness.together import SEGMENT, Together, together
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 PINNED = 4 * SEGMENT
@@ -44,8 +44,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 
 @pytest.fixture
-def pair(gpu: FakeGpu) -> Iterator[Together]:
-    with together(device="cuda:0", pinned=PINNED) as pair:
+def pair(gpu: FakeGpu) -> Iterator[LaneWithReaders]:
+    with lane_with_readers(device="cuda:0", pinned=PINNED) as pair:
         assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
         yield pair
 
@@ -66,7 +66,7 @@ def access(address: int) -> str:
 # --- pinned memory -----------------------------------------------------------------------------------------
 
 
-def test_what_the_lane_keeps_is_registered_and_tensors_lie_in_it(gpu: FakeGpu, pair: Together) -> None:
+def test_what_the_lane_keeps_is_registered_and_tensors_lie_in_it(gpu: FakeGpu, pair: LaneWithReaders) -> None:
     assert list(gpu.registered.values()) == [PINNED]
     tensor = random((SEGMENT,))
     taken = pair.reader.take(pair.put(tensor))
@@ -76,7 +76,7 @@ def test_what_the_lane_keeps_is_registered_and_tensors_lie_in_it(gpu: FakeGpu, p
 def test_what_is_registered_can_be_written_to_until_then_and_not_after(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many drivers refuse to register a read-only mapping; and nobody but the producer is to write (6)."""
+    """Many drivers refuse to register a read-only mapping; and only the producer may write (6)."""
     seen: list[str] = []
     register = gpu.register
 
@@ -85,13 +85,13 @@ def test_what_is_registered_can_be_written_to_until_then_and_not_after(
         register(address, nbytes)
 
     monkeypatch.setattr(gpu, "register", registering)
-    with together(device="cuda:0", pinned=PINNED) as pair:
+    with lane_with_readers(device="cuda:0", pinned=PINNED) as pair:
         assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
         (start,) = gpu.registered
         assert seen == ["rw-s"] and access(start) == "r--s"
 
 
-def test_a_tensor_that_is_not_in_it_as_a_whole_is_not_in_it_at_all(gpu: FakeGpu, pair: Together) -> None:
+def test_a_tensor_that_is_not_in_it_as_a_whole_is_not_in_it_at_all(gpu: FakeGpu, pair: LaneWithReaders) -> None:
     """CUDA refuses to copy from a place that is registered in part."""
     first = pair.reader.take(pair.put(random((PINNED - SEGMENT,))))
     crossing = random((2 * SEGMENT,), seed=1)
@@ -101,18 +101,18 @@ def test_a_tensor_that_is_not_in_it_as_a_whole_is_not_in_it_at_all(gpu: FakeGpu,
     assert not start <= taken.data_ptr() < start + PINNED
 
 
-def test_modes_by_default(gpu: FakeGpu, pair: Together) -> None:
+def test_modes_by_default(gpu: FakeGpu, pair: LaneWithReaders) -> None:
     """A view where tensors are only read to be copied; elsewhere what can be written to."""
     ticket = pair.put(random((SEGMENT,)))
     assert is_pinned(gpu, pair.reader.take(ticket))
-    with together() as plain:
+    with lane_with_readers() as plain:
         taken = plain.reader.take(plain.put(random((SEGMENT,))))
         taken += 1
         del taken
 
 
 @pytest.mark.parametrize("mode", ["cow", "clone"])
-def test_other_modes_with_a_device(gpu: FakeGpu, pair: Together, mode: Any) -> None:
+def test_other_modes_with_a_device(gpu: FakeGpu, pair: LaneWithReaders, mode: Any) -> None:
     tensor = random((SEGMENT,))
     taken = pair.reader.take(pair.put(tensor), mode)
     taken += 1
@@ -122,7 +122,7 @@ def test_other_modes_with_a_device(gpu: FakeGpu, pair: Together, mode: Any) -> N
 
 
 def test_nothing_is_registered_that_is_not_kept(gpu: FakeGpu) -> None:
-    with together(device="cuda:0") as pair:
+    with lane_with_readers(device="cuda:0") as pair:
         tensor = random((SEGMENT,))
         taken = pair.reader.take(pair.put(tensor))
         assert same(taken, tensor) and not gpu.registered
@@ -131,7 +131,7 @@ def test_nothing_is_registered_that_is_not_kept(gpu: FakeGpu) -> None:
 
 
 def test_a_reader_without_a_device_registers_nothing(gpu: FakeGpu) -> None:
-    with together(pinned=PINNED) as pair:
+    with lane_with_readers(pinned=PINNED) as pair:
         eventually(lambda: pair.lane.stats().pinned_bytes == PINNED, "the memory is kept")
         assert same(pair.reader.take(pair.put(random((9,)))), random((9,)))
         assert not gpu.registered
@@ -139,7 +139,7 @@ def test_a_reader_without_a_device_registers_nothing(gpu: FakeGpu) -> None:
 
 def test_a_refusal_is_said_once_and_tensors_come_pageable(gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
     gpu.refuses = "cudaHostRegister: operation not supported"
-    with together(device="cuda:0", pinned=PINNED) as pair:
+    with lane_with_readers(device="cuda:0", pinned=PINNED) as pair:
         assert not pair.reader.wait_pinned(pair.lane.name, DEADLINE)
         for seed in range(3):
             tensor = random((SEGMENT,), seed=seed)
@@ -150,17 +150,17 @@ def test_a_refusal_is_said_once_and_tensors_come_pageable(gpu: FakeGpu, caplog: 
 
 
 def test_kept_memory_stays_and_other_memory_goes(gpu: FakeGpu) -> None:
-    with together(device="cuda:0", pinned=PINNED, idle=0.05) as pair:
+    with lane_with_readers(device="cuda:0", pinned=PINNED, idle=0.05) as pair:
         assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
         pair.reader.discard(pair.put(random((8 * SEGMENT,))))
         assert pair.lane.stats().committed_bytes > PINNED
         eventually(lambda: pair.lane.stats().committed_bytes == PINNED, "what was idle is handed back")
-        eventually(lambda: pair.lane._control.agenda.next_look is None, "nobody looks any more")
+        eventually(lambda: pair.lane._control.agenda.next_look is None, "no further look is planned")
         assert list(gpu.registered.values()) == [PINNED] and pair.lane.stats().pinned_bytes == PINNED
 
 
 def test_every_reader_pins_for_itself(gpu: FakeGpu) -> None:
-    with together(2, device="cuda:0", pinned=PINNED) as pair:
+    with lane_with_readers(2, device="cuda:0", pinned=PINNED) as pair:
         for reader in pair.readers:
             assert reader.wait_pinned(pair.lane.name, DEADLINE)
         assert list(gpu.registered.values()) == [PINNED, PINNED]
@@ -179,7 +179,7 @@ def test_no_memory_to_keep(
         return grant(self, nbytes)
 
     monkeypatch.setattr(memory.Backing, "grant", full)
-    with together(device="cuda:0", pinned=PINNED) as pair:
+    with lane_with_readers(device="cuda:0", pinned=PINNED) as pair:
         eventually(lambda: "no memory for" in caplog.text, "it is said")
         tensor = random((SEGMENT,))
         assert same(pair.reader.take(pair.put(tensor)), tensor)
@@ -190,7 +190,7 @@ def test_no_memory_to_keep(
 
 @pytest.mark.parametrize("kept", [(3, 4096), (0, 0), (0, 1 << 40), (1 << 40, 4096)])
 def test_nonsense_to_keep_is_ignored(gpu: FakeGpu, kept: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    with together(device="cuda:0") as pair:
+    with lane_with_readers(device="cuda:0") as pair:
         asked: list[Any] = []
         monkeypatch.setattr(pair.reader._device, "pin", lambda *args: asked.append(args))
         (member,) = pair.lane.members
@@ -216,10 +216,10 @@ def test_a_member_that_could_not_be_told_is_told_later_and_none_twice(
         return send(self, kind, items, member)
 
     monkeypatch.setattr(Inbox, "send", sending)
-    with together(2, device="cuda:0", pinned=PINNED, idle=0.05) as pair:
+    with lane_with_readers(2, device="cuda:0", pinned=PINNED, idle=0.05) as pair:
         for reader in pair.readers:
             assert reader.wait_pinned(pair.lane.name, DEADLINE)
-        eventually(lambda: pair.lane._control.agenda.next_look is None, "nobody looks any more")
+        eventually(lambda: pair.lane._control.agenda.next_look is None, "no further look is planned")
         assert [member.number for member in sorted(told)] == [0, 1, 1, 1]
         assert len(gpu.registered) == 2
         assert pair.lane.stats().committed_bytes == pair.lane.stats().pinned_bytes == PINNED
@@ -239,7 +239,7 @@ def test_closing_does_not_wait_for_all_that_is_to_be_kept(gpu: FakeGpu, monkeypa
         reserve(self, offset, nbytes)
 
     monkeypatch.setattr(memory.Backing, "reserve", slow)
-    with together(device="cuda:0", pinned=16 * SEGMENT) as pair:
+    with lane_with_readers(device="cuda:0", pinned=16 * SEGMENT) as pair:
         assert reserving.wait(DEADLINE)
         with in_a_thread(pair.lane.close):
             eventually(lambda: pair.lane.is_closed, "it is closed")
@@ -253,7 +253,7 @@ def test_closing_does_not_wait_for_all_that_is_to_be_kept(gpu: FakeGpu, monkeypa
 ALL = 16 * SEGMENT  # the lane's room
 
 
-def bytes_of_others(pair: Together, stream: FakeStream) -> int:
+def bytes_of_others(pair: LaneWithReaders, stream: FakeStream) -> int:
     """Of a tensor of zeros that fills the lane: how many bytes the device has from those that came after.
 
     It is let go as soon as it is to be copied. The stream stands still until the lane has heard of all there is to
@@ -271,25 +271,27 @@ def bytes_of_others(pair: Together, stream: FakeStream) -> int:
     return int(on_device.sum())
 
 
-def test_room_that_the_device_still_reads_is_not_released(gpu: FakeGpu, pair: Together) -> None:
+def test_room_that_the_device_still_reads_is_not_released(gpu: FakeGpu, pair: LaneWithReaders) -> None:
     assert bytes_of_others(pair, gpu.default) == 0
     pair.wait_until_nothing_is_out()
 
 
-def test_without_events_it_would_be(gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_events_room_is_released_too_early(
+    gpu: FakeGpu, pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test before can fail: with no event recorded, the device reads the next tensor's bytes."""
     monkeypatch.setattr(device.Device, "_record", lambda self, streams: [])
     assert bytes_of_others(pair, gpu.default) == ALL
 
 
-def test_alike_for_memory_that_is_not_pinned(gpu: FakeGpu) -> None:
+def test_memory_that_is_not_pinned_is_not_released_while_the_device_reads(gpu: FakeGpu) -> None:
     """Where a GPU can read any memory, a pageable copy may be under way just so."""
-    with together(device="cuda:0") as pair:
+    with lane_with_readers(device="cuda:0") as pair:
         assert bytes_of_others(pair, gpu.default) == 0
         pair.wait_until_nothing_is_out()
 
 
-def test_events_on_every_stream_that_was_current(gpu: FakeGpu, pair: Together) -> None:
+def test_events_on_every_stream_that_was_current(gpu: FakeGpu, pair: LaneWithReaders) -> None:
     """The stream of the copy need not be that of the thread in which the tensor is let go."""
     side = FakeStream()
     with gpu.stream(side):
@@ -298,15 +300,15 @@ def test_events_on_every_stream_that_was_current(gpu: FakeGpu, pair: Together) -
     pair.wait_until_nothing_is_out()
 
 
-def test_events_on_the_default_stream(gpu: FakeGpu, pair: Together) -> None:
+def test_events_on_the_default_stream(gpu: FakeGpu, pair: LaneWithReaders) -> None:
     """A thread that has set none copies there, whatever the one that took the tensor has."""
     with gpu.stream(FakeStream()):
         assert bytes_of_others(pair, gpu.default) == 0
     pair.wait_until_nothing_is_out()
 
 
-def test_events_on_the_streams_of_taking_and_of_letting_go(gpu: FakeGpu, pair: Together) -> None:
-    """They may have been current since before anybody watched."""
+def test_events_on_the_streams_of_taking_and_of_letting_go(gpu: FakeGpu, pair: LaneWithReaders) -> None:
+    """They may have been current since before the reader watched."""
     taking, letting_go = FakeStream(), FakeStream()
     with gpu.stream(taking, seen=False):
         taken = pair.reader.take(pair.put(random((SEGMENT,))))
@@ -320,7 +322,7 @@ def test_events_on_the_streams_of_taking_and_of_letting_go(gpu: FakeGpu, pair: T
     pair.wait_until_nothing_is_out()
 
 
-def test_a_stream_that_is_being_captured_is_waited_for(gpu: FakeGpu, pair: Together) -> None:
+def test_a_stream_that_is_being_captured_is_waited_for(gpu: FakeGpu, pair: LaneWithReaders) -> None:
     """An event that is recorded into a graph never passes."""
     gpu.default.captures = True
     taken = pair.reader.take(pair.put(random((SEGMENT,))))
@@ -333,7 +335,7 @@ def test_a_stream_that_is_being_captured_is_waited_for(gpu: FakeGpu, pair: Toget
 
 
 def test_when_cuda_fails_nothing_is_released_until_it_works(
-    gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    gpu: FakeGpu, pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(device, "_AFTER_ERROR", 0.01)
     gpu.default.stands_still = True
@@ -354,7 +356,7 @@ def test_when_cuda_fails_nothing_is_released_until_it_works(
 
 
 def test_any_error_of_torch_counts_as_one_of_cuda(
-    gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    gpu: FakeGpu, pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(device, "_AFTER_ERROR", 0.01)
     failing = True
@@ -374,7 +376,7 @@ def test_any_error_of_torch_counts_as_one_of_cuda(
 
 
 def test_a_release_that_fails_keeps_no_other(
-    gpu: FakeGpu, pair: Together, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    gpu: FakeGpu, pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu.default.stands_still = True
     held = [pair.reader.take(pair.put(random((9,)))) for _ in range(5)]
@@ -402,7 +404,7 @@ def test_a_release_that_was_interrupted_waits_for_the_device_too(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is made up for when the producer asks after the ticket, and then the device may still read."""
-    with together(device="cuda:0", pinned=PINNED, idle=0.02, orphan=0.02) as pair:
+    with lane_with_readers(device="cuda:0", pinned=PINNED, idle=0.02, orphan=0.02) as pair:
         assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
         tensor = random((SEGMENT,))
         taken = pair.reader.take(pair.put(tensor))
@@ -417,7 +419,7 @@ def test_a_release_that_was_interrupted_waits_for_the_device_too(
             settle(self, *args)
 
         monkeypatch.setattr(device.Device, "settle", interrupted)
-        monkeypatch.setattr(sys, "unraisablehook", lambda hook: None)  # in a finalizer, nobody hears of it
+        monkeypatch.setattr(sys, "unraisablehook", lambda hook: None)  # no caller can catch it in a finalizer
         del taken
         eventually(lambda: len(gpu.default.work) > 1, "an event is behind the copy")
         assert pair.lane.stats().tickets == 1
@@ -443,7 +445,7 @@ def test_what_cuda_does_not_unregister_is_not_mapped_anew(gpu: FakeGpu, monkeypa
     os.close(file)
 
 
-def test_a_thread_that_lets_go_waits_for_nothing(gpu: FakeGpu, pair: Together) -> None:
+def test_a_thread_that_lets_go_waits_for_nothing(gpu: FakeGpu, pair: LaneWithReaders) -> None:
     gpu.default.stands_still = True
     held = [pair.reader.take(pair.put(random((9,)))) for _ in range(100)]
     letting_go = threading.Thread(target=held.clear)
@@ -454,7 +456,7 @@ def test_a_thread_that_lets_go_waits_for_nothing(gpu: FakeGpu, pair: Together) -
     pair.wait_until_nothing_is_out()
 
 
-def test_a_forked_child_does_not_touch_the_device(gpu: FakeGpu, pair: Together) -> None:
+def test_a_forked_child_does_not_touch_the_device(gpu: FakeGpu, pair: LaneWithReaders) -> None:
     held = [pair.reader.take(pair.put(random((9,))))]
     child = os.fork()
     if child == 0:
@@ -470,7 +472,7 @@ def test_a_forked_child_does_not_touch_the_device(gpu: FakeGpu, pair: Together) 
 
 def test_a_reader_that_is_closed_unregisters_when_the_device_has_read(gpu: FakeGpu) -> None:
     """It leaves at once, which ends the lane; but what the device reads stays as it is (4)."""
-    with together(device="cuda:0", pinned=PINNED) as pair:
+    with lane_with_readers(device="cuda:0", pinned=PINNED) as pair:
         assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
         tensor = random((SEGMENT,))
         gpu.default.stands_still = True
@@ -555,7 +557,7 @@ def test_a_device_that_is_not_there() -> None:
 
 @pytest.mark.parametrize(("looks", "recorded"), [((False, False), True), ((True,), False), ((False, True), False)])
 def test_no_event_of_a_capture(looks: tuple[bool, ...], recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it begins between the look and the event, whose query would spoil it."""
+    """Also where it begins between the look and the event, whose query would invalidate it."""
     events: list[Any] = []
 
     class Event:

@@ -40,7 +40,7 @@ from tests.lane.harness.confinement import (
     require_mounts,
 )
 from tests.lane.harness.kernel import blocks, open_files
-from tests.lane.harness.together import backing
+from tests.lane.harness.lane_with_readers import backing
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20
@@ -134,7 +134,9 @@ def confined(denials: tuple[Deny, ...], place: str) -> tuple[tuple[str, ...], li
         "nothing",
     ],
 )
-def test_a_lane_does_without(denials: tuple[Deny, ...], place: str, wanted: list[str]) -> None:
+def test_a_lane_works_without_a_kernel_feature_and_says_so(
+    denials: tuple[Deny, ...], place: str, wanted: list[str]
+) -> None:
     """One line for each thing: what it is, what was found, what follows."""
     if lacking := [feature.name for feature in host.kernel_features() if not feature.works]:
         pytest.skip(f"this machine itself lacks {', '.join(lacking)}")
@@ -312,7 +314,7 @@ def open_lane(denials: tuple[Deny, ...], place: str) -> tuple[str, list[str]]:
     ],
     ids=["eventfd", "socket", "epoll", "fallocate", "memory without a name"],
 )
-def test_a_lane_that_cannot_be_says_what_is_missing(
+def test_a_lane_that_cannot_be_made_says_what_is_missing(
     denials: tuple[Deny, ...], place: str, wanted: list[str]
 ) -> None:
     require_filters()
@@ -345,7 +347,7 @@ def join_lane(denial: Deny, invitation: Invitation) -> str:
     ],
     ids=["eventfd", "epoll", "socket"],
 )
-def test_a_reader_that_cannot_be_says_what_is_missing(denial: Deny, start: str, words: str) -> None:
+def test_a_reader_that_cannot_be_made_says_what_is_missing(denial: Deny, start: str, words: str) -> None:
     require_filters()
     with Lane({"tp": 1}, capacity=4 * MIB) as lane:
         text = run(join_lane, denial, lane.invitation)
@@ -378,18 +380,18 @@ def meet_a_full_file_system_ahead_of_need() -> tuple[bool, int]:
         return torch.equal(reader.take(ticket), tensor), status.ask(lane.name).tickets
 
 
-def test_memory_ahead_of_need_that_cannot_be_had_harms_nobody() -> None:
+def test_the_lane_serves_on_when_memory_ahead_of_need_cannot_be_had() -> None:
     require_mounts()
     require_filters()
     assert run(meet_a_full_file_system_ahead_of_need) == (True, 1)
 
 
 class Broken(Exception):
-    """What no code expects."""
+    """An exception that no code expects."""
 
 
 def break_the_thread(pipe: Connection, point: str) -> tuple[list[str], str, str, bool]:
-    """An error in the control thread that nobody thought of."""
+    """An exception in the control thread that its code does not expect."""
     log = Log()
 
     def probe(reached: str) -> None:
@@ -447,7 +449,7 @@ def travel_beside_a_mount_without_a_source() -> tuple[bool, int | None, host.Mou
     return mounted, host.memory().limit, host.mount_of(host.SHM), reclaimed
 
 
-def test_a_mount_without_a_source_is_a_mount() -> None:
+def test_a_mount_without_a_source_is_recognised() -> None:
     """Today's kernels write an empty field for it."""
     require_mounts()
     mounted, limit, mount, reclaimed = run(travel_beside_a_mount_without_a_source)

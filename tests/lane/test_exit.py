@@ -1,4 +1,4 @@
-"""The interpreter's end: a program that uses the lane correctly ends without a word, whatever it still holds.
+"""The interpreter's end: a program that uses the lane correctly ends without output, whatever it still holds.
 
 Python takes modules apart while objects are still alive, so a finalizer that looks something up in its module may
 find None there. Which of them goes first differs from run to run.
@@ -165,7 +165,7 @@ def runner() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_ends_without_a_word(name: str, runner: subprocess.Popen[str]) -> None:
+def test_a_program_ends_without_output(name: str, runner: subprocess.Popen[str]) -> None:
     """As it is; and with a module of Python that holds all it has, which goes late."""
     assert runner.stdin is not None and runner.stdout is not None
     for late in (False, True):

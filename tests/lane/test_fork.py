@@ -1,4 +1,4 @@
-"""Forked children, and programs that are started: they are no part of a lane, disturb none, and hide no death."""
+"""Forked children, and programs that are started: they are no members of a lane, and hide no death."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def reap(_: Producing | Reading, pid: int) -> int:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there, and not only as a zombie that nobody waits for."""
+    """Whether a process is there, and not only as a zombie that its parent has not reaped."""
     try:
         return "Z" not in kernel.thread_states(pid).values()
     except FileNotFoundError:
@@ -120,8 +120,8 @@ def fork_a_reader(reading: Reading, invitation: Invitation, sent: Sent, how: How
 
 
 @pytest.mark.parametrize("how", get_args(How))
-def test_a_child_forked_from_a_reader_is_none(company: Company, how: How) -> None:
-    """It can do nothing, says nothing, and hides its parent's death from nobody (4)."""
+def test_a_child_forked_from_a_reader_is_no_reader(company: Company, how: How) -> None:
+    """It can do nothing and sends nothing, and the producer still notices its parent's death (4)."""
     producer, (reader, other) = company.open(["tp", "tp"])
     invitation = company.invitation(producer)
     held, untaken = (producer.call(Producing.put, seed, 10_000) for seed in range(2))
@@ -171,8 +171,8 @@ def fork_a_producer(producing: Producing, how: How) -> tuple[int, dict[str, str]
 
 
 @pytest.mark.parametrize("how", get_args(How))
-def test_a_child_forked_from_a_producer_is_none(company: Company, how: How) -> None:
-    """It can do nothing, disturbs nothing, and hides its parent's death from nobody (4)."""
+def test_a_child_forked_from_a_producer_is_no_producer(company: Company, how: How) -> None:
+    """It can do nothing and disturbs nothing, and the reader still notices its parent's death (4)."""
     producer, (reader,) = company.open(["tp"])
     (file,) = kernel.lane_files(producer.pid)
     reader.call(Reading.take, producer.call(Producing.put, 1, 10_000))
@@ -347,7 +347,7 @@ def test_a_program_that_is_started_gets_nothing_of_a_lane(company: Company) -> N
 
 
 def fork_after_closing_others(producing: Producing) -> tuple[int, list[int]]:
-    """Fork where lanes were closed before, whose descriptors are somebody else's by now."""
+    """Fork where lanes were closed before, whose descriptors belong to other files by now."""
     for _ in range(3):
         Lane({"x": 1}, capacity=CAPACITY).close()
     closed = [Lane({"x": 1}, capacity=CAPACITY) for _ in range(3)]

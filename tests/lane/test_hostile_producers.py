@@ -21,17 +21,17 @@ from mmlane.lane import Invitation, JoinRefused, Lane, LaneError, Reader, protoc
 from tests.effort import examples
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.kernel import open_files
+from tests.lane.harness.lane_with_readers import put, serves
 from tests.lane.harness.sockets import (
     HUGE,
     KINDS,
     MAPPED,
     impostor,
-    invitation_of_nobody,
+    invitation_without_lane,
     listen,
     receive,
     until_it_hangs_up,
 )
-from tests.lane.harness.together import put, serves
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20
@@ -73,7 +73,7 @@ def plain(message: bytes) -> Answer:
     return lambda invitation, nonce: message
 
 
-def of_nobody(invitation: Invitation, nonce: str) -> bytes:
+def of_impostor(invitation: Invitation, nonce: str) -> bytes:
     """A WELCOME of a process that has the lane's name, and not its secret."""
     return protocol.welcome(bytes(32), nonce, SIZE, SLOTS, NONE)
 
@@ -89,7 +89,7 @@ WELCOMES: dict[str, tuple[Answer, Callable[[], int] | None]] = {
     "a welcome cut short": (plain(UNNAMED + b"{"), None),
     "a welcome without fields": (plain(UNNAMED + b"{}"), memory),
     "a welcome of a deep list": (plain(UNNAMED + b"[" * 4000), memory),
-    "without the secret": (of_nobody, memory),
+    "without the secret": (of_impostor, memory),
     "of another HELLO": (lambda invitation, nonce: welcome(SIZE, SLOTS, NONE)(invitation, "once"), memory),
     "another size than was proven": (changed(nbytes=SIZE + 4096), lambda: file_of(SIZE + 4096)),
     "other slots than were proven": (changed(slots=1), memory),
@@ -146,7 +146,7 @@ def join_here_and_there(pipe: Connection, here: Invitation, there: Invitation) -
 
 
 @pytest.mark.parametrize(("answer", "make"), WELCOMES.values(), ids=WELCOMES.keys())
-def test_a_welcome_that_is_none_is_refused(lane: Lane, answer: Answer, make: Callable[[], int] | None) -> None:
+def test_an_invalid_welcome_is_refused(lane: Lane, answer: Answer, make: Callable[[], int] | None) -> None:
     """With JoinRefused: without SIGBUS, without a descriptor left, and other lanes are as before."""
     heard: list[bytes] = []
 
@@ -231,7 +231,7 @@ def test_random_answers_to_a_hello(message: bytes) -> None:
     eventually(lambda: not open_files() - before, "the end of the reader")
 
 
-def test_a_producer_that_says_nothing_is_given_up() -> None:
+def test_a_join_ends_in_time_at_a_producer_that_says_nothing() -> None:
     with impostor(lambda connection, _: until_it_hangs_up(connection), visitors=2) as invitation:
         assert "no answer within 0.1 s" in refusal(invitation, timeout=0.1)
 
@@ -239,7 +239,7 @@ def test_a_producer_that_says_nothing_is_given_up() -> None:
 @contextmanager
 def full_queue() -> Iterator[tuple[Invitation, socket.socket, int]]:
     """An invitation, its listener, and how many wait there already; more do not get in."""
-    invitation = invitation_of_nobody()
+    invitation = invitation_without_lane()
     with listen(invitation.name) as listener, ExitStack() as scope:
         for waiting in range(100):
             connection = scope.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
@@ -252,7 +252,7 @@ def full_queue() -> Iterator[tuple[Invitation, socket.socket, int]]:
         raise AssertionError("the queue is never full")
 
 
-def test_a_producer_that_accepts_nobody_is_given_up() -> None:
+def test_a_join_ends_in_time_at_a_producer_that_accepts_no_connection() -> None:
     with full_queue() as (invitation, _, _):
         assert "no answer within 0.1 s" in refusal(invitation, timeout=0.1)
 
@@ -346,7 +346,7 @@ WORDS_FOR_A_READER: dict[str, tuple[bytes, bool]] = {
 
 
 @pytest.mark.parametrize(("word", "makes_sense"), WORDS_FOR_A_READER.values(), ids=WORDS_FOR_A_READER.keys())
-def test_a_producer_that_talks_nonsense_is_heard_on(
+def test_messages_after_a_malformed_one_are_handled(
     lane: Lane, caplog: pytest.LogCaptureFixture, word: bytes, makes_sense: bool
 ) -> None:
     """To hang up would end its lane. Nothing else happens, to this lane or to others."""

@@ -1,4 +1,4 @@
-"""Readers that joined by the rules and then say anything: they break nothing, and the lane serves on.
+"""Readers that joined by the rules and then send arbitrary messages: the lane serves the others on.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -22,8 +22,8 @@ from mmlane.lane import Invitation, Lane, Reader, Refused, Reservation, inbox, p
 from tests.effort import examples
 from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child, die_with_the_parent
+from tests.lane.harness.lane_with_readers import new_tensor, put
 from tests.lane.harness.sockets import HUGE, KINDS, MAPPED, admitted, slot_and_serial, visit, welcomed
-from tests.lane.harness.together import new_tensor, put
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20
@@ -96,7 +96,7 @@ def test_a_ticket_that_one_reader_never_saw_is_lost_once_the_other_has_released_
         assert (stats.lost_tickets, stats.malformed_messages) == (1, 0)
 
 
-def test_half_a_message_that_makes_sense_is_heeded() -> None:
+def test_the_valid_half_of_a_malformed_message_is_handled() -> None:
     """And counted once as malformed."""
     with pair_with_hostile() as (lane, reader, hostile):
         ticket = put(lane, new_tensor())
@@ -148,7 +148,7 @@ def test_an_empty_message_is_not_the_end_of_a_reader() -> None:
         assert (lane.stats().malformed_messages, lane.state) == (1, "open")
 
 
-def test_mapped_again_changes_nothing() -> None:
+def test_a_second_mapped_message_changes_nothing() -> None:
     """A reader whose join was interrupted says it twice."""
     with pair_with_hostile() as (lane, reader, hostile):
         hostile.send(MAPPED)
@@ -157,7 +157,7 @@ def test_mapped_again_changes_nothing() -> None:
         serve(lane, reader, hostile)
 
 
-def test_the_last_words_of_a_reader_count() -> None:
+def test_the_last_release_of_a_reader_counts() -> None:
     """Until the lane hears of its end, which closes it (4)."""
     with pair_with_hostile() as (lane, reader, hostile):
         tickets = [put(lane, new_tensor()) for _ in range(2)]
@@ -174,7 +174,7 @@ def test_the_last_words_of_a_reader_count() -> None:
         eventually(lambda: lane.is_closed, "its end")
 
 
-def test_the_last_words_of_a_reader_that_did_not_listen_count() -> None:
+def test_the_last_release_of_a_reader_that_did_not_read_counts() -> None:
     """Its end with messages unread is a reset. Its RELEASE names the group all the same (2, 4)."""
     with Lane({"a": 1, "b": 1}, capacity=32 * MIB) as lane, Reader("b") as reader, admitted(lane, "a") as deaf:
         reader.join(lane.invitation)
@@ -352,7 +352,7 @@ class Conversation(RuleBasedStateMachine):
         # The honest reader's thread may be sending what was released here.
         eventually(lambda: self.lane.stats().tickets == len(self.honest | self.hostile), "what was released")
         stats = self.lane.stats()
-        lost = self.unseen - self.honest  # they have ended, whoever spoke last (3)
+        lost = self.unseen - self.honest  # they have ended, whichever reader answered last (3)
         assert (stats.malformed_messages, stats.lost_tickets) == (self.malformed_messages, len(lost))
         assert (stats.joined, stats.state) == ({"tp": [0, 1]}, "open")
 

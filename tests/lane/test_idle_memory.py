@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.lane.harness import kernel
+from tests.lane.harness.lane_with_readers import SEGMENT
 from tests.lane.harness.payloads import MODES
 from tests.lane.harness.peers import (
     CAPACITY,
@@ -23,7 +24,6 @@ from tests.lane.harness.peers import (
     shut_gate,
     wait_at_gate,
 )
-from tests.lane.harness.together import SEGMENT
 from tests.lane.harness.waiting import eventually
 
 
@@ -40,7 +40,7 @@ def looks(producer: Peer[Producing], count: int) -> None:
 
 
 def test_memory_is_committed_ahead_of_need(company: Company) -> None:
-    """And readers have nothing in their page tables that they have not looked at: nobody need take it away."""
+    """And readers have no page in their page tables that they have not read: nothing has to be unmapped there."""
     producer, (reader,) = company.open(["tp"], capacity=CAPACITY, segment=SEGMENT)
     (file,) = kernel.lane_files(producer.pid)
     sent = producer.call(Producing.put, 1, 2 * SEGMENT)
@@ -93,7 +93,7 @@ def test_idle_memory_goes_and_comes_again(company: Company) -> None:
 
 
 def test_a_reader_that_stands_still_keeps_no_memory_and_holds_up_nothing(company: Company) -> None:
-    """Also memory that it has looked at: nobody is asked."""
+    """Also memory that it has read: the producer takes it back without asking a reader."""
     producer, (stopped, reader) = company.open(["tp", "vit"], capacity=CAPACITY, segment=SEGMENT, idle=0.1)
     (file,) = kernel.lane_files(producer.pid)
     carries(producer, stopped)
@@ -160,7 +160,7 @@ def test_releases_do_not_wake_the_producer(company: Company) -> None:
 
 
 @pytest.mark.long
-def test_nobody_is_woken_for_an_idle_lane(company: Company) -> None:
+def test_an_idle_lane_wakes_no_process(company: Company) -> None:
     """While memory is committed, the producer looks after it; then it does not look any more."""
     producer, readers = company.open(["tp", "tp"], idle=0.1)
     sent = producer.call(Producing.put, 1, 1000)

@@ -9,15 +9,15 @@ import pytest
 
 from mmlane.lane import Mode, StaleTicket, link, listening, outbox, reader
 from tests.lane.harness.child import run
+from tests.lane.harness.lane_with_readers import PAGE, LaneWithReaders, lane_with_readers
 from tests.lane.harness.moments import Interrupted, Moment, interrupt
 from tests.lane.harness.payloads import MODES, random, same
-from tests.lane.harness.together import PAGE, Together, together
 from tests.lane.harness.waiting import eventually
 
 MODULES = (link, listening, outbox, reader)
 
 
-def interrupted(pair: Together, ticket: bytes, mode: Mode, what: str, nth: int) -> bool:
+def interrupted(pair: LaneWithReaders, ticket: bytes, mode: Mode, what: str, nth: int) -> bool:
     """Take a ticket and let it go, with an interrupt in one of them; False if there was nothing to interrupt."""
     try:
         if what == "take":
@@ -35,7 +35,7 @@ def interrupted(pair: Together, ticket: bytes, mode: Mode, what: str, nth: int) 
 def everywhere(mode: Mode, what: str) -> int:
     """At how many places it was interrupted."""
     sys.unraisablehook = lambda hook: None  # a finalizer's interrupt goes nowhere
-    with together() as pair:
+    with lane_with_readers() as pair:
         for nth in count(1):
             tensor = random((3 * PAGE,), seed=nth)
             ticket = pair.put(tensor)
@@ -60,7 +60,7 @@ def test_a_signal_handler_that_raises_anywhere_in_a_reader(mode: Mode, what: str
 def recalled() -> int:
     """What becomes of a ticket whose release was interrupted, should there be no next one."""
     sys.unraisablehook = lambda hook: None
-    with together(idle=0.05) as pair:
+    with lane_with_readers(idle=0.05) as pair:
         ticket = pair.put(random((PAGE,)))
         assert interrupted(pair, ticket, "view", "let go", 1)
         assert pair.lane.stats().tickets == 1

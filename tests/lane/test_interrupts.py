@@ -26,8 +26,8 @@ import torch
 from mmlane.lane import JoinRefused, Lane, LaneError, Mode, Reader, StaleTicket
 from tests.effort import examples
 from tests.lane.harness import kernel
+from tests.lane.harness.lane_with_readers import SEGMENT, copy
 from tests.lane.harness.payloads import MODES, random, same
-from tests.lane.harness.together import SEGMENT, copy
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 PERIOD = 0.02  # seconds, between the lane's looks at what is out; and after which it asks after a ticket
@@ -380,7 +380,7 @@ def everything(world: World, random: Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(examples(2, 60)))
-def test_nothing_is_lost_in_a_storm(seed: int) -> None:
+def test_many_interrupts_lose_nothing(seed: int) -> None:
     random = Random(seed)
     hits = 0
     with worlds() as open_world:

@@ -9,8 +9,8 @@ import pytest
 
 from mmlane.lane import LaneError, Mode, UnknownLane
 from tests.lane.harness import kernel
+from tests.lane.harness.lane_with_readers import SEGMENT
 from tests.lane.harness.peers import CAPACITY, Company, Producing, Reading, baseline, carries, refused, tickets
-from tests.lane.harness.together import SEGMENT
 from tests.lane.harness.waiting import eventually
 
 # --- joining and leaving -----------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_a_reader_that_leaves_an_open_lane_ends_it_and_keeps_what_it_holds(compa
     assert leaves.call(Reading.check) == 2
 
 
-def test_coming_and_going_leaks_nothing(company: Company) -> None:
+def test_joining_and_leaving_repeatedly_leaks_nothing(company: Company) -> None:
     producer = company.producer({"tp": 2})
     invitation = company.invitation(producer)
     leaves = company.reader("tp", invitation)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from mmlane.lane import LaneError, Reservation
+from tests.lane.harness.lane_with_readers import PAGE, LaneWithReaders, held, offset, published
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, Together, held, offset, published
 from tests.lane.ways_to_write import SMALL, WRITES
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
-def test_all_tickets_are_for_one_copy(wide: Together, count: int) -> None:
+def test_all_tickets_are_for_one_copy(wide: LaneWithReaders, count: int) -> None:
     tensor = random((3 * PAGE,))
     copy = wide.copy(tensor)
     stats = wide.lane.stats()
@@ -41,7 +41,7 @@ def test_all_tickets_are_for_one_copy(wide: Together, count: int) -> None:
     assert held(wide.lane.stats()) == (0, 0, 0)
 
 
-def test_shared_counts_tickets_for_what_had_a_ticket_before(wide: Together) -> None:
+def test_shared_counts_tickets_for_what_had_a_ticket_before(wide: LaneWithReaders) -> None:
     """Of a put and of another copy it says nothing, whatever they are of, and wherever they lie."""
     tensor = random((PAGE,))
     assert (wide.lane.stats().puts, wide.lane.stats().shared) == (0, 0)
@@ -61,7 +61,7 @@ def test_shared_counts_tickets_for_what_had_a_ticket_before(wide: Together) -> N
     copies.clear()
 
 
-def test_a_copy_outlives_all_its_tickets(wide: Together) -> None:
+def test_a_copy_outlives_all_its_tickets(wide: LaneWithReaders) -> None:
     """A request waits for an answer to its first ticket before it sends the others."""
     tensor = random((PAGE,))
     with wide.copy(tensor) as copy:
@@ -79,7 +79,7 @@ def test_a_copy_outlives_all_its_tickets(wide: Together) -> None:
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_all_tickets_carry_what_was_copied(large: Together, write: Callable[[Tensor], object]) -> None:
+def test_all_tickets_carry_what_was_copied(large: LaneWithReaders, write: Callable[[Tensor], object]) -> None:
     """One request has one picture, also if its caller has the next one in the same memory already (6)."""
     tensor = torch.arange(24.0).view(SMALL)
     before = tensor.clone()
@@ -96,7 +96,7 @@ def test_all_tickets_carry_what_was_copied(large: Together, write: Callable[[Ten
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0, 5)], ids=str)
-def test_a_copy_without_elements_is_kept_like_any(wide: Together, shape: tuple[int, ...]) -> None:
+def test_a_copy_without_elements_is_kept_like_any(wide: LaneWithReaders, shape: tuple[int, ...]) -> None:
     tensor = random(shape, torch.float32)
     copy = wide.copy(tensor)
     assert same(copy.tensor, tensor) and held(wide.lane.stats()) == (0, 1, 1)
@@ -167,7 +167,7 @@ ENDS = [
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("first", ["copy", "tickets"])
 def test_a_copy_is_free_with_its_reservation_and_its_last_ticket(
-    wide: Together, end: Callable[[list[Reservation]], None], count: int, first: str
+    wide: LaneWithReaders, end: Callable[[list[Reservation]], None], count: int, first: str
 ) -> None:
     """At once if there is no ticket."""
     tensor = random((PAGE,))
@@ -198,9 +198,9 @@ ALIASES: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("made", ALIASES.values(), ids=ALIASES)
 @pytest.mark.parametrize("end", [by_closing, by_dropping])
 def test_a_copy_is_kept_as_long_as_an_alias_of_its_tensor_lives(
-    wide: Together, made: Callable[[Tensor], object], end: Callable[[list[Reservation]], None]
+    wide: LaneWithReaders, made: Callable[[Tensor], object], end: Callable[[list[Reservation]], None]
 ) -> None:
-    """(2): it is not used again, so that what the alias writes is in nobody's tensor (6)."""
+    """(2): it is not used again, so that what the alias writes is in no reader's tensor (6)."""
     copies = [wide.copy(random((PAGE,)))]
     alias = [made(copies[0].tensor)]
     end(copies)
@@ -215,7 +215,7 @@ def test_a_copy_is_kept_as_long_as_an_alias_of_its_tensor_lives(
 @pytest.mark.parametrize("end", [by_closing, by_closing_twice, by_leaving, by_an_error])
 @pytest.mark.parametrize("out", [False, True])
 def test_what_is_closed_cannot_be_published(
-    wide: Together, end: Callable[[list[Reservation]], None], out: bool
+    wide: LaneWithReaders, end: Callable[[list[Reservation]], None], out: bool
 ) -> None:
     """Also if its bytes are still there, for a ticket of before or an alias."""
     tensor = random((PAGE,))
@@ -226,7 +226,7 @@ def test_what_is_closed_cannot_be_published(
         del alias
         wide.discard(ticket)
     end([copy])
-    before = wide.books()
+    before = wide.figures()
     for _ in range(2):
         with pytest.raises(LaneError, match="closed"):
             copy.publish()
@@ -234,7 +234,7 @@ def test_what_is_closed_cannot_be_published(
             copy.publish(tensor)
         with pytest.raises(LaneError, match="closed"):
             _ = copy.tensor
-    assert wide.books() == before and wide.lane.is_open
+    assert wide.figures() == before and wide.lane.is_open
     assert held(wide.lane.stats()) == ((1, 1, 1) if out else (0, 0, 0))
     if out:
         assert same(wide.reader.take(ticket), tensor)
@@ -257,6 +257,6 @@ HELD_AT_THE_END = """
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_program_ends_without_a_word_while_copies_are_kept(ended: bool) -> None:
+def test_a_program_ends_without_output_while_copies_are_kept(ended: bool) -> None:
     program = run_beside_a_lane(HELD_AT_THE_END.replace("ENDED", str(ended)))
     assert (program.returncode, program.stdout, program.stderr) == (0, "well\n", "")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mmlane.lane import LaneError, Refused, Reservation
 from tests.effort import examples
+from tests.lane.harness.lane_with_readers import PAGE, held, lane_with_readers, offset, published
 from tests.lane.harness.payloads import random, same
-from tests.lane.harness.together import PAGE, held, offset, published, together
 
 ALIASES: dict[str, Callable[[Tensor], object]] = {
     "slice": lambda tensor: tensor[3:5],
@@ -40,7 +40,7 @@ class KeptCopies(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scope = together(capacity=32 * PAGE, segment=2 * PAGE)
+        self.scope = lane_with_readers(capacity=32 * PAGE, segment=2 * PAGE)
         self.pair = self.scope.__enter__()
         self.tensors: list[Tensor] = []
         self.kept: list[tuple[Reservation, Copy]] = []

@@ -17,18 +17,26 @@ from mmlane.lane.errors import Cause
 from mmlane.lane.issuing import SLOTS
 from tests.lane.harness import kernel
 from tests.lane.harness.child import run
+from tests.lane.harness.lane_with_readers import (
+    PAGE,
+    SEGMENT,
+    LaneWithReaders,
+    held,
+    lane_with_readers,
+    offset,
+    published,
+)
 from tests.lane.harness.payloads import random, same
-from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, published, together
 from tests.lane.harness.waiting import eventually
 
 
-def refused(pair: Together, copy: Reservation) -> Refused:
+def refused(pair: LaneWithReaders, copy: Reservation) -> Refused:
     """The refusal of a ticket for a copy, which is counted and changes nothing else."""
-    before, books = pair.lane.stats(), pair.books()
+    before, figures = pair.lane.stats(), pair.figures()
     ticket = copy.publish()
     assert isinstance(ticket, Refused)
     assert pair.lane.stats().fallbacks.get(ticket.cause, 0) == before.fallbacks.get(ticket.cause, 0) + 1
-    assert pair.books() == books
+    assert pair.figures() == figures
     return ticket
 
 
@@ -45,7 +53,7 @@ def refused(pair: Together, copy: Reservation) -> Refused:
 )
 def test_a_copy_is_refused_as_a_put_is(cause: Cause, tensor: Any) -> None:
     """With the same words, and nothing is kept."""
-    with together() as pair:
+    with lane_with_readers() as pair:
         ticket = pair.put(random((4 * SEGMENT,)))
         if cause == "off":
             pair.lane.switch(off=True)
@@ -65,7 +73,7 @@ def test_a_copy_for_a_lane_that_waits_is_refused(lane: Lane) -> None:
     assert held(lane.stats()) == (0, 0, 0) and lane.stats().fallbacks == {"not_open": 1}
 
 
-def test_a_lane_that_is_off_between_two_tickets(wide: Together) -> None:
+def test_a_lane_that_is_off_between_two_tickets(wide: LaneWithReaders) -> None:
     """The copy is there still when the lane is on again."""
     tensor = random((PAGE,))
     copy = wide.copy(tensor)
@@ -83,7 +91,7 @@ def test_a_lane_that_is_off_between_two_tickets(wide: Together) -> None:
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_a_copy_that_ends_while_the_lane_is_off_is_free(wide: Together, dropped: bool) -> None:
+def test_a_copy_that_ends_while_the_lane_is_off_is_free(wide: LaneWithReaders, dropped: bool) -> None:
     copy = wide.copy(random((PAGE,)))
     wide.discard(published(copy))
     wide.lane.switch(off=True)
@@ -96,7 +104,7 @@ def test_a_copy_that_ends_while_the_lane_is_off_is_free(wide: Together, dropped:
 
 def test_a_reader_that_ends_between_two_tickets() -> None:
     """The lane is closed; what was issued can be taken by the others (1, 4)."""
-    with together(readers=2) as pair:
+    with lane_with_readers(readers=2) as pair:
         tensor = random((PAGE,))
         copy = pair.copy(tensor)
         first, second = published(copy), published(copy)
@@ -110,7 +118,7 @@ def test_a_reader_that_ends_between_two_tickets() -> None:
         del taken
 
 
-def test_a_copy_that_keeps_all_the_room_until_it_is_closed(wide: Together) -> None:
+def test_a_copy_that_keeps_all_the_room_until_it_is_closed(wide: LaneWithReaders) -> None:
     large = random((64 * SEGMENT,))
     copy = wide.copy(large)
     wide.discard(published(copy))
@@ -124,7 +132,7 @@ def test_a_copy_that_keeps_all_the_room_until_it_is_closed(wide: Together) -> No
 
 
 @pytest.mark.parametrize("how", ["dropped", "dropped without a ticket", "closed"])
-def test_many_copies_use_no_room_up(wide: Together, how: str) -> None:
+def test_many_copies_use_no_room_up(wide: LaneWithReaders, how: str) -> None:
     for number in range(300):
         tensor = torch.full((3 * SEGMENT + 5,), number % 251, dtype=torch.uint8)
         copy = wide.copy(tensor)
@@ -138,7 +146,7 @@ def test_many_copies_use_no_room_up(wide: Together, how: str) -> None:
     assert wide.lane.stats().fallbacks == {}
 
 
-def test_a_copy_is_kept_though_there_are_no_tickets_left(wide: Together) -> None:
+def test_a_copy_is_kept_though_there_are_no_tickets_left(wide: LaneWithReaders) -> None:
     """A ticket for it can be had as soon as another ends; a put that gets none leaves nothing (2)."""
     tensor, other = random((10,)), random((10,), seed=1)
     copy = wide.copy(tensor)
@@ -162,8 +170,8 @@ def test_a_copy_is_kept_though_there_are_no_tickets_left(wide: Together) -> None
 
 @pytest.mark.parametrize("ends", ["closed before", "closed after", "dropped before", "dropped after"])
 def test_a_lane_that_ends_with_copies_kept_lets_its_memory_go(ends: str) -> None:
-    """`together` looks whether it is gone."""
-    with together() as pair:
+    """`lane_with_readers` looks whether it is gone."""
+    with lane_with_readers() as pair:
         tensor = random((PAGE,))
         copies = [pair.copy(tensor)]
         taken = pair.reader.take(published(copies[0]))
@@ -186,7 +194,7 @@ def test_a_lane_that_ends_with_copies_kept_lets_its_memory_go(ends: str) -> None
 def test_the_memory_of_a_lane_that_ended_goes_with_the_last_copy() -> None:
     """(4) As it does with the last tensor of a reader."""
     tensor, before = random((PAGE,)), kernel.lane_files(os.getpid())
-    with together() as pair:
+    with lane_with_readers() as pair:
         copies = [pair.copy(tensor) for _ in range(2)]
         published(copies[0])
         pair.reader.close()
@@ -199,7 +207,7 @@ def test_the_memory_of_a_lane_that_ended_goes_with_the_last_copy() -> None:
 
 
 def in_a_forked_child() -> str:
-    with together() as pair:
+    with lane_with_readers() as pair:
         tensor = random((PAGE,))
         copies = [pair.copy(tensor) for _ in range(2)]
         first = published(copies[0])

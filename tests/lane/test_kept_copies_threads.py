@@ -35,13 +35,13 @@ from mmlane.lane import (
 from mmlane.lane import reservation as reservations
 from tests.lane.harness import kernel
 from tests.lane.harness.child import run
+from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, LaneWithReaders, held, offset, published
 from tests.lane.harness.moments import Interrupted, Moment, interrupt
 from tests.lane.harness.payloads import random, same
-from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, published
 from tests.lane.harness.waiting import DEADLINE, eventually, in_threads
 
 
-def test_several_threads_publish_the_same_copies(wide: Together) -> None:
+def test_several_threads_publish_the_same_copies(wide: LaneWithReaders) -> None:
     turns = [(random((5000,), seed=turn), wide.copy(random((5000,), seed=turn))) for turn in range(100)]
     start = threading.Barrier(4)
     tickets: list[bytes] = []
@@ -64,7 +64,7 @@ def test_several_threads_publish_the_same_copies(wide: Together) -> None:
     assert wide.nothing_is_out()
 
 
-def test_several_threads_copy_the_same_tensor(wide: Together) -> None:
+def test_several_threads_copy_the_same_tensor(wide: LaneWithReaders) -> None:
     """None waits for another, and each has a copy of its own."""
     tensor = random((5000,))
     copies: list[Reservation] = []
@@ -75,7 +75,7 @@ def test_several_threads_copy_the_same_tensor(wide: Together) -> None:
     assert all(same(wide.reader.take(ticket), tensor) for ticket in tickets)
 
 
-def test_copies_are_closed_by_one_thread_while_others_publish_them(wide: Together) -> None:
+def test_copies_are_closed_by_one_thread_while_others_publish_them(wide: LaneWithReaders) -> None:
     """Each ticket has the bytes of its copy, whatever was copied to the lane since."""
     turns = [(random((5000,), seed=turn), wide.copy(random((5000,), seed=turn))) for turn in range(100)]
     start = threading.Barrier(4)
@@ -116,7 +116,7 @@ MODULES = (
 
 
 @pytest.mark.parametrize("before", [0, 1])
-def test_a_copy_that_is_closed_at_any_moment_of_its_publishing(wide: Together, before: int) -> None:
+def test_a_copy_that_is_closed_at_any_moment_of_its_publishing(wide: LaneWithReaders, before: int) -> None:
     """By another thread, or a signal handler. There is a ticket with its bytes, or an error that says so."""
     tensor = random((PAGE,))
     issued = 0
@@ -210,7 +210,7 @@ def check_after_interrupt(
     assert all(same(reader.take(ticket), tensor) for ticket in tickets)
     copy.close()
     if not lane.is_closed:
-        # Of a ticket that was interrupted at its very end nobody has it.
+        # A publish that was interrupted at its very end has issued a ticket that no variable holds.
         lane._issuer.withdrawn.extend((live.slot, live.serial) for live in lane._issuer.tickets.live.values())
         assert held(lane.stats()) == (0, 0, 0)
         again = lane.copy(tensor)

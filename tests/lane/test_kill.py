@@ -1,4 +1,4 @@
-"""SIGKILL at every named point of the protocol: who is left goes on, and of who is gone nothing is left (4)."""
+"""SIGKILL at every named point of the protocol: survivors go on, and nothing of the killed process is left (4)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mmlane.lane import Invitation, JoinRefused, Mode, failpoints
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Where
 from tests.lane.harness.child import Died
+from tests.lane.harness.lane_with_readers import SEGMENT
 from tests.lane.harness.payloads import MODES, Sent
 from tests.lane.harness.peers import (
     CAPACITY,
@@ -31,7 +32,6 @@ from tests.lane.harness.peers import (
     hears_of_the_end,
     refused,
 )
-from tests.lane.harness.together import SEGMENT
 from tests.lane.harness.waiting import eventually
 
 TIMES = (1, 3)  # a first time and one amid everything
@@ -86,7 +86,7 @@ class Traffic:
         self._joining(self.victim, Reading.join)
         for _ in range(1, JOINS):
             self.victim.call(Reading.leave)
-            eventually(self._nobody_is_in, "the number is free again")
+            eventually(self._no_reader_has_joined, "the number is free again")
             self._joining(self.victim, Reading.join)
         for _, reader in self.readers:
             self._joining(reader, Reading.join)
@@ -94,9 +94,9 @@ class Traffic:
             self._wait_until_it_is_open()
             self._put_and_take(number)
             self._wait_for_the_memory_to_go()
-        raise AssertionError("nobody has died in a hundred rounds: no round goes past this point")
+        raise AssertionError("no process has died in a hundred rounds: no round reaches this point")
 
-    def _nobody_is_in(self) -> bool:
+    def _no_reader_has_joined(self) -> bool:
         return not any(self.producer.call(Producing.stats).joined.values())
 
     def _joining(self, reader: Peer[Reading], join: Callable[[Reading, Invitation], None]) -> None:
@@ -107,7 +107,7 @@ class Traffic:
         self.joined.add(reader)
 
     def _wait_until_it_is_open(self) -> None:
-        """Raises Died where it never will be: a reader can die by itself of what it hears."""
+        """Raises Died where it never will be: a reader's thread may have reached the point at which it dies."""
 
         def is_open() -> bool:
             for reader in self.held:
@@ -180,10 +180,10 @@ class Traffic:
 
 
 def one_that_dies(company: Company, traffic: Traffic, victim: Peer[Any], point: str | None = None) -> None:
-    """Go on until the victim is dead, of what it was told to die of, and nobody else."""
+    """Go on until the victim has died at its point; all other processes are alive."""
     with pytest.raises((Died, AssertionError)) as end:
         traffic.run()
-    # A reader can die by itself of what it hears; then it may be a put that tells so first.
+    # A reader's own thread may have reached the point; then a put may be the first call to fail.
     assert isinstance(end.value, Died) or "cause='closed'" in str(end.value)
     assert victim.exitcode() == -signal.SIGKILL
     assert point is None or victim.last_words() == point
@@ -233,7 +233,7 @@ def test_a_producer_killed_at(company: Company, case: Case) -> None:
 
 
 def after_a_readers_death(company: Company, traffic: Traffic) -> None:
-    """Before the lane opens, another takes its place; later the lane ends, and nobody else loses anything (4)."""
+    """Before the lane opens, another takes its place; later the lane ends, and the others lose nothing (4)."""
     producer = traffic.producer
     survivors = [reader for _, reader in traffic.readers if reader.is_alive()]
     eventually(traffic.victim_is_gone, "the producer hears of the death")

@@ -21,7 +21,7 @@ from mmlane.lane.mapping import Mapping
 from tests.lane.harness.child import Child, run
 from tests.lane.harness.confinement import become, limit, limit_address_space, limit_descriptors
 from tests.lane.harness.kernel import open_files
-from tests.lane.harness.together import copy, put
+from tests.lane.harness.lane_with_readers import copy, put
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20
@@ -56,7 +56,7 @@ def open_larger_than_can_be_expressed(capacity: int) -> int:
 
 
 @pytest.mark.parametrize("capacity", [1 << 62, 1 << 63, 1 << 64, 10**40])
-def test_a_capacity_beyond_all_measure_is_refused_like_any_that_is_too_large(capacity: int) -> None:
+def test_a_capacity_beyond_any_address_space_is_refused(capacity: int) -> None:
     assert run(open_larger_than_can_be_expressed, capacity) == 0
 
 
@@ -93,7 +93,7 @@ def open_without_threads() -> list[str]:
     return texts
 
 
-def test_who_cannot_have_a_thread_is_told() -> None:
+def test_a_lane_or_reader_without_a_thread_says_why() -> None:
     for text in run(open_without_threads):
         assert "thread" in text and "`ulimit -u`" in text
 
@@ -225,7 +225,7 @@ def test_where_no_private_mapping_can_be_had_cow_clones() -> None:
         assert child.result()
 
 
-# --- a lane that serves on meanwhile -----------------------------------------------------------------------
+# --- a lane that serves on while something is short --------------------------------------------------------
 
 
 class Warnings(logging.Handler):

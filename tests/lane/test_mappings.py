@@ -1,4 +1,4 @@
-"""Mappings and descriptors of a reader: none is left, and where none can be had a copy does."""
+"""Mappings and descriptors of a reader: none is leaked, and where no mapping can be had the tensor is copied."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from mmlane.lane import mapping
 from tests.lane.harness.child import run
+from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, LaneWithReaders, lane_with_readers, published
 from tests.lane.harness.payloads import MODES, random
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, SEGMENT, Together, published, together
 
 
 def mappings_and_descriptors() -> tuple[int, int]:
@@ -22,7 +22,7 @@ def mappings_and_descriptors() -> tuple[int, int]:
 
 def take_many() -> tuple[tuple[int, int], ...]:
     """What there is before, while many are held, and after them; where no other test has left anything to end."""
-    with together() as pair:
+    with lane_with_readers() as pair:
         tensor = random((3 * PAGE,))
         pair.reader.take(pair.put(tensor), "cow")
         before = mappings_and_descriptors()
@@ -70,7 +70,7 @@ def test_where_no_private_mapping_can_be_had_cow_is_a_copy() -> None:
 
 
 def test_cow_leaves_the_process_most_of_the_mappings_that_it_may_have(
-    wide: Together, monkeypatch: pytest.MonkeyPatch
+    wide: LaneWithReaders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where none is left, malloc and dlopen fail: so cow is a copy from a quarter of them on."""
     limit = int(Path("/proc/sys/vm/max_map_count").read_text())
@@ -90,7 +90,7 @@ def test_cow_leaves_the_process_most_of_the_mappings_that_it_may_have(
     assert len(mapping.Mapping._private) == others
 
 
-def test_a_view_is_where_the_mapping_is_and_costs_no_memory(pair: Together) -> None:
+def test_a_view_is_where_the_mapping_is_and_costs_no_memory(pair: LaneWithReaders) -> None:
     ticket = pair.put(random((2 * SEGMENT,)))
     one = pair.reader.take(ticket, "view")
     whole = pair.reader._listener.links[pair.lane.name].mapping

@@ -1,4 +1,4 @@
-"""Who is a member of a lane, from when on and until when: an open lane is one that every rank really has.
+"""Which readers are members of a lane, and when: a lane is open only when every rank has joined it.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -14,6 +14,7 @@ import torch
 from mmlane.lane import Invitation, JoinRefused, Lane, LaneError, Reader, admission, failpoints, protocol, status
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Gate
+from tests.lane.harness.lane_with_readers import new_tensor, put, serves
 from tests.lane.harness.payloads import Sent
 from tests.lane.harness.peers import (
     Company,
@@ -28,7 +29,6 @@ from tests.lane.harness.peers import (
     wait_at_gate,
 )
 from tests.lane.harness.sockets import MAPPED, hello, receive, visit, welcomed
-from tests.lane.harness.together import new_tensor, put, serves
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 JOINING = [point for point in failpoints.READER if point.startswith("join.")]
@@ -135,15 +135,15 @@ def test_only_numbers_that_are_expected_join(lane: Lane) -> None:
 # --- an open lane is one that every rank has ---------------------------------------------------------------
 
 
-def test_what_is_no_rank_stands_in_for_none(company: Company) -> None:
+def test_no_other_process_takes_the_place_of_a_rank(company: Company) -> None:
     """Whatever connects in its place, the lane waits for the rank, and the rank gets every ticket (2, 7)."""
     producer = company.producer({"dp0": 2})
     invitation = company.invitation(producer)
     first = company.reader("dp0", invitation)
-    stranger = Invitation.make(invitation.name)
+    forged = Invitation.make(invitation.name)
     for word in (
         b"\x01\x02\x00dp0",  # the greeting of protocol 2
-        hello(stranger, "dp0", 1),
+        hello(forged, "dp0", 1),
         hello(Invitation(invitation.name, bytes(32)), "dp0", 1),
         MAPPED,
     ):
@@ -211,8 +211,8 @@ def test_a_rank_that_stands_still_before_its_proof_comes_again(company: Company)
 
 
 @pytest.mark.parametrize("point", ACCEPTING)
-def test_a_producer_that_stands_still_while_it_accepts_loses_nobody(company: Company, point: str) -> None:
-    """A join that waits for its answer in vain may be tried again; after MAPPED there is nothing to wait for."""
+def test_a_producer_that_stands_still_while_it_accepts_loses_no_reader(company: Company, point: str) -> None:
+    """A join that gets no answer may be tried again; after MAPPED the reader waits for nothing."""
     producer = company.producer({"tp": 2})
     invitation = company.invitation(producer)
     first = company.reader("tp", invitation)
@@ -236,7 +236,7 @@ def test_a_producer_that_stands_still_while_it_accepts_loses_nobody(company: Com
 
 
 def test_a_join_that_times_out_in_front_of_a_producer_that_stands_still_is_tried_again(company: Company) -> None:
-    """What is left of the tries that were given up disturbs nobody: they hang up before the lane can open."""
+    """Connections of the tries that were given up do no harm: they are closed before the lane can open."""
     producer = company.producer({"tp": 2})
     invitation = company.invitation(producer)
     first = company.reader("tp", invitation)
@@ -345,7 +345,7 @@ def test_a_reader_that_dies_while_it_is_accepted_frees_its_number(company: Compa
 
 
 def test_with_its_first_member_an_open_lane_ends_for_ever(company: Company) -> None:
-    """Nothing is issued any more, what is out is not used again, and nobody can join (2, 4)."""
+    """No ticket is issued any more, what is out is not used again, and no reader can join (2, 4)."""
     producer, (first, second) = company.open(["tp", "tp"])
     invitation = company.invitation(producer)
     sent = producer.call(Producing.put, 1, 1000)
@@ -366,7 +366,7 @@ def test_waiting_for_a_lane_ends_with_the_lane() -> None:
     with Lane({"tp": 1}) as lane:
         answers: list[bool] = []
         with in_a_thread(lambda: answers.append(lane.wait_open(DEADLINE))):
-            eventually(lambda: len(lane._lifecycle._waiting) == 1, "somebody waits")
+            eventually(lambda: len(lane._lifecycle._waiting) == 1, "the thread waits")
             lane.close()
         assert answers == [False]
 

@@ -15,8 +15,8 @@ from mmlane import host
 from mmlane.lane import cuda, mapping
 from tests.lane.harness import kernel
 from tests.lane.harness.fake_cuda import FakeGpu
+from tests.lane.harness.lane_with_readers import SEGMENT, LaneWithReaders, backing, copy, lane_with_readers
 from tests.lane.harness.payloads import MODES, random, same
-from tests.lane.harness.together import SEGMENT, Together, backing, copy, together
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 
@@ -26,14 +26,14 @@ def test_a_python_without_memfd_create_has_memory_without_a_name(monkeypatch: py
         monkeypatch.delattr(os, name)
     for name in ("F_ADD_SEALS", "F_SEAL_SEAL", "F_SEAL_SHRINK", "F_SEAL_GROW"):
         monkeypatch.delattr(fcntl, name)
-    with together() as pair:
+    with lane_with_readers() as pair:
         assert pair.lane.stats().degraded == ()
         assert str(Path(f"/proc/self/fd/{backing(pair.lane).fd}").readlink()).startswith("/memfd:mmlane")
         tensor = random((SEGMENT,))
         assert same(pair.reader.take(pair.put(tensor)), tensor)
 
 
-def test_no_other_user_may_open_the_memory(pair: Together) -> None:
+def test_no_other_user_may_open_the_memory(pair: LaneWithReaders) -> None:
     """A memfd is born with mode 0777."""
     found = backing(pair.lane)
     assert [os.fstat(fd).st_mode & 0o777 for fd in (found.fd, found.shared_fd)] == [0o600, 0o600]
@@ -56,7 +56,7 @@ def test_no_mapping_of_a_lane_is_in_a_core_dump(monkeypatch: pytest.MonkeyPatch)
     """It would read all of a sparse file, and so commit its whole capacity."""
     monkeypatch.setattr(cuda, "Cuda", FakeGpu())
     others = flags().keys()  # of lanes that other tests' fixtures keep
-    with together(device="cuda:0", pinned=SEGMENT) as pair:
+    with lane_with_readers(device="cuda:0", pinned=SEGMENT) as pair:
         assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
         held = [pair.reader.take(pair.put(random((SEGMENT,))), mode) for mode in MODES]
         found = {place: each for place, each in flags().items() if place not in others}
@@ -77,7 +77,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     mapping._max_private.cache_clear()
 
 
-def test_cow_takes_a_quarter_of_the_mappings_and_clones_then(wide: Together, few: int) -> None:
+def test_cow_takes_a_quarter_of_the_mappings_and_clones_then(wide: LaneWithReaders, few: int) -> None:
     """The rest is for the process: its threads, its libraries, its allocator."""
     before = kernel.mappings(os.getpid())
     for _ in range(2):
@@ -99,7 +99,7 @@ def test_many_tensors_to_edit_leave_the_process_room_for_mappings() -> None:
         pytest.skip(f"vm.max_map_count is {limit} here: that many take too long")
     count = limit // 4 + 100
     tensor = random((100,))
-    with together() as pair:
+    with lane_with_readers() as pair:
         before = kernel.mappings(os.getpid())
         with copy(pair.lane, tensor) as room:
             tickets = [room.publish() for _ in range(count)]

@@ -27,7 +27,7 @@ from tests.lane.harness.confinement import (
     require_mounts,
 )
 from tests.lane.harness.kernel import blocks
-from tests.lane.harness.together import backing, put
+from tests.lane.harness.lane_with_readers import backing, put
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20
@@ -69,7 +69,7 @@ def produce_in_a_group(pipe: Connection, group: Group, threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_control_group_at_its_limit_refuses_and_kills_nobody(group: Group, threads: int) -> None:
+def test_a_put_in_a_full_control_group_is_refused_and_no_process_is_killed(group: Group, threads: int) -> None:
     with Child(produce_in_a_group, group, threads) as child, Reader("tp") as reader:
         reader.join(child.hear())
         for _ in range(3):
@@ -236,7 +236,7 @@ def test_the_size_of_shm_does_not_matter() -> None:
 
 
 def fill_the_fallback(pipe: Connection) -> tuple[int, int, list[Path]]:
-    """A lane in a /dev/shm of 64 MiB, until it refuses, and then once more with somebody else's file in there."""
+    """A lane in a /dev/shm of 64 MiB, until it refuses; then once more beside a file of another program."""
     mount_over("/dev/shm", "size=64m")
     forbid(Deny("memfd_create", errno.ENOSYS))
     tensor = torch.ones(2 * MIB, dtype=torch.uint8)
@@ -251,7 +251,7 @@ def fill_the_fallback(pipe: Connection) -> tuple[int, int, list[Path]]:
             assert shm.f_bavail * shm.f_frsize >= 32 * MIB, "half of it is left for others"
             pipe.send((tickets, refused))
             pipe.recv()
-        # What was committed stays ours, whoever fills the rest.
+        # What was committed stays ours when another program fills the rest.
         with (
             pytest.raises(OSError, match="No space left"),
             Path("/dev/shm/other").open("wb", buffering=0) as other,

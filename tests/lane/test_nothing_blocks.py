@@ -13,8 +13,8 @@ import torch
 
 from mmlane.lane import failpoints
 from tests.lane.harness.breakpoints import Gate
+from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, LaneWithReaders, copy, lane_with_readers
 from tests.lane.harness.payloads import MODES, random, same
-from tests.lane.harness.together import PAGE, SEGMENT, Together, copy, together
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 PERIOD = 0.05  # seconds, between the lane's looks at what is out
@@ -49,7 +49,7 @@ def standing_still() -> Iterator[StandingStill]:
         logger.setLevel(level)
 
 
-def everything(pair: Together) -> None:
+def everything(pair: LaneWithReaders) -> None:
     """All that a producer and a reader do in requests, and what may go wrong there; memory is committed, too."""
     for seed, nbytes in enumerate((100, 2 * SEGMENT, 5 * SEGMENT)):
         for mode in MODES:
@@ -70,8 +70,8 @@ def everything(pair: Together) -> None:
 
 
 @pytest.mark.parametrize("whose", ["producer", "reader"])
-def test_a_log_handler_that_stands_still_holds_up_nobody_but_the_thread_that_logs(whose: str) -> None:
-    with together(idle=PERIOD) as pair, standing_still() as handler:
+def test_a_blocked_log_handler_holds_up_only_the_thread_that_logs(whose: str) -> None:
+    with lane_with_readers(idle=PERIOD) as pair, standing_still() as handler:
         (member,) = pair.lane.members
         if whose == "producer":
             pair.reader._listener.links[pair.lane.name].connection.send(b"\xff")  # a malformed message
@@ -101,7 +101,7 @@ def test_many_lost_tickets_are_few_lines_and_hold_up_no_put(caplog: pytest.LogCa
             super().__call__(name)
 
     tensor = random((PAGE,))
-    with together(2, idle=PERIOD, orphan=PERIOD) as pair:
+    with lane_with_readers(2, idle=PERIOD, orphan=PERIOD) as pair:
         gate = Counting("recall.sent")
         with copy(pair.lane, tensor) as room:
             assert all(isinstance(room.publish(), bytes) for _ in range(LOST))
@@ -124,7 +124,7 @@ def test_many_lost_tickets_are_few_lines_and_hold_up_no_put(caplog: pytest.LogCa
 
 def test_finalizers_return_while_the_readers_thread_stands_still() -> None:
     """Both of what was taken and of what was not."""
-    with together(idle=PERIOD, orphan=PERIOD) as pair:
+    with lane_with_readers(idle=PERIOD, orphan=PERIOD) as pair:
         held = [pair.reader.take(pair.put(random((SEGMENT,))), mode) for mode in MODES]
         gate = Gate("recall.heard")
         gate.wait()  # it is asked after one that it holds

@@ -1,4 +1,4 @@
-"""Messages as they are on the socket: byte by byte, there and back, and what is none is an error of one kind."""
+"""Messages on the socket: their bytes, the way there and back, and one kind of error for malformed ones."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def test_a_welcome_there_and_back(nbytes: int, slots: int, path: str, nonce: str
         (SECRET, "n", {"proof": protocol.read_hello(protocol.hello(SECRET, "tp", 1, "n")).proof}),
     ],
 )
-def test_a_welcome_that_proves_nothing_is_none(secret: bytes, nonce: str, changed: dict[str, object]) -> None:
+def test_a_welcome_without_a_valid_proof_is_an_error(
+    secret: bytes, nonce: str, changed: dict[str, object]
+) -> None:
     """Also the proof of the reader's own HELLO, which an impostor has heard."""
     message = protocol.welcome(SECRET, "n", 4096, 1, "/p")
     protocol.read_welcome(message, SECRET, "n")
@@ -209,10 +211,10 @@ def read_welcome(message: bytes) -> protocol.Welcome:
         (protocol.read_pairs, b"\x05" + bytes(33), "34 bytes are not a list of pairs"),
     ],
 )
-def test_what_is_no_message_is_an_error_that_says_how_long_it_is(
+def test_the_error_for_a_malformed_message_says_how_long_it_is(
     read: Callable[[bytes], Any], message: bytes, why: str
 ) -> None:
-    """And shows nothing of it: it may be what somebody sent in place of a secret."""
+    """And shows nothing of it: a process may have sent a secret by mistake."""
     with pytest.raises(ProtocolError, match=why):
         read(message)
 
@@ -229,9 +231,7 @@ BODIES = st.dictionaries(st.sampled_from(["group", "number", "nonce", "proof", "
     st.binary(max_size=60) | BODIES.map(lambda value: b"\x01\x03\x00" + json.dumps(value).encode()),
     st.sampled_from([protocol.read_hello, read_welcome, protocol.read_status, protocol.read_pairs]),
 )
-def test_whatever_comes_is_read_or_is_an_error_of_the_protocol(
-    message: bytes, read: Callable[[bytes], Any]
-) -> None:
+def test_any_bytes_are_a_message_or_a_protocol_error(message: bytes, read: Callable[[bytes], Any]) -> None:
     try:
         found = read(message)
     except ProtocolError:

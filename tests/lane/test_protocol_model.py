@@ -30,7 +30,7 @@ CERTAIN = 20_000  # runs at most, to find what is there: it is found within some
 KINDS = ["meet", "run", "serve", "time-out", "put", "send", "take", "drop", "let-go", "recall", "log"]
 KINDS += ["forget", "start"]
 # Of these there are few in one run.
-TROUBLE = ["patience", "end", "end", "close", "stranger", "stranger"]
+TROUBLE = ["patience", "end", "end", "close", "uninvited", "uninvited"]
 
 
 class Violation(Exception):
@@ -100,9 +100,9 @@ class Steps(RuleBasedStateMachine):
             case "drop":
                 return [(world.drop, *pair) for pair in arriving]
             case "let-go":
-                everybody = world.processes
+                processes = world.processes
                 return [
-                    (world.let_go, p, ticket) for ticket in world.tickets for p in everybody if ticket in p.seen
+                    (world.let_go, p, ticket) for ticket in world.tickets for p in processes if ticket in p.seen
                 ]
             case "recall":
                 return [(world.recall, ticket) for ticket in world.out() if not world.closed]
@@ -120,8 +120,8 @@ class Steps(RuleBasedStateMachine):
                 return [(end, rank) for rank in ranks for end in (world.dies, world.leaves)]
             case "close":
                 return [(world.close,)] if world.opened else []
-            case "stranger":
-                return [(world.stranger, visible, *said) for visible in (True, True, False) for said in SAID]
+            case "uninvited":
+                return [(world.uninvited, visible, *said) for visible in (True, True, False) for said in SAID]
         raise ValueError(kind)
 
     # --- always --------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_protocol_2_never_frees_what_is_held() -> None:
 
 
 @pytest.mark.parametrize("name", ["I1", "I7 open", "I7 read", "I7 fill", "I7 visit", "W put", "W drop"])
-def test_protocol_2_breaks(name: str) -> None:
+def test_protocol_2_violates_the_invariant(name: str) -> None:
     with pytest.raises(Violation, match=name):
         search(PROTOCOL_2, [name], CERTAIN)
 
@@ -210,18 +210,18 @@ def world_of(rules: Rules) -> tuple[World, Process, Process, Process]:
     return world, a0, a1, b0
 
 
-def let_stranger_try(world: World) -> None:
-    stranger = world.stranger(True, ("HELLO", ("a", 1), False), ("MAPPED",))
+def let_uninvited_process_try(world: World) -> None:
+    uninvited = world.uninvited(True, ("HELLO", ("a", 1), False), ("MAPPED",))
     for _ in ("accept", "HELLO", "MAPPED"):
-        world.serve(stranger)
+        world.serve(uninvited)
 
 
 @BOTH
-def test_a_stranger_comes_before_the_last_rank(rules: Rules, breaks: bool) -> None:
+def test_an_uninvited_process_connects_before_the_last_rank(rules: Rules, breaks: bool) -> None:
     world, a0, a1, b0 = world_of(rules)
     world.meet(a0)
     world.meet(b0)
-    let_stranger_try(world)
+    let_uninvited_process_try(world)
     assert world.check() == ({"I7 open", "I7 read"} if breaks else set())
     assert world.is_open == breaks
     world.meet(a1)
@@ -229,10 +229,10 @@ def test_a_stranger_comes_before_the_last_rank(rules: Rules, breaks: bool) -> No
 
 
 @BOTH
-def test_a_stranger_comes_after_the_last_rank(rules: Rules, breaks: bool) -> None:
+def test_an_uninvited_process_connects_after_the_last_rank(rules: Rules, breaks: bool) -> None:
     world, *ranks = world_of(rules)
     world.calm()
-    let_stranger_try(world)
+    let_uninvited_process_try(world)
     world.send("a", *ranks)
     assert world.check() == ({"I7 fill", "I7 read"} if breaks else set())
     (ticket,) = world.tickets

@@ -1,4 +1,4 @@
-"""Calls that meet at odd moments, odd arguments, and a system that fails for a while: nobody else feels it.
+"""Calls that meet at odd moments, odd arguments, and a system that fails for a while: they affect no other call.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -33,9 +33,9 @@ from mmlane.lane import (
     listening,
     status,
 )
+from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, LaneWithReaders, lane_with_readers, put, serves
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.sockets import listen, receive, visit
-from tests.lane.harness.together import PAGE, SEGMENT, Together, put, serves, together
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 # --- arguments ---------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def test_numpys_integers_are_integers() -> None:
     size = numpy.int64(SEGMENT)
     with Lane({"tp": numpy.int64(1)}, capacity=16 * size, pinned=size, segment=size) as lane:
         serves(lane)
-    with together() as pair:
+    with lane_with_readers() as pair:
         room = pair.lane.reserve((numpy.int64(4), 1024), torch.float32)
         assert isinstance(room, Reservation)
         assert status.ask(pair.lane.name).used_bytes == 4 * 1024 * 4
@@ -56,8 +56,8 @@ def test_numpys_integers_are_integers() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2.0, 3), ("2", 3), (None,), (-1, 3), 3])
-def test_a_shape_that_is_none_is_an_error_and_changes_nothing(shape: Any) -> None:
-    with together() as pair:
+def test_a_malformed_shape_is_an_error_and_changes_nothing(shape: Any) -> None:
+    with lane_with_readers() as pair:
         with pytest.raises((ValueError, TypeError)):
             pair.lane.reserve(shape, torch.float32)
         assert pair.lane.is_open
@@ -74,7 +74,7 @@ def test_a_size_that_is_no_integer_is_an_error(name: str) -> None:
 
 def test_a_reservation_whose_tensor_points_elsewhere_is_published_no_further_than_it_reaches() -> None:
     """(1, 2) What is published lies in the room; another memory has to be copied into it."""
-    with together() as pair:
+    with lane_with_readers() as pair:
         neighbour = pair.put(random((PAGE,), seed=1))
         room = pair.lane.reserve((PAGE,), torch.uint8)
         assert isinstance(room, Reservation)
@@ -93,12 +93,12 @@ def test_a_tensor_whose_storage_was_resized_is_refused(left: int) -> None:
     tensor = torch.zeros(1000)
     assert tensor.untyped_storage().nbytes() == 4000
     tensor.untyped_storage().resize_(left)
-    with together() as pair:
+    with lane_with_readers() as pair:
         assert pair.refused(tensor).cause == "unsupported"
 
 
 @pytest.mark.parametrize("timeout", [-0.3, -1.0, 0.0])
-def test_waiting_for_no_time_at_all_is_over_at_once(timeout: float) -> None:
+def test_wait_open_with_a_timeout_of_zero_or_less_returns_at_once(timeout: float) -> None:
     with Lane({"tp": 1}, capacity=SEGMENT, segment=SEGMENT) as lane:
         assert not lane.wait_open(timeout)
         serves(lane)
@@ -114,14 +114,14 @@ class Emptied(deque[Any]):
         return True
 
 
-def test_a_thread_that_waits_no_more_as_the_lane_opens() -> None:
+def test_the_lane_opens_when_its_last_waiting_thread_has_just_timed_out() -> None:
     with Lane({"tp": 1}, capacity=SEGMENT, segment=SEGMENT) as lane:
         lane._lifecycle._waiting = Emptied()
         serves(lane)
 
 
-def test_a_signal_handler_that_makes_up_for_what_a_take_was_about_to() -> None:
-    with together() as pair:
+def test_a_take_whose_pending_release_was_sent_by_a_signal_handler() -> None:
+    with lane_with_readers() as pair:
         (link,) = pair.reader._listener.links.values()
         link.dropped = Emptied()
         del link
@@ -169,8 +169,10 @@ class Interrupt(Exception):
 
 
 @pytest.mark.parametrize("which", ["lane", "reader"])
-def test_making_it_is_interrupted_when_its_thread_runs(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has it then who could close it."""
+def test_an_interrupted_constructor_leaves_no_thread_and_no_socket(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No caller has the object then, so none can close it."""
     start = threading.Thread.start
 
     def interrupted(thread: threading.Thread) -> None:
@@ -192,7 +194,7 @@ def test_making_it_is_interrupted_when_its_thread_runs(which: str, monkeypatch: 
 
 @contextmanager
 def full_queue(name: str) -> Iterator[None]:
-    """Somebody listens, but accepts nobody; and there is no place to wait."""
+    """A socket that listens and accepts no connection, and whose queue is full."""
     with listen(name):
         waiting = []
         with suppress(BlockingIOError):
@@ -249,7 +251,7 @@ def test_releases_that_cannot_be_sent_for_a_while_are_sent_later(
 ) -> None:
     """And the reader's thread tries it after a while, not all the time."""
     monkeypatch.setattr(listening, "_AFTER_ERROR", 1800.0)
-    with together() as pair:
+    with lane_with_readers() as pair:
         (link,) = pair.reader._listener.links.values()
         failing = FakeFailingSocket(link.connection)
         link.connection = link.outbox._connection = failing  # type: ignore[assignment]
@@ -267,7 +269,7 @@ def test_releases_that_cannot_be_sent_for_a_while_are_sent_later(
         del link
 
 
-def end_while_it_fails(pair: Together) -> float | None:
+def end_while_it_fails(pair: LaneWithReaders) -> float | None:
     """How long the reader's thread sleeps then; no name keeps the link after this."""
     (link,) = pair.reader._listener.links.values()
     real = link.connection
@@ -281,7 +283,7 @@ def end_while_it_fails(pair: Together) -> float | None:
 
 
 def test_a_lane_that_ends_while_its_socket_fails_lets_the_readers_thread_sleep() -> None:
-    with together() as pair:
+    with lane_with_readers() as pair:
         patience = end_while_it_fails(pair)
         assert patience is not None and patience > 5  # until the lane is forgotten
 
@@ -345,7 +347,7 @@ def test_a_reader_that_is_sent_away_when_it_has_joined_says_why(caplog: pytest.L
 
 def test_a_reader_whose_thread_has_failed_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves its lanes, and lets go of their memory."""
-    with together() as pair:
+    with lane_with_readers() as pair:
         monkeypatch.setattr(pair.reader._listener, "_tidy", lambda: 1 / 0)
         pair.reader._listener.wake()
         eventually(lambda: pair.reader._listener.has_failed, "the thread has failed")

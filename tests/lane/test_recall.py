@@ -1,4 +1,4 @@
-"""`Lane.recall`: tickets that were probably never sent come back soon, and nobody loses what he holds."""
+"""`Lane.recall`: tickets that were probably never sent come back soon, and a reader keeps what it holds."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from mmlane.lane import MalformedTicket, StaleTicket, failpoints, protocol
+from tests.lane.harness.lane_with_readers import lane_with_readers
 from tests.lane.harness.payloads import random, same
-from tests.lane.harness.together import together
 from tests.lane.harness.waiting import eventually
 
 PERIOD = 0.02  # seconds, between the lane's looks at what is out
 
 
 def test_a_recalled_ticket_comes_back_and_is_refused_from_then_on() -> None:
-    with together(readers=2, idle=PERIOD) as pair:
+    with lane_with_readers(readers=2, idle=PERIOD) as pair:
         ticket = pair.lane.put(random((5000,)))
         assert isinstance(ticket, bytes)
         pair.lane.recall(ticket)
@@ -27,9 +27,9 @@ def test_a_recalled_ticket_comes_back_and_is_refused_from_then_on() -> None:
                 reader.take(ticket)
 
 
-def test_who_holds_a_recalled_ticket_keeps_it() -> None:
+def test_a_reader_that_holds_a_recalled_ticket_keeps_it() -> None:
     """(3, 6) Also when only one of the readers has taken it: the other may still."""
-    with together(readers=2, idle=PERIOD) as pair:
+    with lane_with_readers(readers=2, idle=PERIOD) as pair:
         tensor = random((5000,))
         ticket = pair.lane.put(tensor)
         assert isinstance(ticket, bytes)
@@ -48,8 +48,8 @@ def test_who_holds_a_recalled_ticket_keeps_it() -> None:
         eventually(lambda: pair.lane.stats().tickets == 0, "everything is back")
 
 
-def test_what_is_no_ticket_or_is_not_out_is_left_alone() -> None:
-    with together(idle=PERIOD) as pair, together(idle=PERIOD) as elsewhere:
+def test_recalling_a_foreign_released_or_malformed_ticket_changes_nothing() -> None:
+    with lane_with_readers(idle=PERIOD) as pair, lane_with_readers(idle=PERIOD) as elsewhere:
         foreign = elsewhere.put(random((5000,)))
         ticket = pair.put(random((5000,)))
         pair.discard(ticket)
@@ -68,7 +68,7 @@ def test_what_is_no_ticket_or_is_not_out_is_left_alone() -> None:
 
 def test_a_recall_that_comes_while_the_lane_looks_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ticket may be newer than what the look has seen."""
-    with together(idle=PERIOD) as pair:
+    with lane_with_readers(idle=PERIOD) as pair:
         recalled: list[bytes] = []
 
         def recall(point: str) -> None:
@@ -85,7 +85,7 @@ def test_a_recall_that_comes_while_the_lane_looks_is_not_lost(monkeypatch: pytes
 
 def test_a_recall_that_cannot_be_sent_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reader's socket is full, say."""
-    with together(idle=PERIOD) as pair:
+    with lane_with_readers(idle=PERIOD) as pair:
         send = pair.lane._control.inbox.send
         failed = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Who is refused and why, and what an error amid a put or a take leaves behind: nothing.
+"""Refusals and their causes; and that an error during a put or a take leaves nothing behind.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mmlane.lane import Lane, Mode, Reader, Refused, failpoints
+from tests.lane.harness.lane_with_readers import SEGMENT, LaneWithReaders, lane_with_readers
 from tests.lane.harness.payloads import MODES, SHAPE, random
-from tests.lane.harness.together import SEGMENT, Together, together
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 
-def test_full_says_how_much_and_who_holds_it(pair: Together) -> None:
+def test_full_says_how_much_and_who_holds_it(pair: LaneWithReaders) -> None:
     tickets = [pair.put(random((4 * SEGMENT,), seed=seed)) for seed in range(4)]
     refused = pair.refused(random((100,)))
     assert refused.cause == "full"
@@ -28,7 +28,7 @@ def test_full_says_how_much_and_who_holds_it(pair: Together) -> None:
         pair.discard(ticket)
 
 
-def test_room_in_pieces_that_are_too_small_is_full_as_well(pair: Together) -> None:
+def test_room_in_pieces_that_are_too_small_is_full_as_well(pair: LaneWithReaders) -> None:
     tickets = [pair.put(random((SEGMENT,), seed=seed)) for seed in range(16)]
     for ticket in tickets[::2]:
         pair.discard(ticket)
@@ -39,14 +39,14 @@ def test_room_in_pieces_that_are_too_small_is_full_as_well(pair: Together) -> No
     pair.discard(pair.put(random((16 * SEGMENT,))))
 
 
-def test_oversize_says_how_much_there_is(pair: Together) -> None:
+def test_oversize_says_how_much_there_is(pair: LaneWithReaders) -> None:
     refused = pair.refused(torch.zeros(16 * SEGMENT + 1, dtype=torch.uint8))
     assert refused.cause == "oversize"
     assert f"{16 * SEGMENT + 1} bytes" in refused.detail and f"capacity of {16 * SEGMENT}" in refused.detail
     pair.discard(pair.put(torch.zeros(16 * SEGMENT, dtype=torch.uint8)))
 
 
-def test_a_tensor_that_looks_larger_than_any_memory_is_refused(pair: Together) -> None:
+def test_a_tensor_that_looks_larger_than_any_memory_is_refused(pair: LaneWithReaders) -> None:
     refused = pair.refused(torch.zeros(1).expand(1 << 50))
     assert refused.cause == "oversize" and str(1 << 52) in refused.detail
 
@@ -63,13 +63,13 @@ def test_not_open_says_who_is_missing() -> None:
         assert lane.stats().fallbacks == {"not_open": 1} and lane.stats().used_bytes == 0
 
 
-def test_unsupported_says_what_it_was(pair: Together) -> None:
+def test_a_refusal_as_unsupported_names_the_tensor(pair: LaneWithReaders) -> None:
     refused = pair.refused(torch.zeros(3).to_sparse())
     assert refused.cause == "unsupported" and refused.detail.startswith("torch.float32, torch.sparse_coo")
 
 
-def test_closed_says_so_and_closing_twice_is_nothing() -> None:
-    with together() as pair:
+def test_a_put_on_a_closed_lane_is_refused_and_closing_twice_is_no_error() -> None:
+    with lane_with_readers() as pair:
         ticket = pair.put(random((5,)))
         pair.lane.close()
         pair.lane.close()
@@ -81,7 +81,7 @@ def test_closed_says_so_and_closing_twice_is_nothing() -> None:
         assert pair.lane.stats().fallbacks == {"closed": 1}
 
 
-def test_off_says_so_until_the_lane_is_on_again(pair: Together) -> None:
+def test_off_says_so_until_the_lane_is_on_again(pair: LaneWithReaders) -> None:
     ticket = pair.put(random((5,)))
     for _ in range(2):
         pair.lane.switch(off=True)
@@ -96,7 +96,7 @@ def test_off_says_so_until_the_lane_is_on_again(pair: Together) -> None:
 
 
 def test_a_lane_that_ended_while_it_was_off_is_closed() -> None:
-    with together() as pair:
+    with lane_with_readers() as pair:
         pair.lane.switch(off=True)
         pair.reader.close()
         eventually(lambda: pair.lane.is_closed, "the lane ends")
@@ -108,7 +108,7 @@ def test_a_lane_that_ended_while_it_was_off_is_closed() -> None:
 @pytest.mark.parametrize("point", ["put.allocated", "put.committed", "put.copied"])
 def test_a_lane_that_is_closed_while_something_is_put(monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     """Its memory stays until the copy is done, and the tensor is refused."""
-    with together() as pair:
+    with lane_with_readers() as pair:
 
         def probe(name: str) -> None:
             if name == point:
@@ -124,7 +124,7 @@ def test_a_lane_that_is_closed_while_something_is_put(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("point", ["put.allocated", "put.committed", "put.copied"])
 def test_a_reader_that_leaves_while_something_is_put(monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     """(1): no ticket that only some could take."""
-    with together(readers=2) as pair:
+    with lane_with_readers(readers=2) as pair:
 
         def probe(name: str) -> None:
             if name == point:
@@ -147,7 +147,7 @@ def test_an_error_while_something_is_put_leaves_nothing_behind(
         if name == point:
             raise error
 
-    with together() as pair:
+    with lane_with_readers() as pair:
         monkeypatch.setattr(failpoints, "probe", probe)
         with pytest.raises(type(error)):
             pair.lane.put(random((3 * SEGMENT,)))
@@ -162,7 +162,7 @@ def test_an_error_while_something_is_put_leaves_nothing_behind(
 @pytest.mark.parametrize("point", ["take.claimed", "take.mapped"])
 @pytest.mark.parametrize("mode", MODES)
 def test_an_error_while_something_is_taken_releases_it(
-    pair: Together, monkeypatch: pytest.MonkeyPatch, point: str, mode: Mode
+    pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch, point: str, mode: Mode
 ) -> None:
     def probe(name: str) -> None:
         if name == point:

@@ -18,8 +18,9 @@ from mmlane.lane import Invitation, JoinRefused, Lane, Reader, admission, protoc
 from mmlane.lane.status import StatusError, ask
 from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child, run
-from tests.lane.harness.confinement import NOBODY, become, require_other_users
+from tests.lane.harness.confinement import OTHER_UID, become, require_other_users
 from tests.lane.harness.kernel import open_files
+from tests.lane.harness.lane_with_readers import serves
 from tests.lane.harness.sockets import (
     HUGE,
     KINDS,
@@ -27,13 +28,12 @@ from tests.lane.harness.sockets import (
     admitted,
     hello,
     impostor,
-    invitation_of_nobody,
+    invitation_without_lane,
     listen,
     receive,
     visit,
     welcomed,
 )
-from tests.lane.harness.together import serves
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20
@@ -44,7 +44,7 @@ MIB = 1 << 20
 
 def look_into(pipe: Connection, producer: int) -> list[str]:
     """As another user: which of a producer's descriptors can be opened."""
-    become(NOBODY)
+    become(OTHER_UID)
     found = []
     for number in range(256):
         try:
@@ -62,9 +62,9 @@ def test_another_user_finds_no_descriptor(lane: Lane) -> None:
     serves(lane)
 
 
-def listen_as_nobody(pipe: Connection, name: str) -> bytes:
+def listen_as_another_user(pipe: Connection, name: str) -> bytes:
     """Wait where a lane would be. Returns what the reader says."""
-    become(NOBODY)
+    become(OTHER_UID)
     with listen(name) as listener:
         pipe.send("listening")
         connection, _ = listener.accept()
@@ -75,10 +75,10 @@ def listen_as_nobody(pipe: Connection, name: str) -> bytes:
 
 def test_a_reader_tells_nothing_to_another_user() -> None:
     require_other_users()
-    invitation = invitation_of_nobody()
-    with Child(listen_as_nobody, invitation.name) as child, Reader("tp") as reader:
+    invitation = invitation_without_lane()
+    with Child(listen_as_another_user, invitation.name) as child, Reader("tp") as reader:
         assert child.hear() == "listening"
-        with pytest.raises(JoinRefused, match=f"belongs to user {NOBODY}, this is user 0"):
+        with pytest.raises(JoinRefused, match=f"belongs to user {OTHER_UID}, this is user 0"):
             reader.join(invitation)
         assert child.result() == b""
         assert reader.lanes() == ()
@@ -92,7 +92,7 @@ def travel(uid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("uid", [NOBODY, 3_000_000_000])
+@pytest.mark.parametrize("uid", [OTHER_UID, 3_000_000_000])
 def test_user_numbers_use_all_32_bits(uid: int) -> None:
     """And the overflow user has lanes, too."""
     require_other_users()
@@ -259,7 +259,7 @@ def test_a_reader_that_is_rejected_unheard_is_told_why() -> None:
 # --- crowds ------------------------------------------------------------------------------------------------
 
 
-def test_a_crowd_that_says_nothing_delays_a_reader_and_keeps_it_out_never(
+def test_many_silent_connections_delay_a_reader_and_do_not_keep_it_out(
     lane: Lane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is a bound to how many are heard at a time, and to how long. The reader waits, and comes in."""
@@ -323,7 +323,7 @@ def test_a_reader_that_has_proven_itself_has_time(lane: Lane) -> None:
 
 
 @pytest.mark.parametrize("word", [b"\0", bytes((protocol.STATUS,))], ids=["rejected", "answered"])
-def test_after_each_stranger_the_lane_accepts_nobody_for_a_moment(lane: Lane, word: bytes) -> None:
+def test_after_each_rejected_peer_the_lane_accepts_no_connection_for_a_moment(lane: Lane, word: bytes) -> None:
     """So that connections in masses cost the producer little."""
     began = time.monotonic()
     count = 20
@@ -335,7 +335,7 @@ def test_after_each_stranger_the_lane_accepts_nobody_for_a_moment(lane: Lane, wo
     serves(lane)
 
 
-def test_members_are_served_while_nobody_is_accepted(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_are_served_while_no_connection_is_accepted(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "_REST", 1800.0)
     with Reader("tp") as reader:
         reader.join(lane.invitation)
@@ -351,7 +351,7 @@ def test_members_are_served_while_nobody_is_accepted(lane: Lane, monkeypatch: py
 # --- descriptors -------------------------------------------------------------------------------------------
 
 
-def test_descriptors_that_nobody_asked_for_go_nowhere() -> None:
+def test_unexpected_descriptors_are_closed() -> None:
     with (
         Lane({"tp": 2}) as lane,
         Reader("tp", 1) as reader,

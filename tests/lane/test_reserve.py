@@ -28,8 +28,8 @@ from mmlane.lane.issuing import SLOTS
 from tests.effort import examples
 from tests.lane.harness import kernel
 from tests.lane.harness.child import run
+from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, LaneWithReaders, held, lane_with_readers, offset
 from tests.lane.harness.payloads import MODES, plain, random, same
-from tests.lane.harness.together import PAGE, SEGMENT, Together, held, offset, together
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread, in_threads
 
 
@@ -63,7 +63,7 @@ def buffer(tensor: Tensor) -> memoryview:
     ids=str,
 )
 def test_room_that_is_filled_and_published_whole(
-    wide: Together, shape: tuple[int, ...], dtype: torch.dtype, mode: Mode
+    wide: LaneWithReaders, shape: tuple[int, ...], dtype: torch.dtype, mode: Mode
 ) -> None:
     room = reserve(wide.lane, *shape, dtype=dtype)
     assert (room.tensor.dtype, room.tensor.shape, room.tensor.device.type) == (dtype, shape, "cpu")
@@ -81,7 +81,7 @@ def test_room_that_is_filled_and_published_whole(
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 2), (1 << 40, 0)], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_room_for_no_elements(wide: Together, shape: tuple[int, ...], mode: Mode) -> None:
+def test_room_for_no_elements(wide: LaneWithReaders, shape: tuple[int, ...], mode: Mode) -> None:
     room = reserve(wide.lane, *shape, dtype=torch.float32)
     first, second = publish(room), publish(room, room.tensor[:0])
     taken = wide.reader.take(first, mode)
@@ -91,7 +91,7 @@ def test_room_for_no_elements(wide: Together, shape: tuple[int, ...], mode: Mode
     assert wide.nothing_is_out()
 
 
-def test_an_empty_part_of_room_that_is_not_empty(wide: Together) -> None:
+def test_an_empty_part_of_room_that_is_not_empty(wide: LaneWithReaders) -> None:
     room = reserve(wide.lane, 100)
     ticket = publish(room, room.tensor[50:50])
     assert wide.reader.take(ticket).shape == (0,)
@@ -119,7 +119,9 @@ PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_a_part_is_a_ticket_of_its_own(wide: Together, part: Callable[[Tensor], Tensor], mode: Mode) -> None:
+def test_a_part_is_a_ticket_of_its_own(
+    wide: LaneWithReaders, part: Callable[[Tensor], Tensor], mode: Mode
+) -> None:
     with reserve(wide.lane, 3 * SEGMENT) as room:
         room.tensor.copy_(random((3 * SEGMENT,)))
         room.tensor[40:80] = 0  # of a parameter, no NaN
@@ -139,8 +141,8 @@ BYTES = st.integers(0, 20_000)
 
 @settings(max_examples=examples(100, 1000))
 @given(st.lists(st.tuples(BYTES, BYTES, st.sampled_from(MODES)), min_size=1, max_size=12))
-def test_any_ranges_at_once_in_any_modes(large: Together, ranges: list[tuple[int, int, Mode]]) -> None:
-    """Overlapping ones, too: each is its own ticket, and what one reader writes nobody else sees (6)."""
+def test_any_ranges_at_once_in_any_modes(large: LaneWithReaders, ranges: list[tuple[int, int, Mode]]) -> None:
+    """Overlapping ones, too: each is its own ticket, and what one reader writes no other process sees (6)."""
     wanted = random((20_000,))
     with reserve(large.lane, 20_000) as room:
         room.tensor.copy_(wanted)
@@ -161,7 +163,7 @@ def test_any_ranges_at_once_in_any_modes(large: Together, ranges: list[tuple[int
     assert held(large.lane.stats()) == (0, 0, 0)
 
 
-def test_room_filled_from_a_socket_whose_parts_are_taken_while_the_rest_arrives(wide: Together) -> None:
+def test_room_filled_from_a_socket_whose_parts_are_taken_while_the_rest_arrives(wide: LaneWithReaders) -> None:
     """Part by part: the sender does not send the next before the one before was taken."""
     sizes = [1, 4095, PAGE, 70_001, 3, SEGMENT, 12_345]
     total = sum(sizes)
@@ -202,7 +204,7 @@ def test_room_filled_from_a_socket_whose_parts_are_taken_while_the_rest_arrives(
 
 
 def test_every_reader_gets_what_was_published() -> None:
-    with together(readers=3) as pair:
+    with lane_with_readers(readers=3) as pair:
         with reserve(pair.lane, 1000, dtype=torch.int32) as room:
             room.tensor.copy_(torch.arange(1000))
             tickets = [publish(room, room.tensor[number::1][:10]) for number in range(5)]
@@ -215,7 +217,7 @@ def test_every_reader_gets_what_was_published() -> None:
         assert pair.nothing_is_out()
 
 
-def test_a_put_does_not_go_where_room_is_reserved(wide: Together) -> None:
+def test_a_put_does_not_go_where_room_is_reserved(wide: LaneWithReaders) -> None:
     """(6)"""
     rooms = [reserve(wide.lane, 3 * PAGE) for _ in range(4)]
     for number, room in enumerate(rooms):
@@ -227,7 +229,7 @@ def test_a_put_does_not_go_where_room_is_reserved(wide: Together) -> None:
 
 
 @pytest.mark.parametrize("default", ["meta", "cpu"])
-def test_the_default_device_does_not_matter(wide: Together, default: str) -> None:
+def test_the_default_device_does_not_matter(wide: LaneWithReaders, default: str) -> None:
     with torch.device(default):
         rooms = [reserve(wide.lane, *shape, dtype=torch.float32) for shape in ((0, 3), (2, 3))]
         tickets = [publish(room) for room in rooms]
@@ -237,7 +239,7 @@ def test_the_default_device_does_not_matter(wide: Together, default: str) -> Non
 
 @pytest.mark.parametrize("surroundings", [nullcontext, torch.no_grad, torch.inference_mode])
 def test_room_reserved_in_any_mode_of_torch(
-    wide: Together, surroundings: Callable[[], AbstractContextManager[Any]]
+    wide: LaneWithReaders, surroundings: Callable[[], AbstractContextManager[Any]]
 ) -> None:
     with surroundings():
         room = reserve(wide.lane, 10, dtype=torch.float32)
@@ -248,7 +250,7 @@ def test_room_reserved_in_any_mode_of_torch(
         room.close()
 
 
-def test_what_is_published_is_drained_like_what_is_put(wide: Together) -> None:
+def test_what_is_published_is_drained_like_what_is_put(wide: LaneWithReaders) -> None:
     """A producer that only publishes does not run out of tickets, and readers' sockets do not run full."""
     with reserve(wide.lane, 10) as room:
         for _ in range(100):
@@ -256,7 +258,7 @@ def test_what_is_published_is_drained_like_what_is_put(wide: Together) -> None:
         assert len(wide.lane._issuer.tickets.live) <= 17
 
 
-def test_without_any_ticket_left_a_part_is_refused_until_one_ends(wide: Together) -> None:
+def test_without_any_ticket_left_a_part_is_refused_until_one_ends(wide: LaneWithReaders) -> None:
     with reserve(wide.lane, 10) as room:
         room.tensor.copy_(random((10,)))
         tickets = [publish(room, room.tensor[number % 10 :]) for number in range(SLOTS)]
@@ -298,19 +300,19 @@ NOT_PARTS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("made", NOT_PARTS.values(), ids=NOT_PARTS)
-def test_what_is_no_contiguous_part_is_an_error(wide: Together, made: Callable[[Tensor], Any]) -> None:
+def test_what_is_no_contiguous_part_is_an_error(wide: LaneWithReaders, made: Callable[[Tensor], Any]) -> None:
     room = reserve(wide.lane, 100)
-    before = wide.books()
+    before = wide.figures()
     with pytest.raises(ValueError, match=r"contiguous part|travel by lane"):
         room.publish(made(room.tensor))
-    assert wide.books() == before and wide.lane.is_open
+    assert wide.figures() == before and wide.lane.is_open
     room.close()
 
 
-def test_a_part_of_other_room_is_an_error(wide: Together) -> None:
+def test_a_part_of_other_room_is_an_error(wide: LaneWithReaders) -> None:
     """Before and behind, in this lane and in another."""
     one, two = reserve(wide.lane, 100), reserve(wide.lane, 100)
-    with together() as other:
+    with lane_with_readers() as other:
         third = reserve(other.lane, 100)
         for room, part in ((one, two.tensor), (two, one.tensor), (one, third.tensor[3:5]), (third, one.tensor)):
             with pytest.raises(ValueError, match="not a contiguous part of what was reserved"):
@@ -326,7 +328,7 @@ def test_a_part_of_other_room_is_an_error(wide: Together) -> None:
     ids=str,
 )
 def test_what_is_no_tensor_for_a_lane_is_an_error(
-    wide: Together, shape: tuple[int, ...], dtype: torch.dtype
+    wide: LaneWithReaders, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     with pytest.raises(ValueError, match="no tensor that travels by lane"):
         wide.lane.reserve(shape, dtype)
@@ -368,7 +370,7 @@ ENDS = [by_closing, by_leaving, by_an_error, by_dropping, by_dropping_in_a_cycle
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("shape", [(3 * PAGE,), (0,)], ids=str)
 def test_room_that_is_given_up_is_free_at_once(
-    wide: Together, end: Callable[[list[Reservation]], None], shape: tuple[int, ...]
+    wide: LaneWithReaders, end: Callable[[list[Reservation]], None], shape: tuple[int, ...]
 ) -> None:
     rooms = [reserve(wide.lane, *shape)]
     assert held(wide.lane.stats())[:2] == (0, 1)
@@ -391,9 +393,9 @@ ALIASES: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
 @pytest.mark.parametrize("first", ["alias", "ticket"])
 def test_room_is_free_when_no_alias_lives_and_no_ticket_is_out(
-    wide: Together, end: Callable[[list[Reservation]], None], alias: Callable[[Tensor], object], first: str
+    wide: LaneWithReaders, end: Callable[[list[Reservation]], None], alias: Callable[[Tensor], object], first: str
 ) -> None:
-    """(2) Whoever fills it may still do so."""
+    """(2) A thread that fills it may still do so."""
     rooms = [reserve(wide.lane, 2 * PAGE)]
     rooms[0].tensor.fill_(1)
     aliases = [alias(rooms[0].tensor)]
@@ -416,14 +418,14 @@ def test_room_is_free_when_no_alias_lives_and_no_ticket_is_out(
 
 
 def test_the_room_a_closed_reservation_leaves_can_be_had_at_once() -> None:
-    with together() as pair:
+    with lane_with_readers() as pair:
         for _ in range(50):
             with reserve(pair.lane, 16 * SEGMENT):
                 assert pair.refused(random((1,))).cause == "full"
         assert pair.lane.stats().fallbacks == {"full": 50}
 
 
-def test_after_its_end_a_reservation_has_no_tensor_and_publishes_nothing(wide: Together) -> None:
+def test_after_its_end_a_reservation_has_no_tensor_and_publishes_nothing(wide: LaneWithReaders) -> None:
     room = reserve(wide.lane, 10)
     part = room.tensor[:5]
     room.close()
@@ -458,7 +460,7 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("parts", [[(0, 100)], [(0, 50), (50, 100)], [(60, 100), (0, 30), (20, 70)]], ids=str)
 @pytest.mark.parametrize("use", ["publish", "publish a part", "close", "with"])
 def test_a_write_after_everything_was_published_is_an_error(
-    wide: Together, write: Callable[[Tensor], object], parts: list[tuple[int, int]], use: str
+    wide: LaneWithReaders, write: Callable[[Tensor], object], parts: list[tuple[int, int]], use: str
 ) -> None:
     room = reserve(wide.lane, 100)
     for begin, end in parts:
@@ -484,7 +486,7 @@ def test_a_write_after_everything_was_published_is_an_error(
     assert wide.nothing_is_out() and wide.lane.is_open
 
 
-def test_what_is_not_published_yet_can_be_written_to(wide: Together) -> None:
+def test_what_is_not_published_yet_can_be_written_to(wide: LaneWithReaders) -> None:
     with reserve(wide.lane, 100) as room:
         room.tensor.zero_()
         publish(room, room.tensor[:99])
@@ -511,7 +513,7 @@ def refused(lane: Lane, nbytes: int) -> Refused:
     return answer
 
 
-def test_room_in_a_lane_that_is_full(pair: Together) -> None:
+def test_room_in_a_lane_that_is_full(pair: LaneWithReaders) -> None:
     room = reserve(pair.lane, 15 * SEGMENT)
     answer = refused(pair.lane, SEGMENT + 1)
     assert answer.cause == "full" and f"{SEGMENT + 1} bytes" in answer.detail
@@ -519,13 +521,13 @@ def test_room_in_a_lane_that_is_full(pair: Together) -> None:
     reserve(pair.lane, 16 * SEGMENT).close()
 
 
-def test_room_that_is_larger_than_the_lane(pair: Together) -> None:
+def test_room_that_is_larger_than_the_lane(pair: LaneWithReaders) -> None:
     answer = refused(pair.lane, 16 * SEGMENT + 1)
     assert answer.cause == "oversize" and str(16 * SEGMENT + 1) in answer.detail
     assert refused(pair.lane, 1 << 60).cause == "oversize"
 
 
-def test_room_for_which_there_is_no_memory(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_for_which_there_is_no_memory(pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(nbytes: int) -> None:
         raise OSError(12, "Cannot allocate memory")
 
@@ -543,7 +545,7 @@ def test_room_in_a_lane_that_is_not_open(lane: Lane) -> None:
     assert answer.cause == "not_open" and "reader 0 of 'tp'" in answer.detail
 
 
-def test_a_lane_that_is_off_gives_no_room_and_publishes_nothing_until_it_is_on(wide: Together) -> None:
+def test_a_lane_that_is_off_gives_no_room_and_publishes_nothing_until_it_is_on(wide: LaneWithReaders) -> None:
     room = reserve(wide.lane, 10)
     room.tensor.fill_(3)
     wide.lane.switch(off=True)
@@ -558,8 +560,8 @@ def test_a_lane_that_is_off_gives_no_room_and_publishes_nothing_until_it_is_on(w
 
 @pytest.mark.parametrize("how", ["lane", "reader"])
 def test_a_lane_that_ends_while_room_is_filled(how: str) -> None:
-    """The tensor stays memory that can be written to, as long as anybody has it; then it goes."""
-    with together(readers=2) as pair:
+    """The tensor stays memory that can be written to, as long as a reference to it is left; then it goes."""
+    with lane_with_readers(readers=2) as pair:
         room = reserve(pair.lane, 3 * SEGMENT)
         room.tensor[:SEGMENT] = 1
         ticket = publish(room, room.tensor[:SEGMENT])
@@ -584,7 +586,7 @@ def test_a_lane_that_ends_while_room_is_filled(how: str) -> None:
             reader.close()
         assert file and kernel.lane_files(os.getpid()) >= file
         del tensor, room
-    # `together` looks whether the memory is gone
+    # `lane_with_readers` looks whether the memory is gone
 
 
 def refused_when_closed(lane: Lane) -> Refused:
@@ -595,7 +597,7 @@ def refused_when_closed(lane: Lane) -> Refused:
 
 @pytest.mark.parametrize("error", [RuntimeError("other"), KeyboardInterrupt(), TimeoutError("a signal handler's")])
 def test_an_error_while_room_is_reserved_leaves_nothing_behind(
-    wide: Together, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    wide: LaneWithReaders, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def probe(name: str) -> None:
         if name == "commit.populated" and threading.current_thread() is threading.main_thread():
@@ -614,7 +616,7 @@ def test_an_error_while_room_is_reserved_leaves_nothing_behind(
 # --- threads and forks -------------------------------------------------------------------------------------
 
 
-def fill_and_publish(pair: Together, room: Reservation, row: int) -> None:
+def fill_and_publish(pair: LaneWithReaders, room: Reservation, row: int) -> None:
     """A row of a tensor, in pieces."""
     for begin in range(0, 50_000, 5_000):
         part = room.tensor[row, begin : begin + 5_000]
@@ -623,7 +625,7 @@ def fill_and_publish(pair: Together, room: Reservation, row: int) -> None:
         assert bool((taken == row + begin // 5_000).all())
 
 
-def test_parts_that_several_threads_fill_and_publish(wide: Together) -> None:
+def test_parts_that_several_threads_fill_and_publish(wide: LaneWithReaders) -> None:
     with reserve(wide.lane, 4, 50_000) as room:
         in_threads([partial(fill_and_publish, wide, room, row) for row in range(4)])
     del room
@@ -631,7 +633,7 @@ def test_parts_that_several_threads_fill_and_publish(wide: Together) -> None:
 
 
 def in_a_forked_child() -> str:
-    with together() as pair:
+    with lane_with_readers() as pair:
         room = reserve(pair.lane, 2 * PAGE)
         room.tensor.fill_(1)
         child = os.fork()
@@ -663,7 +665,7 @@ def test_a_forked_child_can_fill_the_room_and_does_nothing_else_to_it() -> None:
 def keep_nothing_in_a_forked_child() -> tuple[int, int]:
     """How many of the lane's files a forked child has, with room reserved and without."""
     counts = []
-    with together() as pair:
+    with lane_with_readers() as pair:
         rooms = [reserve(pair.lane, PAGE)]
         for _ in range(2):
             ours, theirs = os.pipe()

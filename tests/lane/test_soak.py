@@ -86,7 +86,7 @@ def _put_until(sender: Sender, putter: int, random: Random, until: float) -> Cou
     sources: list[tuple[torch.Tensor, int]] = []
     while time.monotonic() < until:
         if random.random() < 0.01:
-            time.sleep(random.uniform(0.5, 2.0))  # memory goes meanwhile
+            time.sleep(random.uniform(0.5, 2.0))  # idle memory is decommitted in this time
         if len(sources) > 4 or (sources and random.random() < 0.5):
             tensor, seed = sources.pop(random.randrange(len(sources)))
         else:
@@ -210,7 +210,7 @@ def _take(receiver: Receiver, random: Random, sent: Sent, counts: Counter[str]) 
         raise AssertionError(f"taken as {mode}: {problem}")
     scribbled = mode != "view" and random.random() < 0.3
     if scribbled:
-        tensor[::5000] = SCRIBBLE  # nobody else may ever see that
+        tensor[::5000] = SCRIBBLE  # no other process may ever see that
     if random.random() < 0.3:  # an alias holds it as well as itself
         tensor = tensor.view(1, -1)[0].detach()
     seconds = random.choice((0.0, 0.01, 0.05, 0.2, 1.0)) * random.random()
@@ -253,7 +253,7 @@ def run_leg(
     busy = {peer.fileno(): peer for peer in peers}
     while busy:
         ready = wait(list(busy), DEADLINE)
-        assert ready, "nobody comes to an end"
+        assert ready, "no process finishes in time"
         for number in ready:
             assert isinstance(number, int)
             peer = busy.pop(number)

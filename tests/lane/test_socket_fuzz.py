@@ -27,8 +27,8 @@ from mmlane.lane import Invitation, Lane, Reader, admission, protocol
 from mmlane.lane.status import switch
 from tests.effort import examples
 from tests.lane.harness.kernel import open_files
+from tests.lane.harness.lane_with_readers import new_tensor, put
 from tests.lane.harness.sockets import HUGE, KINDS, MAPPED, admitted, hello, receive, slot_and_serial, visit
-from tests.lane.harness.together import new_tensor, put
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 MIB = 1 << 20

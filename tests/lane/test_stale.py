@@ -16,8 +16,15 @@ from torch import Tensor
 
 from mmlane.lane import JoinRefused, Lane, Reader, StaleTicket
 from mmlane.lane.ticket import read
+from tests.lane.harness.lane_with_readers import (
+    SEGMENT,
+    LaneWithReaders,
+    lane_with_readers,
+    new_tensor,
+    put,
+    serves,
+)
 from tests.lane.harness.payloads import SHAPE, random, same
-from tests.lane.harness.together import SEGMENT, Together, new_tensor, put, serves, together
 from tests.lane.harness.waiting import DEADLINE, eventually, in_threads
 
 MIB = 1 << 20
@@ -26,7 +33,7 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     "ended", ["held as view", "held as cow", "cloned", "let go", "discarded", "withdrawn", "used again"]
 )
-def test_a_ticket_that_is_not_out_is_stale(pair: Together, ended: str) -> None:
+def test_a_ticket_that_is_not_out_is_stale(pair: LaneWithReaders, ended: str) -> None:
     """(5): taking it is an error of its own request, discarding it is nothing; neither touches anything."""
     tensor = random(SHAPE)
     ticket = pair.put(tensor)
@@ -46,19 +53,19 @@ def test_a_ticket_that_is_not_out_is_stale(pair: Together, ended: str) -> None:
         pair.lane.drain()
         again = pair.put(tensor)
         assert (read(again).slot, read(again).offset) == (read(ticket).slot, read(ticket).offset)
-    books = pair.books()
+    figures = pair.figures()
     for _ in range(3):
         with pytest.raises(StaleTicket, match=pair.lane.name):
             pair.reader.take(ticket)
         pair.reader.discard(ticket)
     pair.discard(pair.put(tensor))  # so the reader's thread has come to those before it
-    assert pair.books() == {**books, "puts": books["puts"] + 1}
+    assert pair.figures() == {**figures, "puts": figures["puts"] + 1}
     assert all(same(taken, tensor) for taken in held)
     if ended == "used again":
         assert same(pair.reader.take(again), tensor)
 
 
-def test_a_release_that_is_not_drained_yet_does_not_make_a_ticket_good(pair: Together) -> None:
+def test_a_release_that_is_not_drained_yet_does_not_make_a_ticket_good(pair: LaneWithReaders) -> None:
     """The producer has not heard of it, so its digest is still there."""
     ticket = pair.put(random(SHAPE))
     pair.reader.take(ticket)
@@ -67,7 +74,7 @@ def test_a_release_that_is_not_drained_yet_does_not_make_a_ticket_good(pair: Tog
 
 
 def test_withdrawing_what_was_released_does_nothing() -> None:
-    with together(readers=2) as pair:
+    with lane_with_readers(readers=2) as pair:
         tensor = random(SHAPE)
         ticket = pair.put(tensor)
         held = pair.readers[1].take(ticket)
@@ -81,13 +88,13 @@ def test_withdrawing_what_was_released_does_nothing() -> None:
         assert pair.lane.stats().tickets == 0
 
 
-def test_a_withdrawn_ticket_is_free_at_the_next_put(pair: Together) -> None:
+def test_a_withdrawn_ticket_is_free_at_the_next_put(pair: LaneWithReaders) -> None:
     for _ in range(40):
         pair.lane.withdraw(pair.put(torch.zeros(16 * SEGMENT, dtype=torch.uint8)))
     assert pair.lane.stats().lost_tickets == 0
 
 
-def test_of_many_threads_that_take_one_ticket_one_gets_it(pair: Together) -> None:
+def test_of_many_threads_that_take_one_ticket_one_gets_it(pair: LaneWithReaders) -> None:
     tensor = random((100,))
     for _ in range(30):
         ticket = pair.put(tensor)

@@ -1,4 +1,4 @@
-"""Those that stand still, or hear late: nobody waits for them, and nothing of theirs is lost."""
+"""Readers that stand still, or handle messages late: no other process waits for them, and no ticket is lost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from mmlane.lane import Refused, StaleTicket, failpoints
 from mmlane.lane.ticket import read
+from tests.lane.harness.lane_with_readers import SEGMENT
 from tests.lane.harness.payloads import Sent
 from tests.lane.harness.peers import (
     CAPACITY,
@@ -24,7 +25,6 @@ from tests.lane.harness.peers import (
     tickets,
     wait_at_gate,
 )
-from tests.lane.harness.together import SEGMENT
 from tests.lane.harness.waiting import eventually
 
 # --- those that stand still --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Asking a lane for its state, and switching it off and on: the truth, whoever asks and however often."""
+"""Asking a lane for its state, and switching it off and on: each process that asks gets a true answer."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from mmlane.lane import Invitation, Lane, Reader, Refused, StatusError, protocol
 from mmlane.lane.status import LaneStats, ask, running, switch
 from tests.lane.harness.breakpoints import Gate
 from tests.lane.harness.child import Child
-from tests.lane.harness.confinement import NOBODY, become, require_other_users
+from tests.lane.harness.confinement import OTHER_UID, become, require_other_users
 from tests.lane.harness.kernel import open_files
+from tests.lane.harness.lane_with_readers import new_tensor, put, serves
 from tests.lane.harness.libc import checked
 from tests.lane.harness.peers import Company, Producing, Reading, baseline, carries
-from tests.lane.harness.sockets import admitted, impostor, invitation_of_nobody, receive, visit, welcomed
-from tests.lane.harness.together import new_tensor, put, serves
+from tests.lane.harness.sockets import admitted, impostor, invitation_without_lane, receive, visit, welcomed
 from tests.lane.harness.waiting import DEADLINE, eventually, in_a_thread
 
 MIB = 1 << 20
@@ -61,7 +61,7 @@ def test_a_lane_tells_what_its_producer_knows_in_every_state(company: Company) -
     def told() -> LaneStats:
         stats = ask(name)
         known = producer.call(Producing.stats)
-        # Memory may be committed ahead of need meanwhile.
+        # Memory may be committed ahead of need between the two.
         assert replace(stats, committed_bytes=known.committed_bytes) == known
         assert (stats.name, stats.pid, stats.rejected_peers) == (name, producer.pid, 0)
         return stats
@@ -87,7 +87,7 @@ def test_a_lane_tells_what_its_producer_knows_in_every_state(company: Company) -
     for reader in (first, second):
         for ticket in (sent, again):
             reader.call(Reading.discard, ticket)
-    eventually(lambda: ask(name).tickets == 0, "the tickets are released")  # nobody else has drained the lane
+    eventually(lambda: ask(name).tickets == 0, "the tickets are released")  # no other call has drained the lane
     stats = ask(name)
     assert (stats.tickets, stats.used_bytes, stats.extents) == (0, MIB, 1)  # a copy is kept for one ticket more
     producer.call(Producing.forget, 1)
@@ -247,7 +247,7 @@ def test_a_process_that_says_nothing_holds_up_no_answer(lane: Lane) -> None:
         serves(lane)
 
 
-def test_who_asks_over_and_over_without_listening_is_answered_once(lane: Lane) -> None:
+def test_a_process_that_asks_repeatedly_and_does_not_read_is_answered_once(lane: Lane) -> None:
     with visit(lane.name) as connection:
         with pytest.raises(ConnectionError):
             while True:
@@ -258,7 +258,7 @@ def test_who_asks_over_and_over_without_listening_is_answered_once(lane: Lane) -
     assert lane.stats().malformed_messages == 0
 
 
-def test_who_asks_and_hangs_up_does_no_harm(lane: Lane) -> None:
+def test_a_process_that_asks_and_hangs_up_does_no_harm(lane: Lane) -> None:
     before = open_files()
     for _ in range(200):
         with visit(lane.name) as connection:
@@ -283,9 +283,9 @@ def test_a_reader_that_asks_is_not_cut_off(lane: Lane, kind: int) -> None:
         assert (stats.malformed_messages, stats.joined, stats.state) == (1, {"tp": [0]}, "open")
 
 
-def ask_as_nobody(pipe: Connection, name: str) -> tuple[str, tuple[bytes, list[int]], bool]:
+def ask_as_another_user(pipe: Connection, name: str) -> tuple[str, tuple[bytes, list[int]], bool]:
     """What is said to another user: to who asks by the rules, and to who asks all the same."""
-    become(NOBODY)
+    become(OTHER_UID)
     with pytest.raises(StatusError) as refusal:
         ask(name)
     with visit(name) as connection:
@@ -296,10 +296,10 @@ def ask_as_nobody(pipe: Connection, name: str) -> tuple[str, tuple[bytes, list[i
 
 def test_another_user_is_told_nothing(lane: Lane) -> None:
     require_other_users()
-    with Child(ask_as_nobody, lane.name) as child:
+    with Child(ask_as_another_user, lane.name) as child:
         reason, answer, listed = child.result()
-    assert f"it belongs to user {os.geteuid()}, this is user {NOBODY}" in reason
-    assert f"you are user {NOBODY}" in protocol.read_reject(answer[0]) and not answer[1] and listed
+    assert f"it belongs to user {os.geteuid()}, this is user {OTHER_UID}" in reason
+    assert f"you are user {OTHER_UID}" in protocol.read_reject(answer[0]) and not answer[1] and listed
     assert lane.stats().rejected_peers == 2
     serves(lane)
 
@@ -378,7 +378,7 @@ def test_facts_of_other_types_are_those_of_another_version(changed: dict[str, ob
 
 
 def test_a_queue_that_does_not_move_is_not_waited_for() -> None:
-    name = invitation_of_nobody().name
+    name = invitation_without_lane().name
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"\0{name}")
         listener.listen(0)
@@ -479,9 +479,7 @@ def test_watching_goes_on_until_ctrl_c(company: Company) -> None:
                 assert select.select([ours], [], [], DEADLINE)[0], screen
                 screen += os.read(ours, 1 << 16).decode(errors="replace")
 
-        of_this_lane = (
-            rf"{company.invitation(producer).name}((?!mmlane-\d).)*"  # not of one that somebody else has
-        )
+        of_this_lane = rf"{company.invitation(producer).name}((?!mmlane-\d).)*"  # not of another process's lane
         try:
             shows(rf"{of_this_lane}\b0 out")
             producer.call(Producing.put, 1, MIB)

@@ -1,4 +1,4 @@
-"""Taking and letting go, in one process: what a tensor is good for, and when its ticket is released.
+"""Taking and letting go, in one process: what can be done with a tensor, and when its ticket is released.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mmlane.lane import Mode, Refused, UnknownLane
 from mmlane.lane.ticket import read
+from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, LaneWithReaders, lane_with_readers, published
 from tests.lane.harness.payloads import MODES, SHAPE, random, same
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, SEGMENT, Together, published, together
 
 # --- modes -------------------------------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ from tests.lane.harness.together import PAGE, SEGMENT, Together, published, toge
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(), (0, 4), (5,), SHAPE], ids=str)
 def test_every_mode_gives_the_tensor_and_the_ticket_ends_with_it(
-    pair: Together, mode: Mode, shape: tuple[int, ...]
+    pair: LaneWithReaders, mode: Mode, shape: tuple[int, ...]
 ) -> None:
     tensor = random(shape, torch.float32)
     taken = pair.reader.take(pair.put(tensor), mode)
@@ -38,9 +38,9 @@ def test_every_mode_gives_the_tensor_and_the_ticket_ends_with_it(
 
 
 @pytest.mark.parametrize("mode", ["cow", "clone"])
-def test_what_a_reader_writes_is_seen_by_nobody_else(mode: Mode) -> None:
+def test_no_other_tensor_shows_what_a_reader_writes(mode: Mode) -> None:
     """(6)"""
-    with together(readers=2) as pair:
+    with lane_with_readers(readers=2) as pair:
         tensor = random(SHAPE, torch.float32)
         before = tensor.clone()
         copy = pair.copy(tensor)
@@ -60,7 +60,7 @@ def test_what_a_reader_writes_is_seen_by_nobody_else(mode: Mode) -> None:
         copy.close()
 
 
-def test_a_page_that_is_not_written_is_not_copied(pair: Together) -> None:
+def test_a_page_that_is_not_written_is_not_copied(pair: LaneWithReaders) -> None:
     """The others are the lane's own, as one can see when something is written there."""
     tensor = torch.zeros(3 * PAGE, dtype=torch.uint8)
     ticket = pair.put(tensor)
@@ -79,7 +79,7 @@ def test_a_page_that_is_not_written_is_not_copied(pair: Together) -> None:
 
 
 def test_writing_to_a_view_ends_the_process() -> None:
-    """With a signal rather than with other bytes for everybody (6)."""
+    """With a signal, rather than with changed bytes in every reader (6)."""
     ended = run_beside_a_lane(
         """
         tensor = random((10,))
@@ -93,7 +93,7 @@ def test_writing_to_a_view_ends_the_process() -> None:
     assert ended.stdout == "read\n" and ended.returncode == -11, (ended.returncode, ended.stderr)
 
 
-def test_an_unknown_mode_is_an_error_and_the_ticket_can_still_be_taken(pair: Together) -> None:
+def test_an_unknown_mode_is_an_error_and_the_ticket_can_still_be_taken(pair: LaneWithReaders) -> None:
     tensor = random((5,))
     ticket = pair.put(tensor)
     for mode in ("copy", "", "View", 1):
@@ -148,7 +148,7 @@ ALIASES: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("mode", ["view", "cow"])
 @pytest.mark.parametrize("made", ALIASES.values(), ids=ALIASES)
 def test_a_ticket_is_out_as_long_as_any_alias_lives(
-    pair: Together, made: Callable[[Tensor], object], mode: Mode
+    pair: LaneWithReaders, made: Callable[[Tensor], object], mode: Mode
 ) -> None:
     """(2)"""
     tensor = random(SHAPE, torch.float32)
@@ -168,8 +168,8 @@ def test_a_ticket_is_out_as_long_as_any_alias_lives(
 
 
 @pytest.mark.parametrize("mode", ["view", "cow"])
-def test_an_alias_reads_the_same_bytes_to_the_end(pair: Together, mode: Mode) -> None:
-    """(2): the producer goes on filling the lane meanwhile."""
+def test_an_alias_reads_the_same_bytes_to_the_end(pair: LaneWithReaders, mode: Mode) -> None:
+    """(2): while the producer goes on filling the lane."""
     tensor = random((2 * SEGMENT,))
     taken = pair.reader.take(pair.put(tensor), mode)
     part = taken[SEGMENT:].view(-1, 16).T
@@ -185,7 +185,7 @@ def test_an_alias_reads_the_same_bytes_to_the_end(pair: Together, mode: Mode) ->
 
 
 @pytest.mark.parametrize("mode", ["view", "cow"])
-def test_a_tensor_in_a_reference_cycle_is_released_when_it_is_collected(pair: Together, mode: Mode) -> None:
+def test_a_tensor_in_a_reference_cycle_is_released_when_it_is_collected(pair: LaneWithReaders, mode: Mode) -> None:
     gc.disable()
     try:
         cycle: list[Any] = [pair.reader.take(pair.put(random(SHAPE)), mode)]
@@ -198,7 +198,7 @@ def test_a_tensor_in_a_reference_cycle_is_released_when_it_is_collected(pair: To
         gc.enable()
 
 
-def test_each_ticket_on_one_extent_is_released_alone(pair: Together) -> None:
+def test_each_ticket_on_one_extent_is_released_alone(pair: LaneWithReaders) -> None:
     tensor = random(SHAPE)
     with pair.copy(tensor) as copy:
         held = [pair.reader.take(published(copy)) for _ in range(5)]
@@ -210,7 +210,7 @@ def test_each_ticket_on_one_extent_is_released_alone(pair: Together) -> None:
 
 def test_a_ticket_is_out_until_every_reader_has_released_it() -> None:
     """(2)"""
-    with together(readers=3) as pair:
+    with lane_with_readers(readers=3) as pair:
         ticket = pair.put(random(SHAPE))
         held = [reader.take(ticket) for reader in pair.readers[:2]]
         held.pop()
@@ -222,14 +222,14 @@ def test_a_ticket_is_out_until_every_reader_has_released_it() -> None:
         assert (stats.tickets, stats.used_bytes) == (0, 0)
 
 
-def test_discarding_releases_a_ticket_untaken(pair: Together) -> None:
+def test_discarding_releases_a_ticket_untaken(pair: LaneWithReaders) -> None:
     pair.discard(pair.put(random(SHAPE)))
     stats = pair.lane.stats()
     assert (stats.tickets, stats.used_bytes, stats.lost_tickets) == (0, 0, 0)
 
 
 def test_a_reader_knows_how_much_it_holds() -> None:
-    with together() as pair:
+    with lane_with_readers() as pair:
         whole = pair.lane.stats().capacity_bytes
         assert pair.reader.held_share(pair.lane.name) == 0
         first, second = (pair.reader.take(pair.put(random((PAGE,), torch.float32))) for _ in range(2))
@@ -240,4 +240,4 @@ def test_a_reader_knows_how_much_it_holds() -> None:
         del view
         assert pair.reader.held_share(pair.lane.name) == 0
         with pytest.raises(UnknownLane):
-            pair.reader.held_share("mmlane-of-nobody")
+            pair.reader.held_share("mmlane-that-is-not-joined")

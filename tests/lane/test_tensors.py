@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.lane.harness.lane_with_readers import LaneWithReaders, published
 from tests.lane.harness.payloads import inferred, plain, random, same
-from tests.lane.harness.together import Together, published
 from tests.lane.ways_to_write import SMALL
 
 pytestmark = [
@@ -58,7 +58,7 @@ KINDS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
 @pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_every_kind_of_dense_tensor_arrives(
-    large: Together,
+    large: LaneWithReaders,
     kind: Callable[[tuple[int, ...]], Tensor],
     shape: tuple[int, ...],
     surroundings: Callable[[], AbstractContextManager[Any]],
@@ -82,7 +82,9 @@ def test_every_kind_of_dense_tensor_arrives(
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 @pytest.mark.parametrize("shape", [(0, 3), (2, 3), LARGE], ids=str)
-def test_the_default_device_and_dtype_do_not_matter(wide: Together, device: str, shape: tuple[int, ...]) -> None:
+def test_the_default_device_and_dtype_do_not_matter(
+    wide: LaneWithReaders, device: str, shape: tuple[int, ...]
+) -> None:
     """Engines set them while they load models."""
     tensor = random(shape, torch.float32)
     dtype = torch.get_default_dtype()
@@ -154,7 +156,9 @@ NO_TENSOR: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize(("made", "says"), UNSUPPORTED.values(), ids=UNSUPPORTED)
 @pytest.mark.parametrize("kept", [False, True])
-def test_what_is_not_plain_is_refused(wide: Together, made: Callable[[], Any], says: str, kept: bool) -> None:
+def test_what_is_not_plain_is_refused(
+    wide: LaneWithReaders, made: Callable[[], Any], says: str, kept: bool
+) -> None:
     refused = wide.refused(made(), kept=kept)
     assert refused.cause == "unsupported" and says in refused.detail
     assert same(wide.reader.take(wide.put(random((5,)))), random((5,)))
@@ -162,9 +166,11 @@ def test_what_is_not_plain_is_refused(wide: Together, made: Callable[[], Any], s
 
 @pytest.mark.parametrize(("made", "says"), NO_TENSOR.values(), ids=NO_TENSOR)
 @pytest.mark.parametrize("kept", [False, True])
-def test_what_is_no_tensor_is_a_mistake(wide: Together, made: Callable[[], Any], says: str, kept: bool) -> None:
-    before = wide.books()
+def test_an_argument_that_is_not_a_tensor_is_a_type_error(
+    wide: LaneWithReaders, made: Callable[[], Any], says: str, kept: bool
+) -> None:
+    before = wide.figures()
     with pytest.raises(TypeError, match=f"tensor is of type {says}: wanted a torch.Tensor"):
         (wide.lane.copy if kept else wide.lane.put)(made())
-    assert wide.books() == before
+    assert wide.figures() == before
     assert same(wide.reader.take(wide.put(random((5,)))), random((5,)))

@@ -1,4 +1,4 @@
-"""Several threads at once, and Python's collector anywhere: every ticket is released, nobody waits for a lock."""
+"""Several threads at once, and Python's collector anywhere: tickets are released without waiting for a lock."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from mmlane.lane import Refused, failpoints, link
 from mmlane.lane.ticket import digest
+from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, LaneWithReaders, published
 from tests.lane.harness.payloads import MODES, SHAPE, random, same
 from tests.lane.harness.programs import run_beside_a_lane
-from tests.lane.harness.together import PAGE, SEGMENT, Together, published
 from tests.lane.harness.waiting import eventually, in_threads
 
 
-def test_several_threads_put_and_take(pair: Together) -> None:
+def test_several_threads_put_and_take(pair: LaneWithReaders) -> None:
     def work(which: int) -> None:
         for turn in range(120):
             size = (17, 3 * PAGE, SEGMENT + 9)[(which + turn) % 3]
@@ -36,7 +36,7 @@ def test_several_threads_put_and_take(pair: Together) -> None:
     assert pair.lane.stats().malformed_messages == 0
 
 
-def test_tensors_may_be_let_go_by_any_thread(pair: Together) -> None:
+def test_tensors_may_be_let_go_by_any_thread(pair: LaneWithReaders) -> None:
     with pair.copy(random((100,))) as copy:
         queue = [[pair.reader.take(published(copy)) for _ in range(200)] for _ in range(4)]
     assert pair.lane.stats().tickets == 800
@@ -44,7 +44,7 @@ def test_tensors_may_be_let_go_by_any_thread(pair: Together) -> None:
     eventually(lambda: pair.lane.stats().tickets == 0, "all are heard of")  # more than the socket holds at once
 
 
-def test_more_releases_at_once_than_the_socket_holds(pair: Together) -> None:
+def test_more_releases_at_once_than_the_socket_holds(pair: LaneWithReaders) -> None:
     """They wait in the reader, and go on when the producer reads."""
     with pair.copy(random((10,))) as copy:
         tickets = [published(copy) for _ in range(20_000)]
@@ -132,7 +132,7 @@ def test_tensors_are_collected_wherever_python_likes(threads: int) -> None:
 
 @pytest.mark.timeout(120)  # it hangs if it fails
 @pytest.mark.parametrize("lock", ["guard.lock", "_committer.committing"])
-def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> None:
+def test_letting_go_waits_for_no_lock_of_the_lane(pair: LaneWithReaders, lock: str) -> None:
     """The one above made certain, for the locks of the producer."""
     taken = pair.reader.take(pair.put(random(SHAPE)))
     ticket = pair.put(random((7,)))
@@ -143,7 +143,7 @@ def test_letting_go_waits_for_no_lock_of_the_lane(pair: Together, lock: str) -> 
 
 
 @pytest.mark.timeout(120)  # it hangs if it fails
-def test_letting_go_waits_for_no_lock_of_the_reader(pair: Together) -> None:
+def test_letting_go_waits_for_no_lock_of_the_reader(pair: LaneWithReaders) -> None:
     """Another thread's tensor is let go while one takes."""
     taken, ticket = [pair.reader.take(pair.put(random(SHAPE)))], pair.put(random((8,)))
     with pair.reader._listener.links[pair.lane.name]._claiming:
@@ -154,7 +154,7 @@ def test_letting_go_waits_for_no_lock_of_the_reader(pair: Together) -> None:
 
 
 @pytest.mark.timeout(120)  # it hangs if it fails
-def test_letting_go_amid_a_take_of_the_same_thread(pair: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_letting_go_amid_a_take_of_the_same_thread(pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a collection in the middle of it does."""
     held = [pair.reader.take(pair.put(random(SHAPE)))]
     ticket = pair.put(random((8,)))
@@ -170,7 +170,7 @@ def test_letting_go_amid_a_take_of_the_same_thread(pair: Together, monkeypatch: 
 
 
 def test_a_release_that_was_interrupted_is_sent_with_the_next(
-    pair: Together, monkeypatch: pytest.MonkeyPatch
+    pair: LaneWithReaders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a signal handler that raised: what a finalizer raises goes nowhere."""
     one, two = pair.reader.take(pair.put(random(SHAPE))), pair.reader.take(pair.put(random((7,))))

@@ -1,4 +1,4 @@
-"""Tickets: what they carry arrives, and nothing else is taken, whatever is handed in for one.
+"""Tickets: the tensors that they stand for arrive, and anything else that is passed as a ticket is an error.
 
 The numbers are those of the invariants in docs/lane.md.
 """
@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from mmlane.lane import MalformedTicket, Mode, StaleTicket, TicketError, UnknownLane
 from mmlane.lane.ticket import DTYPES, NAMES, Content, digest, read, write
 from tests.effort import examples
+from tests.lane.harness.lane_with_readers import LaneWithReaders, lane_with_readers
 from tests.lane.harness.payloads import MODES, random, same
-from tests.lane.harness.together import Together, together
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -33,7 +33,7 @@ U64 = (1 << 64) - 1
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-def test_every_dtype_and_shape_arrives(pair: Together, dtype: torch.dtype, mode: Mode) -> None:
+def test_every_dtype_and_shape_arrives(pair: LaneWithReaders, dtype: torch.dtype, mode: Mode) -> None:
     for shape in SHAPES:
         tensor = random(shape, dtype)
         taken = pair.reader.take(pair.put(tensor), mode)
@@ -80,7 +80,7 @@ def test_a_content_is_read_as_it_was_written(one: Content, other: Content) -> No
     assert (digest(write(one)) == digest(write(other))) == (one == other)
 
 
-def test_a_ticket_is_plain_bytes_for_every_carrier(pair: Together) -> None:
+def test_a_ticket_is_plain_bytes_for_every_carrier(pair: LaneWithReaders) -> None:
     tensor = random((7, 3), torch.bfloat16)
     ticket = pair.put(tensor)
     assert type(ticket) is bytes and len(ticket) < 200
@@ -92,7 +92,7 @@ def test_a_ticket_is_plain_bytes_for_every_carrier(pair: Together) -> None:
     assert same(pair.reader.take(carried), tensor)
 
 
-def test_a_ticket_through_msgpack_is_the_same(pair: Together) -> None:
+def test_a_ticket_through_msgpack_is_the_same(pair: LaneWithReaders) -> None:
     tensor = random((5,), torch.float16)
     ticket = pair.put(tensor)
     (carried,) = msgpack.unpackb(msgpack.packb([ticket]))
@@ -100,7 +100,7 @@ def test_a_ticket_through_msgpack_is_the_same(pair: Together) -> None:
     assert same(pair.reader.take(carried), tensor)
 
 
-def test_a_ticket_says_where_its_tensor_is(pair: Together) -> None:
+def test_a_ticket_says_where_its_tensor_is(pair: LaneWithReaders) -> None:
     ticket = pair.put(random((2, 3), torch.int32))
     content = read(ticket)
     assert content.lane == pair.lane.name
@@ -134,7 +134,7 @@ def flipped(ticket: bytes, bits: list[int]) -> bytes:
 class Attack:
     """Tickets that are out, others that are not any more, and all that can be made of them."""
 
-    def __init__(self, pair: Together) -> None:
+    def __init__(self, pair: LaneWithReaders) -> None:
         tensors = [
             random((3,)),
             random((2, 5), torch.float32),
@@ -148,7 +148,7 @@ class Attack:
         withdrawn = pair.put(random((10,)))
         pair.lane.withdraw(withdrawn)
         pair.lane.drain()
-        with together() as other:
+        with lane_with_readers() as other:
             elsewhere = other.put(random((11,)))
         taken = pair.put(random((12,)))
         self.held = [pair.reader.take(taken)]
@@ -204,7 +204,7 @@ class Attack:
 
 
 @pytest.mark.long
-def test_thousands_of_things_that_are_not_tickets(pair: Together) -> None:
+def test_thousands_of_invalid_tickets_are_each_an_error(pair: LaneWithReaders) -> None:
     """(5): each is an error of its own kind; nothing is taken, nothing is released, the lane goes on.
 
     To discard a stale ticket is no error: the reader's thread looks at it, and does nothing.
@@ -236,12 +236,12 @@ def test_thousands_of_things_that_are_not_tickets(pair: Together) -> None:
     assert same(pair.reader.take(pair.put(random((100,)))), random((100,)))
 
 
-def test_withdrawing_what_is_not_a_ticket_of_this_lane_changes_nothing(pair: Together) -> None:
+def test_withdrawing_what_is_not_a_ticket_of_this_lane_changes_nothing(pair: LaneWithReaders) -> None:
     """(5)"""
     ticket = pair.put(random((8,)))
-    with together() as other:
+    with lane_with_readers() as other:
         elsewhere = other.put(random((8,)))
-        books = pair.books()
+        figures = pair.figures()
         content = read(ticket)
         for wrong in (
             elsewhere,
@@ -254,14 +254,14 @@ def test_withdrawing_what_is_not_a_ticket_of_this_lane_changes_nothing(pair: Tog
         for nonsense in (b"", b"mml1", ticket[:-1], None, 7, bytearray(ticket)):
             with pytest.raises(MalformedTicket):
                 pair.lane.withdraw(nonsense)  # type: ignore[arg-type]
-        assert pair.books() == books
+        assert pair.figures() == figures
         assert other.lane.stats().tickets == 1
         other.lane.withdraw(elsewhere)
     assert same(pair.reader.take(ticket), random((8,)))
 
 
-def test_a_lane_that_is_not_joined_is_named(pair: Together) -> None:
-    with together() as other:
+def test_a_lane_that_is_not_joined_is_named(pair: LaneWithReaders) -> None:
+    with lane_with_readers() as other:
         ticket = other.put(random((3,)))
         with pytest.raises(UnknownLane, match=other.lane.name):
             pair.reader.take(ticket)
@@ -279,7 +279,7 @@ def test_a_lane_that_is_not_joined_is_named(pair: Together) -> None:
     ],
     ids=["type", "length", "magic", "size"],
 )
-def test_the_message_says_what_was_found(pair: Together, made: Any, says: str) -> None:
+def test_the_message_says_what_was_found(pair: LaneWithReaders, made: Any, says: str) -> None:
     ticket = pair.put(random((3,)))
     with pytest.raises(MalformedTicket, match=says):
         pair.reader.take(made(ticket))

@@ -1,4 +1,4 @@
-"""Who gets a lane's memory: who knows its secret, runs as the same user, and can be seen (7)."""
+"""Which processes get a lane's memory: those that know its secret, run as the same user, and are visible (7)."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from mmlane.lane import (
 from mmlane.lane.peer import uid_is_proof
 from mmlane.lane.status import ask, switch
 from tests.lane.harness.child import Child, Failed, die_with_the_parent, run
-from tests.lane.harness.confinement import NOBODY, become, require_other_users
+from tests.lane.harness.confinement import OTHER_UID, become, require_other_users
 from tests.lane.harness.kernel import lane_files, open_files
+from tests.lane.harness.lane_with_readers import new_tensor, put, serves
 from tests.lane.harness.libc import checked, libc
-from tests.lane.harness.sockets import MAPPED, hello, invitation_of_nobody, receive, visit
-from tests.lane.harness.together import new_tensor, put, serves
+from tests.lane.harness.sockets import MAPPED, hello, invitation_without_lane, receive, visit
 from tests.lane.harness.waiting import eventually
 
 MIB = 1 << 20
@@ -58,7 +58,7 @@ UNPROVEN: dict[str, Callable[[Invitation], list[bytes]]] = {
     "a guessed secret": lambda lane: [hello(Invitation.make(lane.name))],
     "an empty secret": lambda lane: [hello(Invitation(lane.name, b""))],
     "the name as the secret": lambda lane: [hello(Invitation(lane.name, lane.name.encode()))],
-    "a HELLO of another lane": lambda lane: [hello(invitation_of_nobody())],
+    "a HELLO of another lane": lambda lane: [hello(invitation_without_lane())],
     "another group than was proven": lambda lane: [renamed(hello(lane, "pp"), group="tp")],
     "another number than was proven": lambda lane: [renamed(hello(lane, "tp", 1), number=0)],
     "another nonce than was proven": lambda lane: [renamed(hello(lane), nonce="twice")],
@@ -75,7 +75,9 @@ UNPROVEN: dict[str, Callable[[Invitation], list[bytes]]] = {
 
 
 @pytest.mark.parametrize("words", UNPROVEN.values(), ids=UNPROVEN.keys())
-def test_nobody_without_the_secret_gets_the_memory(lane: Lane, words: Callable[[Invitation], list[bytes]]) -> None:
+def test_no_process_without_the_secret_gets_the_memory(
+    lane: Lane, words: Callable[[Invitation], list[bytes]]
+) -> None:
     before = open_files()
     with visit(lane.name) as connection:
         with suppress(ConnectionError):  # sent away after the first word
@@ -99,13 +101,13 @@ def test_a_reader_with_another_secret_is_told_so(lane: Lane) -> None:
     serves(lane)
 
 
-def test_what_comes_with_a_rejection_tells_nothing_of_who_is_expected(lane: Lane) -> None:
-    """Only who knows the secret learns what groups and numbers there are."""
+def test_a_rejection_names_expected_readers_only_to_a_process_that_knows_the_secret(lane: Lane) -> None:
+    """Only a process that knows the secret learns what groups and numbers there are."""
     with visit(lane.name) as connection:
-        connection.send(hello(Invitation.make(lane.name), "nobody knows", 7))
+        connection.send(hello(Invitation.make(lane.name), "unknown", 7))
         assert "tp" not in protocol.read_reject(receive(connection)[0])
     with visit(lane.name) as connection:
-        connection.send(hello(lane.invitation, "nobody knows", 7))
+        connection.send(hello(lane.invitation, "unknown", 7))
         assert "reader 0 of 'tp'" in protocol.read_reject(receive(connection)[0])
 
 
@@ -140,7 +142,7 @@ def of_version(good: bytes, version: int) -> bytes:
         (lambda good: good + b"x" * 100, "damaged"),
     ],
 )
-def test_what_is_no_invitation_is_an_error_that_quotes_nothing_of_it(
+def test_the_error_for_a_malformed_invitation_does_not_quote_it(
     damage: Callable[[bytes], object], reason: str
 ) -> None:
     good = Invitation("mmlane-1-abcdef", b"*" * 32)
@@ -227,14 +229,14 @@ def raised(what: Callable[[], object]) -> LaneError:
 # --- the memory --------------------------------------------------------------------------------------------
 
 
-def open_again_as_nobody(pipe: Connection) -> dict[str, list[str]]:
+def open_again_as_another_user(pipe: Connection) -> dict[str, list[str]]:
     """Have a lane's descriptor, become another user, and open it anew. And the same with a file for all."""
     with Lane({"tp": 1}, capacity=4 * MIB) as lane, visit(lane.name) as connection:
         connection.send(hello(lane.invitation))
         (fd,) = receive(connection)[1]
         for_all = os.memfd_create("mmlane-test")
         os.fchmod(for_all, 0o666)
-        become(NOBODY)
+        become(OTHER_UID)
         checked(libc.prctl(4, 1, 0, 0, 0))  # PR_SET_DUMPABLE: else /proc/self/fd is closed to the process itself
         found: dict[str, list[str]] = {"lane": [], "for all": []}
         for name, number in (("lane", fd), ("for all", for_all)):
@@ -252,7 +254,7 @@ def test_the_memory_is_closed_to_other_users(lane: Lane) -> None:
     assert lane._committer.memory is not None
     assert stat.S_IMODE(os.fstat(lane._committer.memory.backing.fd).st_mode) == 0o600
     require_other_users()
-    with Child(open_again_as_nobody) as child:
+    with Child(open_again_as_another_user) as child:
         assert child.result() == {"lane": ["PermissionError"] * 3, "for all": ["opened"] * 3}
 
 
@@ -276,10 +278,10 @@ def knock(pipe: Connection, uid: int | None, name: str, words: list[bytes]) -> l
 def test_another_user_gets_nothing_even_with_the_secret(lane: Lane) -> None:
     require_other_users()
     words = [hello(lane.invitation), *(bytes((kind,)) for kind in (protocol.STATUS, protocol.OFF, protocol.ON))]
-    with Child(knock, NOBODY, lane.name, words) as child:
+    with Child(knock, OTHER_UID, lane.name, words) as child:
         for answer, fds, ended in child.result():
             assert (fds, ended) == (0, True)
-            assert f"you are user {NOBODY}" in protocol.read_reject(answer)
+            assert f"you are user {OTHER_UID}" in protocol.read_reject(answer)
     assert (lane.stats().rejected_peers, lane.stats().state) == (len(words), "waiting")
     serves(lane)
 
@@ -292,8 +294,8 @@ def serve_as_the_overflow_user(pipe: Connection) -> None:
     uid = os.geteuid()
     checked(libc.unshare(_CLONE_NEWUSER))
     die_with_the_parent()
-    Path("/proc/self/uid_map").write_text(f"{NOBODY} {uid} 1")
-    assert os.geteuid() == NOBODY and not uid_is_proof()
+    Path("/proc/self/uid_map").write_text(f"{OTHER_UID} {uid} 1")
+    assert os.geteuid() == OTHER_UID and not uid_is_proof()
     with Lane({"tp": 1}, capacity=4 * MIB) as lane:
         pipe.send(lane.invitation)
         pipe.recv()
@@ -310,7 +312,7 @@ def _try_the_overflow_user() -> None:
     checked(libc.unshare(_CLONE_NEWUSER))
 
 
-def test_where_the_uid_proves_nothing_the_secret_does() -> None:
+def test_where_the_uid_proves_nothing_the_secret_decides() -> None:
     """A user that is not in the producer's namespace looks like its own; without the secret it gets nothing."""
     require_other_users()
     try:

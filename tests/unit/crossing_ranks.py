@@ -275,7 +275,7 @@ def hear_from(this: Process, source: int, count: int) -> list[Any]:
 
 
 def hear_the_end(this: Process, source: int) -> str:
-    """Wait for a word of somebody who will not say it: how that ends."""
+    """Receive from a rank that ends without sending: what receiving raises, or what was received."""
     assert this.line is not None
     try:
         return f"heard {this.line.receive_object(source)!r}"

@@ -29,7 +29,7 @@ WHOLE = {
 
 
 def launched(**options: Any) -> Any:
-    """The engine's arguments, as far as anybody here asks for them."""
+    """The engine's arguments, as far as the code under test reads them."""
     return SimpleNamespace(**{**WHOLE, **options})
 
 

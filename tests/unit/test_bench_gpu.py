@@ -116,7 +116,7 @@ def test_the_images() -> None:
     assert IMAGES.nbytes == 720_125_952
 
 
-def test_what_lacks() -> None:
+def test_missing_requirements_are_named() -> None:
     built_without = lacking(None, torch_version="2.13.0+cpu", cuda=None)
     assert built_without is not None
     assert built_without.startswith(

@@ -127,7 +127,7 @@ def asked_for(case: Case, status: int = 200) -> tuple[list[dict[str, Any]], list
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_requests_have_their_images_and_no_two_alike(case: Case) -> None:
+def test_requests_have_their_images_and_all_differ(case: Case) -> None:
     asked, found = asked_for(case)
     assert len(asked) == 2 * case.together
     urls = [

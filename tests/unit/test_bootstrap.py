@@ -153,7 +153,7 @@ def run_in(site: Path, code: str, *argv: str, **environ: str) -> subprocess.Comp
     )
 
 
-def test_a_python_without_the_engine_hears_nothing_of_it(damaged: Path) -> None:
+def test_a_python_without_the_engine_runs_silently_with_a_damaged_installation(damaged: Path) -> None:
     result = run_in(damaged, "import colorsys; print('fine')", "--mmlane-strict", MMLANE_STRICT="1")
     assert (result.returncode, result.stdout, result.stderr) == (0, "fine\n", "")
 
@@ -170,7 +170,7 @@ def test_strict_ends_the_engine_when_it_is_imported_and_not_before(damaged: Path
     assert line.startswith("mmlane: could not start: ") and "reinstall mmlane with pip" in line
 
 
-def test_otherwise_the_engine_runs_without_it_and_says_so(damaged: Path) -> None:
+def test_without_strict_a_damaged_installation_turns_mmlane_off_and_says_so(damaged: Path) -> None:
     code = (
         f"{LOOK}import sglang, os, sys\n"
         "assert vars(sglang.__loader__).keys() == {'name', 'path'}\n"
@@ -185,7 +185,7 @@ def test_otherwise_the_engine_runs_without_it_and_says_so(damaged: Path) -> None
 
 
 @pytest.mark.parametrize("parent", ["managed", "did not"])
-def test_a_child_whose_parent_has_it_ends(damaged: Path, parent: str) -> None:
+def test_a_child_of_a_patched_engine_ends_where_the_package_is_gone(damaged: Path, parent: str) -> None:
     """An engine's process that is started after the package has gone: half of an engine is not patched."""
     (damaged / "worker.py").write_text(
         f"import site; site.addsitedir({str(damaged)!r})\nimport sglang\ndef work(): print('served')\n"

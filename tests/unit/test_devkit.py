@@ -20,7 +20,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(not dies_with_us(), reason="no setpriv (util-linux) here")
-def test_a_server_ends_with_whoever_started_it() -> None:
+def test_a_server_ends_with_the_process_that_started_it() -> None:
     """A killed test run leaves no engine behind: its pipe is closed by nothing but its end."""
     reader, writer = os.pipe()
     command = [sys.executable, "-c", STARTS_AND_DIES, *dies_with_us(), "sh", "-c", "echo ready >&2; exec sleep 60"]

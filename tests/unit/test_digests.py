@@ -50,7 +50,7 @@ def take(probe: Any, rank: int, taken: Any) -> None:
     probe.handling(lambda self, recv_req: None)(scheduler, taken)
 
 
-def test_what_arrives_as_it_was_sent(probe: Any, tmp_path: Path) -> None:
+def test_equal_digests_are_no_fault(probe: Any, tmp_path: Path) -> None:
     sent = request("a", FEATURE, [FEATURE, torch.zeros(0)], torch.tensor(1.0))
     send(probe, sent)
     for rank in RANKS:
@@ -80,7 +80,7 @@ WRONG: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("wrong", [(0,), (1,), (0, 1)], ids=str)
-def test_what_does_not(probe: Any, tmp_path: Path, what: str, wrong: tuple[int, ...]) -> None:
+def test_a_difference_is_a_fault(probe: Any, tmp_path: Path, what: str, wrong: tuple[int, ...]) -> None:
     send(probe, request("a", FEATURE, FEATURE))
     for rank in RANKS:
         take(probe, rank, request("a", FEATURE, WRONG[what]() if rank in wrong else FEATURE))

@@ -220,7 +220,7 @@ def test_a_capacity_that_cannot_be_had_is_a_problem(count: str) -> None:
     assert not [note for note in found["notes"] if "CAPACITY" in note]
 
 
-def test_in_other_modes_nobody_asks_for_a_lane() -> None:
+def test_the_capacity_is_not_checked_where_no_lane_is_used() -> None:
     environs: tuple[dict[str, Any], ...] = ({"MMLANE": "backport"}, {"MMLANE_DISABLE": "lane"})
     for environ in environs:
         found = doctor(code=3, MMLANE_CAPACITY_MB="99999999999", **environ)
@@ -542,7 +542,7 @@ def test_it_fits_the_terminal_and_says_every_state_as_a_word(columns: str, tmp_p
         assert word in shown
 
 
-def test_fine_is_said() -> None:
+def test_doctor_without_problems_says_so() -> None:
     assert mmlane("doctor", "--engine", "0.5.12").stdout.rstrip().endswith("All fine.")
 
 

@@ -1,4 +1,4 @@
-"""A scheduler as each release has it: what is asked of it finds its way."""
+"""A scheduler as each release has it: our functions find its parts under the names of that release."""
 
 from __future__ import annotations
 

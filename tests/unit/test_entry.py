@@ -200,7 +200,7 @@ def test_the_engine_does_not_see_that_its_config_file_turns_mmlane_off(
     assert (result.returncode, result.stdout, result.stderr) == (0, "{'tp': 2}\n", "")
 
 
-def test_nor_does_it_where_mmlane_gives_up(stand_in: Path, merging: str) -> None:
+def test_the_engine_does_not_see_our_config_keys_where_mmlane_gives_up(stand_in: Path, merging: str) -> None:
     started = launching(stand_in, "tp: 2\nmmlane: lane\n")
     result = run(stand_in, f"{started}{FAIL}{STEPS['pth']}\n{STEPS['engine']}{merging}")
     assert (result.returncode, result.stdout) == (0, "{'tp': 2}\n"), result.stderr
@@ -284,7 +284,7 @@ def test_strict_ends_the_engine_when_another_plugin_holds_the_target(stand_in: P
     assert "already replaced by taker:other" in result.stderr
 
 
-def test_somebody_who_takes_a_patch_out_later_is_named(stand_in: Path) -> None:
+def test_a_plugin_that_replaces_a_patch_later_is_named(stand_in: Path) -> None:
     taking = "import sglang.srt.managers.target as t\ndef other(x): return x\nt.function = other\n"
     (stand_in / "taker.py").write_text(taking)
     code = f"{STEPS['pth']}\nimport taker\n{STEPS['engine']}\nprint('served')"
@@ -296,7 +296,7 @@ def test_somebody_who_takes_a_patch_out_later_is_named(stand_in: Path) -> None:
 
 
 @pytest.mark.parametrize("log", ["info", "warning"])
-def test_a_variable_that_nobody_reads_is_named_and_no_reason_to_stop(stand_in: Path, log: str) -> None:
+def test_an_unknown_variable_is_named_and_does_not_stop_the_engine(stand_in: Path, log: str) -> None:
     code = f"{STEPS['pth']}\n{STEPS['engine']}\nprint('served')"
     result = run(stand_in, code, MMLANE_CAPCITY_MB="64", MMLANE_STRICT="1", MMLANE_LOG=log)
     assert result.returncode == 0 and "served" in result.stdout
@@ -407,7 +407,7 @@ def test_what_is_gone_in_a_child_alone_ends_it(by_name: Path) -> None:
 
 
 def test_what_a_process_leaves_out_its_children_leave_out(by_name: Path) -> None:
-    """It comes back meanwhile, as with an upgrade: still one engine has it everywhere or nowhere."""
+    """It is there again when the child starts, as after an upgrade; the child still leaves the patch out."""
     (by_name / "worker.py").write_text(
         f"{STEPS['engine']}\nimport sglang\n"
         "def run_scheduler_process(): assert sglang.srt.entrypoints.engine.function(2) == 2\n"

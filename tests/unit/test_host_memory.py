@@ -76,7 +76,7 @@ def test_without_a_limit_the_machine_says_what_is_available(tmp_path: Path, memi
     assert host.memory(version_2(tmp_path, groups), meminfo).available == 3 * GIB
 
 
-def test_without_a_word_about_it_all_memory_is_available(tmp_path: Path) -> None:
+def test_without_meminfo_all_memory_counts_as_available(tmp_path: Path) -> None:
     found = host.memory(tmp_path / "missing", tmp_path / "missing")
     assert found.total - 1024 < found.available <= found.total
 
@@ -158,7 +158,7 @@ def anything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example(b"30 20 0:26 / / rw - tmpfs  rw\n", b"", b"MemAvailable: " + b"9" * 5000)
 @example(b"30 20 0:26 /\n30 20 0:26 /a /b\\000c rw - cgroup2 x rw", b"0::\n0::/a/d", b"MemAvailable: \xc2\xb2")
 @example(b"30 20 0:26  /sys rw - cgroup2 x rw", b"0::/\n1:memory\n:\n", b"\xff")
-def test_memory_is_told_whatever_is_in_proc(
+def test_memory_is_read_whatever_is_in_proc(
     anything: Path, mountinfo: bytes, cgroup: bytes, meminfo: bytes
 ) -> None:
     for name, content in (("mountinfo", mountinfo), ("cgroup", cgroup), ("meminfo", meminfo)):
@@ -172,7 +172,7 @@ def test_memory_is_told_whatever_is_in_proc(
 @example(b"9" * 5000, b"\xc2\xb2", b"inactive_file " + b"9" * 5000)
 @example(b"1", b"\xff", b"active_file \xff")
 @example(b"4096", b"", b"inactive_file 99999999999999999999")
-def test_memory_is_told_whatever_a_control_group_says(
+def test_memory_is_read_whatever_a_control_group_says(
     anything: Path, limit: bytes, used: bytes, stat: bytes
 ) -> None:
     for name, content in (("memory.max", limit), ("memory.current", used), ("memory.stat", stat)):

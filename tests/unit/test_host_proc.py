@@ -24,7 +24,7 @@ def anything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example(b"7 (a) b) S 1 2")
 @example(b"7 (a) S " + b"9" * 5000 + b" x" * 40)
 @example(b"7 (a) S" + b" \xc2\xb2" * 40)
-def test_a_process_is_told_or_not_whatever_is_in_its_file(anything: Path, content: bytes) -> None:
+def test_any_content_of_a_stat_file_is_read_or_counts_as_unknown(anything: Path, content: bytes) -> None:
     (anything / "7").mkdir(exist_ok=True)
     (anything / "7" / "stat").write_bytes(content)
     assert isinstance(host.process(7, anything), (host.Process, type(None)))
@@ -106,7 +106,7 @@ def test_this_process() -> None:
 
 
 @pytest.mark.parametrize("pid", [1 << 40, 1 << 80])
-def test_no_process_has_such_a_number(pid: int) -> None:
+def test_a_pid_beyond_the_kernels_range_is_not_alive(pid: int) -> None:
     assert not host.is_alive(pid)
     assert host.process(pid) is None
 

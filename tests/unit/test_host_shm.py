@@ -128,12 +128,14 @@ def test_without_a_dev_shm(tmp_path: Path) -> None:
     assert host.shared_memory(tmp_path / "missing") is None
 
 
-def test_a_file_is_none(tmp_path: Path) -> None:
+def test_a_file_is_no_shared_memory_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert host.shared_memory(tmp_path / "file") is None
 
 
-def test_one_that_may_not_be_listed_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_may_not_be_listed_still_has_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(self: Path) -> Iterator[Path]:
         raise PermissionError
 

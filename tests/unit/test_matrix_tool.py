@@ -227,7 +227,7 @@ def test_an_engine_that_cannot_be_had(tree: Path, monkeypatch: pytest.MonkeyPatc
     assert "gone: listed as deciding a result, and not there" in printed
 
 
-def test_a_tree_that_changes_meanwhile(tree: Path, tmp_path: Path) -> None:
+def test_a_result_is_not_kept_when_the_tree_changes_during_the_run(tree: Path, tmp_path: Path) -> None:
     suite(tree, "a", PASSES.format(name="a") + '\nopen(__file__, "a").write("#")\n')
     status, printed = go(tree, "a")
     assert status == 0
@@ -276,7 +276,7 @@ def writes(process: subprocess.Popen[str], fifo: Path) -> Iterator[IO[str]]:
         os.close(ended)
 
 
-def test_who_waits_for_a_process_that_ends_is_told_at_once(tmp_path: Path) -> None:
+def test_waiting_for_a_process_that_ends_fails_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     process = subprocess.Popen(["echo", "no room"], stdout=subprocess.PIPE, text=True)
     with pytest.raises(AssertionError, match="no room"), writes(process, tmp_path / "fifo"):
@@ -319,7 +319,7 @@ sys.exit(main([], found, Path({str(tree)!r})))
     assert ran(tmp_path) == "a-stopped--stopped-hb"
 
 
-def test_only_some_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_piece_for_only_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         matrix.main(["--only", "0.5.9,0.5.99"])
     assert "--only 0.5.99: wanted some of contract, 0.5.9, " in capsys.readouterr().err

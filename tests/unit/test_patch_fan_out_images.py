@@ -1,4 +1,4 @@
-"""`fan_out_images` around the real normalization of every release: its `GenerateReqInput`, run by itself.
+"""`fan_out_images` around the real normalization of every release: its `GenerateReqInput`, run alone.
 
 The class is taken from the release's source with its methods as they are, so that no engine has to be installed.
 """

@@ -1,4 +1,4 @@
-"""one_node: only several nodes are taken for several."""
+"""`one_node`: a launch with an address counts as several nodes only if it has several."""
 
 from __future__ import annotations
 

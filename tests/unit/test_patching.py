@@ -1,4 +1,4 @@
-"""Patching as a mechanism: check, apply, verify, undo, groups, and somebody else's replacement.
+"""Patching as a mechanism: check, apply, verify, undo, groups, and another plugin's replacement.
 
 What is patched here is a package of a few lines that the test writes; the engine's own objects are patched in
 tests/contract (as source) and tests/engine (as a running server).
@@ -167,7 +167,7 @@ def test_methods_static_methods_and_classes(package: str) -> None:
 @pytest.mark.parametrize("early", [True, False], ids=["using module first", "patch first"])
 @pytest.mark.parametrize(("name", "value"), [("PLACE", "/somewhere"), ("LIMIT", 3)])
 def test_a_constant(package: str, name: str, value: object, early: bool) -> None:
-    """Whoever imported it by its name gets ours; what merely has the same value (OTHER) does not."""
+    """A module that imported it by its name gets ours; a constant that merely has the same value (OTHER) stays."""
     defining = importlib.import_module(f"{package}.defining")
     using = importlib.import_module(f"{package}.using") if early else None
     replacement = apply(target(package, name, repr(value), replace=lambda original: [original]), defining)
@@ -181,7 +181,7 @@ def test_a_constant(package: str, name: str, value: object, early: bool) -> None
     assert not replacement.in_force()
 
 
-def test_a_constant_that_somebody_else_has_set(package: str, tmp_path: Path) -> None:
+def test_a_constant_that_another_plugin_has_set(package: str, tmp_path: Path) -> None:
     """Before us it stands, and ours is refused; after us it stands as well, and is named."""
     defining = importlib.import_module(f"{package}.defining")
     moves = spec("moves", target(package, "PLACE", "'/somewhere'", replace=lambda original: f"{original}/ours"))
@@ -290,7 +290,7 @@ def test_a_group_is_undone_when_a_later_target_turns_out_to_be_taken(package: st
     assert defining.Thing(1).method(1) == "another plugin"
 
 
-def test_somebody_who_wraps_ours_later_is_let_be(package: str, tmp_path: Path) -> None:
+def test_a_later_wrapper_around_ours_is_kept_by_undo(package: str, tmp_path: Path) -> None:
     defining = importlib.import_module(f"{package}.defining")
     replacement = apply(target(package, "function"), defining)
     outer = shout(defining.function)
@@ -363,7 +363,7 @@ def test_what_the_plan_names_is_loaded_at_once(package: str, tmp_path: Path) -> 
     assert defining.function == 1
 
 
-def test_who_replaced_it(package: str) -> None:
+def test_a_replaced_function_or_class_names_its_replacement(package: str) -> None:
     defining = importlib.import_module(f"{package}.defining")
     assert replaced_by(defining.function, defining) is None
     assert replaced_by(defining.Thing, defining) is None

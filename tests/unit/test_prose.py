@@ -6,18 +6,19 @@ from pathlib import Path
 
 from tools.prose import CHECKOUT, WORDS, found_in
 
-RULES = {"whoever": "the process", "strays?": "unrelated process"}
+# Words that plain_words.yaml does not have, since the linter reads this file too.
+RULES = {"utilise": "use", "leverages?": "uses"}
 DOCUMENT = """# Title
 
-Whoever reads this, and `whoever` is a name.
+Utilise this, and `utilise` is a name.
 
 ```python
-whoever = "in code"
+utilise = "in code"
 ```
-A [stray](whoever.md) process.
+A [leverage](utilise.md) of 2.
 """
-MODULE = '''"""Tells whoever asks."""
-whoever = f"a stray {__name__}"  # strays
+MODULE = '''"""Tells how to utilise it."""
+utilise = f"a leverage {__name__}"  # leverages
 '''
 
 
@@ -26,13 +27,13 @@ def test_they_are_found_in_text_comments_and_strings(tmp_path: Path) -> None:
     (tmp_path / "plugin").mkdir()
     (tmp_path / "plugin" / "module.py").write_text(MODULE)
     assert sorted(found_in(tmp_path, RULES)) == [
-        "README.md:3: 'Whoever'; write: the process",
-        "README.md:8: 'stray'; write: unrelated process",
-        "plugin/module.py:1: 'whoever'; write: the process",
-        "plugin/module.py:2: 'stray'; write: unrelated process",
-        "plugin/module.py:2: 'strays'; write: unrelated process",
+        "README.md:3: 'Utilise'; write: use",
+        "README.md:8: 'leverage'; write: uses",
+        "plugin/module.py:1: 'utilise'; write: use",
+        "plugin/module.py:2: 'leverage'; write: uses",
+        "plugin/module.py:2: 'leverages'; write: uses",
     ]
 
 
 def test_the_rules_are_where_they_are_looked_for() -> None:
-    assert WORDS.is_relative_to(CHECKOUT) and "whoever" in WORDS.read_text()
+    assert WORDS.is_relative_to(CHECKOUT) and "lane" in WORDS.read_text()

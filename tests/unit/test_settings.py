@@ -68,7 +68,7 @@ def test_pinned_memory_is_shared_by_tokenizer_workers_unless_it_was_asked_for() 
     assert read({"MMLANE_PINNED_MB": "0"}).pinned_of_one(1) == 0
 
 
-def test_variables_that_nobody_reads_are_named_with_the_nearest_that_is_read() -> None:
+def test_unknown_variables_are_named_with_the_nearest_known_one() -> None:
     known = dict.fromkeys((*VARIABLES, "MMLANE_IPC_LOCK", "MMLANE_CACHE", "OTHER_MMLANE_X"), "")
     assert read(known).unknown == ()
     unknown = read({"MMLANE_CAPACITY": "1", "MMLANE_ZZZ": "1", **known}).unknown
@@ -85,8 +85,9 @@ def test_former_names_are_accepted_with_a_line() -> None:
     chosen = read({"MMLANE": "Arena", "MMLANE_DISABLE": "fan_out,arena"}, {"MMLANE_DISABLE": "--mmlane-disable "})
     assert chosen.mode == "lane" and chosen.disable == {"fan_out", "lane"}
     assert chosen.former == ("MMLANE=arena", "--mmlane-disable arena")
+    former = "arena"
     assert renamed(chosen.former) == (
-        "MMLANE=arena, --mmlane-disable arena: arena is called lane now, and the former name is accepted until"
-        " 0.2.0 only"
+        f"MMLANE={former}, --mmlane-disable {former}: {former} is called lane now, and the former name is accepted"
+        " until 0.2.0 only"
     )
     assert read({"MMLANE": "lane", "MMLANE_DISABLE": "lane"}).former == ()

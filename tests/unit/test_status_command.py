@@ -100,7 +100,7 @@ def test_only_listening_sockets_of_a_lanes_name_are_lanes(scope: ExitStack) -> N
     assert [name for name in running() if number in name] == [lane]
 
 
-def test_a_lane_is_listed_once_whoever_is_connected_and_by_its_pid(scope: ExitStack) -> None:
+def test_a_lane_is_listed_once_whatever_is_connected_and_in_the_order_of_pids(scope: ExitStack) -> None:
     number = secrets.token_hex(8)
     lanes = [f"mmlane-{pid}-{number}" for pid in (9, 10, 100)]
     for lane in reversed(lanes):
@@ -299,7 +299,7 @@ def test_a_reader_that_goes_ends_the_command_quietly(words: list[str], lane: Lan
         assert process.stderr.read() == ""
 
 
-def test_a_single_look_that_nobody_reads_is_no_error() -> None:
+def test_a_closed_output_is_no_error() -> None:
     ours, theirs = os.pipe()
     os.close(ours)
     program = [sys.executable, "-m", "mmlane", "status"]
@@ -317,7 +317,7 @@ def test_no_line_is_wrapped_in_a_pipe(lane: Lane) -> None:
 
 
 @pytest.mark.parametrize(("columns", "width"), [(None, 100_000), ("60", 60)])
-def test_a_pipe_has_the_width_that_somebody_gave_it(
+def test_output_to_a_pipe_has_the_width_of_the_variable_columns(
     columns: str | None, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)

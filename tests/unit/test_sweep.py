@@ -104,7 +104,7 @@ def torch(tmp_path: Path) -> str:
 
 
 def leave(container: Container, *names: str) -> None:
-    """What nobody in sight has made, older than whoever starts now."""
+    """Files that no visible process has made, older than any process that starts from now on."""
     for name in names:
         file = container.shm / name
         file.touch(mode=0o600)
@@ -121,7 +121,7 @@ def sweep(container: Container, chosen: str = "private", before: str = "") -> st
     code = f"{MODULES}\n{before}\nsweep()"
     environ = {**os.environ, "MMLANE_SWEEP": chosen}
     command = container.inside([sys.executable, "-c", code])
-    # The limit is there for a sweep that stands still, at a file that nobody answers at.
+    # The limit ends a sweep that blocks, such as one that opens a FIFO without a writer.
     done = subprocess.run(command, env=environ, stderr=subprocess.PIPE, text=True, check=True, timeout=60)
     return done.stderr
 
@@ -151,7 +151,7 @@ def test_a_living_makers_segment_on_its_way_stays_and_a_killed_ones_goes(
         assert there(container) == set()
 
 
-def test_a_maker_whom_nobody_has_waited_for_is_dead(container: Container) -> None:
+def test_a_zombie_maker_counts_as_dead(container: Container) -> None:
     """As in a container whose first process does not do so."""
     zombie = ["sh", "-c", '"$@" & exec sleep 1000', "sh", sys.executable, "-c", MAKER, "mmlane", ""]
     with Living(container, *zombie) as parent:
@@ -205,7 +205,7 @@ UNTIL_30 = ["sh", "-c", "while :; do sleep 1000 >&- & [ $! -ge 30 ] && break; do
 
 
 @pytest.mark.parametrize("name", [SGL.replace("4711", "30"), None])
-def test_a_pid_that_somebody_else_has_since(container: Container, name: str | None) -> None:
+def test_a_pid_that_a_younger_process_has_reused(container: Container, name: str | None) -> None:
     leave(container, name or name_of(container, 30, 12345))
     with Living(container, *UNTIL_30):
         assert sweep(container) == SWEPT
@@ -213,11 +213,11 @@ def test_a_pid_that_somebody_else_has_since(container: Container, name: str | No
 
 def test_a_pid_of_a_process_that_may_have_been_the_maker(container: Container) -> None:
     """It is older than the segment. That its start time is another may be due to another time namespace."""
-    with Living(container, *UNTIL_30) as somebody:
+    with Living(container, *UNTIL_30) as older:
         grow_old()
         leave(container, name_of(container, 30, 12345))
         assert sweep(container) == ""
-        somebody.kill()
+        older.kill()
     assert there(container)
 
 
@@ -250,7 +250,7 @@ def test_an_older_engine_may_want_what_the_dead_left(container: Container, name:
         assert "reclaimed 2 segments" in sweep(container)
 
 
-def test_python_without_torch_may_want_only_what_is_anybodys(container: Container) -> None:
+def test_a_python_without_torch_may_want_only_segments_with_pythons_default_names(container: Container) -> None:
     with Living(container, sys.executable, "-c", MAKER, "mmlane", "") as program:
         leave(container, PSM, SGL, ELSEWHERE)
         told = sweep(container)
@@ -268,7 +268,7 @@ def test_a_younger_engine_knows_nothing_of_it(container: Container, torch: str) 
 
 def test_another_users_processes_do_not_count(container: Container) -> None:
     code = "print(flush=True); import sys; sys.stdin.read()"
-    python = "/usr/bin/python3"  # one that everybody may run
+    python = "/usr/bin/python3"  # one that every user may run
     if not Path(python).exists():
         pytest.skip(f"no {python}")
     with Living(container, *AS_ANOTHER_USER, python, "-c", code):
@@ -278,7 +278,7 @@ def test_another_users_processes_do_not_count(container: Container) -> None:
 
 @pytest.mark.parametrize("how", ["reading", "writing", "mapped", "mapped privately"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_somebody_has_open_or_mapped_stays(container: Container, family: str, how: str, torch: str) -> None:
+def test_what_a_process_has_open_or_mapped_stays(container: Container, family: str, how: str, torch: str) -> None:
     """By a process that is out of sight: this one."""
     with Living(container, sys.executable, "-c", MAKER, family, torch) as maker:
         maker.kill()
@@ -371,7 +371,7 @@ def test_a_kernel_without_leases(container: Container) -> None:
     assert there(container) == {PSM}
 
 
-def test_in_the_first_namespace_everybody_is_in_sight() -> None:
+def test_in_the_first_namespace_all_processes_are_visible() -> None:
     """And this process runs Python and is older than what it leaves."""
     if Path("/proc/self/ns/pid").stat().st_ino != verdicts.FIRST_PID_NAMESPACE or not can_be_private():
         pytest.skip("needs the right to make namespaces, and the first pid namespace")
@@ -384,7 +384,7 @@ def test_in_the_first_namespace_everybody_is_in_sight() -> None:
     assert done.stdout.split() == [PSM]
 
 
-# --- meanwhile ---
+# --- changes during a sweep ---
 
 
 @pytest.mark.parametrize(
@@ -395,14 +395,14 @@ def test_in_the_first_namespace_everybody_is_in_sight() -> None:
         "os.truncate(file, 4096)",
     ],
 )
-def test_what_is_no_longer_what_was_looked_at_stays(container: Container, change: str) -> None:
+def test_a_segment_that_was_changed_since_it_was_looked_at_stays(container: Container, change: str) -> None:
     leave(container, PSM)
-    meanwhile = (
+    change_late = (
         "made = leftovers.Verdicts\n"
         f"def late(private):\n    file = '/dev/shm/{PSM}'\n    {change}\n    return made(private)\n"
         "leftovers.Verdicts = late\nverdicts._younger = lambda *_: True"
     )
-    assert sweep(container, before=meanwhile) == ""
+    assert sweep(container, before=change_late) == ""
     assert there(container) == {PSM}
 
 
@@ -418,7 +418,7 @@ def test_only_one_of_two_that_start_at_once_sweeps(container: Container) -> None
     assert there(container) == set()
 
 
-def test_the_other_one_has_just_finished(container: Container) -> None:
+def test_the_other_sweep_has_just_finished(container: Container) -> None:
     """And has removed the lock's file. The next to start makes a new one, and must not meet us."""
     leave(container, PSM)
     finished = (
@@ -515,7 +515,7 @@ def test_many_that_start_at_once(container: Container, locked: bool) -> None:
         assert left == kept and len(reclaimed) == 1
 
 
-def test_who_opens_a_segment_meanwhile_waits_and_kills_nobody(container: Container) -> None:
+def test_a_process_that_opens_a_segment_during_the_sweep_waits_and_lives_on(container: Container) -> None:
     leave(container, PSM)
     opened = (
         "import os, subprocess\nunlink = os.unlink\n"

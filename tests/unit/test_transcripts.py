@@ -1,4 +1,4 @@
-"""Transcripts of unpatched releases: believed for the wheel, devkit and scenario they are of, or refused."""
+"""Transcripts of unpatched releases: used for the wheel, devkit and scenario that they are of, else refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def directory(tmp_path: Path, code: Path) -> Path:
     return found
 
 
-def test_what_is_written_is_believed(directory: Path, code: Path) -> None:
+def test_a_transcript_with_the_right_digests_is_used(directory: Path, code: Path) -> None:
     assert Transcripts(directory=directory).of(RELEASE, scenario_of(code, never)) == SEEN
 
 
@@ -74,18 +74,20 @@ def test_it_is_text_that_a_person_can_read(directory: Path) -> None:
     assert "\n    - [1, 2]\n" in text
 
 
-def test_no_transcript_is_refused(directory: Path, code: Path) -> None:
+def test_a_missing_transcript_is_refused(directory: Path, code: Path) -> None:
     for version, scenario in (("0.5.10", scenario_of(code)), (RELEASE, replace(scenario_of(code), run=never))):
         with pytest.raises(Refused, match=rf"no transcript of \w+ on {version}; run: make transcripts ONLY="):
             Transcripts(directory=directory).of(version, scenario)
 
 
-def test_one_of_another_wheel_is_refused(directory: Path, code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transcript_of_another_wheel_is_refused(
+    directory: Path, code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transcripts, "wheel_digest", lambda version: "another")
     refused(directory, code, "wheel")
 
 
-def test_one_of_another_devkit_is_refused(
+def test_a_transcript_of_another_devkit_is_refused(
     directory: Path, code: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(transcripts, "DEVKIT", tmp_path)
@@ -93,7 +95,7 @@ def test_one_of_another_devkit_is_refused(
     refused(directory, code, "devkit")
 
 
-def test_one_of_another_scenario_is_refused(directory: Path, code: Path) -> None:
+def test_a_transcript_of_another_scenario_is_refused(directory: Path, code: Path) -> None:
     code.write_text(code.read_text().replace("return 1", "return 2"))
     refused(directory, code, "scenario")
 
@@ -148,7 +150,7 @@ def test_anew_a_change_is_written_and_stays_one_until_it_is_committed(directory:
     assert Transcripts(anew=True, directory=directory).change(RELEASE, scenario) is None
 
 
-def test_one_that_git_does_not_have_is_no_change(directory: Path, code: Path) -> None:
+def test_a_transcript_that_git_does_not_have_is_no_change(directory: Path, code: Path) -> None:
     anew = Transcripts(anew=True, directory=directory)
     assert anew.change("0.5.10", scenario_of(code)) is None
 

@@ -147,7 +147,7 @@ Send = Callable[[Launch, int, Any], None]
 
 
 @SENDS
-def test_what_stays_on_this_node_is_passed_on_as_it_came(launch: Launch, send: Send) -> None:
+def test_what_stays_on_this_node_is_passed_on_unchanged(launch: Launch, send: Send) -> None:
     launch.open()
     message = launch.sent(request(Item(feature(1))))
     assert isinstance(message.mm_inputs.mm_items[0].feature.payload, Ticket)
@@ -258,7 +258,9 @@ def test_other_names_of_the_socket_are_its_own(launch: Launch) -> None:
     ],
     ids=["one node", "replicas of one node", "no lane", "the controller of another node"],
 )
-def test_who_needs_no_side(options: dict[str, Any], workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_controllers_that_need_no_side(
+    options: dict[str, Any], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_a_side(monkeypatch)
     before = slot.chain
     sockets = [Socket() if number < workers else None for number in range(2)]

@@ -103,7 +103,7 @@ def test_words_and_bytes_between_ranks() -> None:
         assert hear(world[1]) == [True] * len(sizes)
 
 
-def test_whoever_waits_for_a_rank_that_goes_is_told() -> None:
+def test_waiting_for_a_rank_that_ends_is_an_error() -> None:
     with ranks(2) as world:
         for rank in world:
             tell(rank, crossing_ranks.connect)
@@ -304,7 +304,7 @@ def test_a_leader_that_dies_between_header_and_bytes(leaders: int, killed: int) 
 
 
 def test_a_link_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waited for it is over, and whoever waits is told."""
+    """Crossings that waited for it are over, and the thread that waits is notified."""
     said: list[tuple[str, str]] = []
     monkeypatch.setattr(crossing, "failed", lambda seam, error, consequence: said.append((seam, str(error))))
     woken: list[bool] = []

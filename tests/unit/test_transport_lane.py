@@ -362,7 +362,7 @@ def test_a_lane_ends_with_its_manager(enable_metrics: bool) -> None:
 
 
 def test_a_lane_that_is_opening_ends_with_its_manager(enable_metrics: bool) -> None:
-    """Whoever waits for it to open does not keep it."""
+    """The thread that waits for it to open does not keep it alive."""
     manager = Manager()
     start(manager, launched(enable_metrics=enable_metrics))
     producer_of(manager).put(torch.ones(9))
@@ -621,7 +621,7 @@ def test_the_line_when_it_does_not_open(
     assert "not all of its 1 readers" in late and "`mmlane status`" in late and "the lane is open" in opened
 
 
-def test_nobody_waits_for_a_lane_that_is_closed(opening: Opening, unopened: Said) -> None:
+def test_no_thread_waits_for_a_lane_that_is_closed(opening: Opening, unopened: Said) -> None:
     opening.begin()
     assert unopened.event.wait(DEADLINE)
     opening.lane.close()
@@ -669,7 +669,7 @@ def state(opening: Opening) -> str:
 
 
 def test_a_lane_that_is_switched_off_and_on_again(opening: Opening, caplog: pytest.LogCaptureFixture) -> None:
-    """Meanwhile features go another way, to ranks that stay members; what was out before can be taken."""
+    """While it is off, features go another way, and the ranks stay members; what was out before can be taken."""
     opening.begin()
     opening.join()
     before = opening.send()
@@ -689,7 +689,7 @@ def test_a_lane_that_is_switched_off_and_on_again(opening: Opening, caplog: pyte
     assert len(warnings(caplog)) == 1
 
 
-def test_a_lane_that_is_switched_off_before_it_opens_invites_nobody_until_it_is_on(opening: Opening) -> None:
+def test_a_lane_that_is_switched_off_before_it_opens_sends_no_invitation_until_it_is_on(opening: Opening) -> None:
     opening.begin()
     status.switch(opening.lane.name, off=True)
     assert opening.producer.put(torch.ones(9)) == Declined("off") and state(opening) == "off"
@@ -712,17 +712,17 @@ def test_a_ticket_that_was_not_sent_is_void(opening: Opening) -> None:
     assert opening.lane.stats().tickets == 0
 
 
-def test_a_ticket_that_was_sent_is_its_readers_unless_it_was_sent_in_vain(opening: Opening) -> None:
+def test_a_ticket_that_was_sent_is_released_by_its_reader_or_recalled(opening: Opening) -> None:
     opening.begin()
     opening.join()
     ticket = opening.send()  # and what carried it has gone
     assert opening.lane.stats().tickets == 1
     assert torch.equal(opening.readers[0].take(ticket), torch.ones(9))
     eventually(lambda: opening.lane.stats().tickets == 0, "its release")
-    in_vain = opening.producer.put(torch.ones(9))
-    sent(in_vain)
-    assert isinstance(in_vain, Ticket)
-    in_vain.release()
+    unread = opening.producer.put(torch.ones(9))
+    sent(unread)
+    assert isinstance(unread, Ticket)
+    unread.release()
     opening.lane.housekeeping.look()  # which is done once a period
     eventually(lambda: opening.lane.stats().lost_tickets == 1, "no reader has seen the ticket")
     assert opening.lane.stats().tickets == 0
@@ -766,7 +766,7 @@ def test_a_model_that_does_not_say_what_it_is_may_be_multimodal(caplog: pytest.L
     assert len(warnings(caplog)) == 1
 
 
-def test_trying_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_trying_a_capacity_leaves_no_mapping_and_no_descriptor(caplog: pytest.LogCaptureFixture) -> None:
     def held() -> set[str]:
         """Inodes of what is mapped or open; those of lanes that other tests had may still go."""
         mapped = re.findall(r"(\d+) +/memfd:mmlane", Path("/proc/self/maps").read_text())
@@ -867,7 +867,7 @@ def test_a_lane_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         assert producer.put(torch.ones(9)) == Declined("unavailable")
     for was_sent in (False, True):
-        producer.release(b"no ticket of anybody", sent=was_sent)
+        producer.release(b"no ticket at all", sent=was_sent)
     assert producer.lane is None
     (line,) = warnings(caplog)
     assert line.startswith("mmlane: no lane here: ") and "shared-memory segments instead" in line
@@ -1069,7 +1069,7 @@ def test_a_producer_without_room_for_a_thread_goes_on(opening: Opening, monkeypa
     opening.readers[0].discard(ticket)
 
 
-def test_releasing_what_cannot_be_is_nothing(rank: Rank, opening: Opening) -> None:
+def test_releasing_an_invalid_ticket_does_nothing(rank: Rank, opening: Opening) -> None:
     rank.release(b"before it has joined any")
     rank.notice(opening.begin())
     assert opening.lane.wait_open(DEADLINE)

@@ -37,8 +37,8 @@ from mmlane.transport.nodes import Node, announce, find_route, name_of  # noqa: 
 from mmlane.transport.pointer import ShmPointerMMData, slot  # noqa: E402
 from mmlane.transport.samples import Samples, Shared  # noqa: E402
 from mmlane.transport.segment import Segment  # noqa: E402
+from tests.lane.harness.lane_with_readers import copy, published, put  # noqa: E402
 from tests.lane.harness.payloads import same  # noqa: E402
-from tests.lane.harness.together import copy, published, put  # noqa: E402
 from tests.lane.harness.waiting import DEADLINE  # noqa: E402
 from tests.unit import crossing_ranks  # noqa: E402
 from tests.unit.crossing_ranks import Looks, ask, hear, ranks, tell  # noqa: E402
@@ -110,7 +110,7 @@ class First:
         return found
 
     @property
-    def has_rung(self) -> bool:
+    def is_woken(self) -> bool:
         return bool(select.select([self.gate.wakeup], [], [], 0)[0])
 
 
@@ -221,7 +221,7 @@ def by_lane(lane: Lane, tensor: Any) -> ShmPointerMMData:
 
 
 def lost(lane: Lane, tensor: Any) -> ShmPointerMMData:
-    """By a lane that nobody here has heard of."""
+    """By a lane that no rank here knows."""
     ticket = put(lane, tensor)
     lane.withdraw(ticket)
     unknown = write(read(ticket)._replace(lane="mmlane-1-00000000"))
@@ -299,7 +299,7 @@ def test_text_passes_at_once_and_in_order(first: First) -> None:
     assert first.link.sent == []
 
 
-def test_text_looks_for_nobody(unopened: First, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_does_not_look_for_other_ranks(unopened: First, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(ranks: Any) -> Any:
         raise AssertionError("looked")
 
@@ -370,20 +370,20 @@ def test_a_rank_that_receives_nothing_passes_nothing(first: First, lane: Lane) -
     assert first.handle() == [one]
 
 
-# --- the bell -----------------------------------------------------------------------------------------------
+# --- the wakeup event ---------------------------------------------------------------------------------------
 
 
-def test_the_bell_rings_when_something_is_over(first: First, lane: Lane) -> None:
+def test_the_wakeup_event_is_set_when_a_crossing_is_over(first: First, lane: Lane) -> None:
     first.handle(request(by_lane(lane, T)), request(by_lane(lane, U)))
-    assert not first.has_rung
+    assert not first.is_woken
     first.link.end(first.link.sent[0], b=[b"1"], c=[b"1"])
-    assert first.has_rung
+    assert first.is_woken
     assert len(first.handle()) == 1
-    assert not first.has_rung
+    assert not first.is_woken
     first.link.end(first.link.sent[1], b=[b"2"], c=[b"2"])
-    assert first.has_rung
+    assert first.is_woken
     assert len(first.handle()) == 1
-    assert not first.has_rung
+    assert not first.is_woken
 
 
 def let_go_of(first: First, lane: Lane) -> None:
@@ -393,7 +393,7 @@ def let_go_of(first: First, lane: Lane) -> None:
     first.link.end(first.link.sent[1], b=[], c=[])
 
 
-def see_it_before_it_rings(first: First, lane: Lane) -> None:
+def look_before_the_wakeup(first: First, lane: Lane) -> None:
     """The engine looks just after a crossing is over, and just before the scheduler is woken for it."""
     first.handle(request(by_lane(lane, T)))
     first.link.sent[0].is_over = True
@@ -406,14 +406,14 @@ def break_while_nothing_crosses(first: First, lane: Lane) -> None:
     first.link.wake()
 
 
-@pytest.mark.parametrize("ring", [let_go_of, see_it_before_it_rings, break_while_nothing_crosses])
-def test_the_bell_is_silent_when_nobody_waits(
-    ring: Callable[[First, Lane], None], first: First, lane: Lane
+@pytest.mark.parametrize("happens", [let_go_of, look_before_the_wakeup, break_while_nothing_crosses])
+def test_the_wakeup_event_is_not_set_when_no_request_waits(
+    happens: Callable[[First, Lane], None], first: First, lane: Lane
 ) -> None:
     """Else an engine with --sleep-on-idle, which is woken by it, would not sleep any more."""
-    ring(first, lane)
+    happens(first, lane)
     first.handle()
-    assert not first.has_rung
+    assert not first.is_woken
 
 
 # --- what a pointer is on each node -------------------------------------------------------------------------
@@ -538,7 +538,7 @@ def test_the_tokenizers_invitation_is_for_its_own_node(first: First, monkeypatch
     assert invitations == [b"to a"] * 2 and there.invitation is not None and there.invitation.data == b"to a"
 
 
-# --- a pointer by itself ------------------------------------------------------------------------------------
+# --- a pointer alone ----------------------------------------------------------------------------------------
 
 
 def states(**by_node: dict[str, Any]) -> ShmPointerMMData:
@@ -554,7 +554,7 @@ def test_a_pointer_has_a_state_for_each_node(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(on(A, made, monkeypatch).payload, Inline)
     there = on(B, made, monkeypatch)
     assert isinstance(there.payload, LeaderCopy) and there.payload.state()["key"] == 4
-    assert isinstance(on(A, there, monkeypatch).payload, Inline)  # it is passed on as it came
+    assert isinstance(on(A, there, monkeypatch).payload, Inline)  # it is passed on unchanged
     again = on(B, there, monkeypatch)
     assert again.payload.state() == there.payload.state()
 
@@ -570,7 +570,7 @@ def test_a_node_that_is_not_named_loses_the_feature(node: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("with_scheduler", [True, False])
-def test_a_wrong_route_stops_nobody(
+def test_a_wrong_route_does_not_stop_a_rank(
     with_scheduler: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def land(route: Any) -> None:
@@ -705,7 +705,7 @@ def test_ranks_without_mmlane_are_not_sent_what_is_lost(
     assert "request bad" in caplog.text
 
 
-def test_a_lost_one_leaves_its_batch(alone: First, lane: Lane) -> None:
+def test_a_lost_request_leaves_its_batch(alone: First, lane: Lane) -> None:
     bad, good, other = request(lost(lane, T)), request(by_lane(lane, U)), text()
     several, empty = batch(good, bad, other), batch(worse := request(lost(lane, T)))
     assert alone.handle(several, empty) == [several]
@@ -948,7 +948,7 @@ def test_a_first_rank_without_a_gate_has_no_side(monkeypatch: pytest.MonkeyPatch
     assert find_route(range(4)) is None
 
 
-def test_on_one_node_nobody_is_told(monkeypatch: pytest.MonkeyPatch, store: Any) -> None:
+def test_on_one_node_no_rank_announces_itself(monkeypatch: pytest.MonkeyPatch, store: Any) -> None:
     for options in ({"pp_size": 2}, {"enable_dp_attention": True, "dp_size": 2}):
         this = take_part(monkeypatch, 0, SimpleNamespace(), **options)
         assert this is not None and this.chain.here.node == ""

@@ -352,7 +352,7 @@ def tampered(value: Any) -> Any:
 
 
 def assert_lost(value: Any, error: type[TicketError], words: str = "") -> None:
-    """It raises what fails its request on every rank alike, and only that; with what the lane says of its ticket.
+    """It raises the error that fails its request, the same on every rank; with what the lane says of its ticket.
 
     Keeps no exception, which would keep the pointer.
     """
@@ -381,7 +381,7 @@ def invitation_of(value: Any) -> Invitation:
 
 
 def take(*requests: Any) -> list[tuple[Any, str]]:
-    """What this rank takes by itself; which of the requests have lost a feature, and why."""
+    """Take what needs no agreement with other ranks; which of the requests have lost a feature, and why."""
     return scheduler_side.side().take(list(requests), None)
 
 
@@ -420,7 +420,7 @@ def test_a_small_tensor_without_storage_stays_itself(shut: Ends, wrap: Any) -> N
     assert wrap(sparse) is sparse
 
 
-def test_what_cannot_be_looked_at_goes_as_it_would(
+def test_a_tensor_whose_compaction_fails_is_still_sent(
     shut: Ends, wrap: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: Any) -> Any:
@@ -432,7 +432,7 @@ def test_what_cannot_be_looked_at_goes_as_it_would(
     assert "mmlane: inline failed: ZeroDivisionError: mine; " in caplog.text
 
 
-def test_without_a_lane_all_is_as_before(wrap: Any, base: str) -> None:
+def test_without_a_lane_tensors_go_by_segment(wrap: Any, base: str) -> None:
     sent = wrap(random(), precomputed_hash=7)
     assert type(sent.payload) is payload_class("segment", base) and sent.invitation is None
     received = through_pickle(sent)
@@ -556,7 +556,7 @@ def test_a_ticket_travels(ends: Ends, wrap: Any, travel: Callable[[Any], Any]) -
 
 
 def shows(text: str, secret: bytes) -> bool:
-    """Whether somebody who reads a text learns a part of a secret."""
+    """Whether a text shows a part of a secret."""
     halves = secret[: len(secret) // 2], secret[len(secret) // 2 :]
     return any(form in text for half in halves for form in (half.hex(), repr(half)[2:-1], str(list(half))[1:-1]))
 
@@ -749,7 +749,7 @@ def test_what_the_engines_rust_server_makes_is_a_segment(
         assert same(value.tensor, tensor)
     for value in (first, peers):  # both have opened it, so that both can take it
         arrived = request(value)
-        assert take(arrived) == [] and features(arrived) == [value]  # not by itself
+        assert take(arrived) == [] and features(arrived) == [value]  # a segment needs the ranks to agree
         assert same(value.materialize(), tensor)
         assert segments() == []
     _, unwanted = stub()
@@ -763,10 +763,10 @@ STATE = {"shape": torch.Size([3]), "dtype": torch.float16, "precomputed_hash": 2
 @pytest.mark.parametrize("travel", WIRES)
 @pytest.mark.parametrize("has_lane", [True, False])
 @pytest.mark.parametrize("kind", ["teleport", "unreadable", None, 7, ["list"]], ids=repr)
-def test_a_kind_that_nobody_here_knows(
+def test_an_unknown_kind_is_passed_on_unchanged(
     shut: Ends, has_lane: bool, kind: Any, travel: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Perhaps one of another version of mmlane: it is passed on as it came, and its request fails."""
+    """Perhaps one of another version of mmlane: it is passed on unchanged, and its request fails."""
     if not has_lane:
         monkeypatch.setattr(slot, "chain", Chain(Here(engine_class=slot.chain.here.engine_class)))
     state = {**STATE, "payload": kind, "beam": b"up", "crew": (1, "two"), "shm_name": "not ours"}
@@ -783,7 +783,7 @@ def test_a_kind_that_nobody_here_knows(
         assert received.__getstate__() == state
 
 
-def test_a_kind_that_nobody_here_knows_and_its_invitation(
+def test_the_invitation_beside_an_unknown_kind_is_used(
     shut: Ends, wrap: Any, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     through_pickle(by_segment := wrap(random())).close_and_unlink()
@@ -795,7 +795,7 @@ def test_a_kind_that_nobody_here_knows_and_its_invitation(
     assert shut.lane.wait_open(DEADLINE)  # the lane is none the worse for it
 
 
-def test_a_kind_that_nobody_here_knows_fails_its_request_only(ends: Ends, wrap: Any) -> None:
+def test_an_unknown_kind_fails_its_request_only(ends: Ends, wrap: Any) -> None:
     unknown = arrived_as({**STATE, "payload": "teleport"})
     lost, whole = (
         request(through_pickle(wrap(random())), unknown, rid="lost"),
@@ -831,14 +831,14 @@ def test_a_state_that_lacks_something_is_told_when_it_is_taken(shut: Ends, state
 
 
 @pytest.mark.parametrize("state", [None, 7, "text", [("shm_name", "x")]], ids=repr)
-def test_what_is_no_state_is_told_when_it_is_taken(shut: Ends, state: Any) -> None:
+def test_a_malformed_state_is_an_error_only_when_it_is_taken(shut: Ends, state: Any) -> None:
     received = arrived_as(state)
     with pytest.raises(LostFeature, match=r"^multimodal features are lost: "):
         received.materialize()
     received.close_and_unlink()
 
 
-def test_one_that_was_never_filled(shut: Ends, wrap: Any) -> None:
+def test_a_pointer_without_state_is_a_lost_feature(shut: Ends, wrap: Any) -> None:
     never = ShmPointerMMData.__new__(ShmPointerMMData)
     assert (never.tensor, never.precomputed_hash, never.invitation) == (None, None, None)
     for value in (never, through_pickle(never)):
@@ -851,7 +851,7 @@ def test_one_that_was_never_filled(shut: Ends, wrap: Any) -> None:
 def test_what_arrives_is_up_to_the_chain_alone(
     ends: Ends, wrap: Any, base: str, manager: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not to who made it or by what class, nor to what is sent meanwhile, nor to the rank that this process is."""
+    """The class of its sender, what is being sent here, and the number of this rank do not matter."""
     ticket, by_segment = pickle.dumps(wrap(random())), pickle.dumps(ShmPointerMMData(random(seed=1)))
     own = vars(engines_own())["ShmPointerMMData"]
     assert slot.chain.here.engine_class is None or base == "engine's"
@@ -945,27 +945,27 @@ def test_a_copy_is_the_same_pointer(ends: Ends, wrap: Any) -> None:
     assert through_pickle(sent).materialize().sum() == random().sum()
 
 
-def test_dropped_unsent_it_is_withdrawn(ends: Ends, wrap: Any) -> None:
+def test_a_pointer_dropped_unsent_withdraws_its_ticket(ends: Ends, wrap: Any) -> None:
     sent = wrap(random())
     assert ends.out == 1
     del sent
     assert ends.out == 0
 
 
-def test_dropped_when_sent_it_is_the_receivers(ends: Ends, wrap: Any) -> None:
+def test_a_pointer_dropped_after_sending_leaves_its_ticket_to_the_receiver(ends: Ends, wrap: Any) -> None:
     message = pickle.dumps(wrap(random()))
     assert ends.out == 1
     assert torch.equal(pickle.loads(message).materialize(), random())
 
 
-def test_dropped_unread_in_a_rank_it_is_released(ends: Ends, wrap: Any) -> None:
+def test_a_pointer_dropped_unread_in_a_rank_releases_its_ticket(ends: Ends, wrap: Any) -> None:
     received = through_pickle(wrap(random()))
     assert ends.out == 1
     del received
     assert ends.out == 0
 
 
-def test_it_is_taken_once(ends: Ends, wrap: Any) -> None:
+def test_a_ticket_is_taken_once(ends: Ends, wrap: Any) -> None:
     message = pickle.dumps(wrap(random()))
     one, other = pickle.loads(message), pickle.loads(message)
     tensor = one.materialize()
@@ -1001,7 +1001,7 @@ def test_letting_go_unsent(ends: Ends, wrap: Any) -> None:
 
 
 def test_letting_go_of_what_may_have_been_sent(ends: Ends, wrap: Any) -> None:
-    """Not at once: somebody may be about to take it."""
+    """Not at once: a rank may be about to take it."""
     sent = wrap(random())
     message = pickle.dumps(sent)
     sent.close_and_unlink()
@@ -1010,7 +1010,7 @@ def test_letting_go_of_what_may_have_been_sent(ends: Ends, wrap: Any) -> None:
     assert_lost(pickle.loads(message), StaleTicket)
 
 
-def test_who_has_it_keeps_what_was_recalled(ends: Ends, wrap: Any) -> None:
+def test_a_rank_that_has_taken_a_recalled_ticket_keeps_the_tensor(ends: Ends, wrap: Any) -> None:
     sent = wrap(random())
     taken = through_pickle(sent).materialize()
     sent.close_and_unlink()
@@ -1026,7 +1026,7 @@ def test_letting_go_in_a_rank(ends: Ends, wrap: Any) -> None:
     assert_lost(received, StaleTicket)
 
 
-def test_a_finalizer_waits_for_nobody(ends: Ends, wrap: Any) -> None:
+def test_a_finalizer_does_not_wait_for_a_lock(ends: Ends, wrap: Any) -> None:
     """The garbage collector runs it anywhere, a collective included, where it must not wait for other threads."""
     due, recalled = [through_pickle(wrap(random()))], wrap(random(seed=1))
     pickle.dumps(recalled)
@@ -1193,7 +1193,7 @@ def test_what_only_this_rank_may_have_lost_is_no_lost_request(
 
 @pytest.fixture
 def arrived(ends: Ends, wrap: Any) -> Callable[[], SimpleNamespace]:
-    """Requests as a rank has them, by itself and in a batch: two can be taken, two have lost one of three."""
+    """Requests as a rank has them, single and in a batch: two can be taken, two have lost one of three."""
 
     def make() -> SimpleNamespace:
         def good(seed: int) -> Any:

@@ -133,7 +133,7 @@ def test_a_lost_segment_is_its_own_requests_loss_alone(caplog: pytest.LogCapture
     assert torch.equal(features(good)[0], torch.ones(2))
 
 
-def test_a_lost_one_leaves_its_batch() -> None:
+def test_a_lost_request_leaves_its_batch() -> None:
     good, bad, alone = request(received(torch.ones(1))), request(lost(torch.ones(1))), request(lost(torch.ones(1)))
     mixed, empty, text = batch(good, bad), batch(alone), SimpleNamespace(rid="text")
     requests = [mixed, empty, text]
@@ -380,7 +380,7 @@ def test_from_0_5_13_the_original_finds_nothing_left_to_do(
 def test_an_engine_without_the_names_is_refused(
     engine_module: Callable[[str, str], ModuleType], name: str
 ) -> None:
-    """Without what has to do nothing meanwhile, `recv_requests` is not ours either: a patch is applied whole."""
+    """Then `recv_requests` is not replaced either: a patch is applied whole."""
     (target,) = (t for t in tp_barrier.SPEC.targets_on(Version("0.5.12")) if t.name == name)
     assert target.module == MM_UTILS
     module = engine_module(MM_UTILS, "")
@@ -507,7 +507,7 @@ TEXTS = [
 
 
 def test_text_only_requests_make_no_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is made for them, nobody is waited for, and they stay what they were."""
+    """No object is made for them, the rank waits for no other rank, and they are not changed."""
 
     def none(*arguments: Any) -> Any:
         raise AssertionError("made for text")
@@ -523,7 +523,7 @@ def test_text_only_requests_make_no_arrival(monkeypatch: pytest.MonkeyPatch) -> 
     assert requests == before
 
 
-def test_tensors_and_text_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_takes_tensors_and_text_without_waiting_for_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*arguments: Any) -> Any:
         raise AssertionError("waited for others")
 
@@ -676,7 +676,9 @@ def test_a_loss_reaches_all_of_tp_and_cp() -> None:
     assert run_ranks(4, _two_groups, message) == ["RefusedInputs"] * 4
 
 
-def test_a_hook_that_replaces_the_class_everywhere_misleads_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pointers_of_a_hook_that_replaces_the_class_everywhere_are_not_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The engine's hooks replace a name in every module that has the object: others' pointers are not ours."""
     theirs = type("Theirs", (), {"materialize": None})
     for name, module in list(sys.modules.items()):

@@ -1,4 +1,4 @@
-"""Segments in real processes: every tensor arrives, nothing stays in /dev/shm, nobody is killed.
+"""Segments in real processes: every tensor arrives, nothing stays in /dev/shm, no process is killed.
 
 Also as the engine sees one, inside of a pointer, where there is no lane.
 """
@@ -244,7 +244,7 @@ def test_a_lost_segment_is_an_error_only_when_it_is_taken() -> None:
     arrived.release()
 
 
-def test_one_that_is_open_does_not_mind_the_name_going() -> None:
+def test_an_open_segment_outlives_its_name() -> None:
     arrived = handed_on(Segment.holding(torch.arange(4.0)))
     (SHM / arrived.name).unlink()
     assert arrived.take().tolist() == [0, 1, 2, 3]
@@ -257,7 +257,7 @@ def test_taking_twice_is_an_error() -> None:
         arrived.take()
 
 
-def test_it_may_be_let_go_of_more_than_once() -> None:
+def test_a_segment_may_be_released_more_than_once() -> None:
     arrived = handed_on(Segment.holding(torch.zeros(4)))
     for _ in range(2):
         arrived.release()
@@ -297,14 +297,14 @@ def test_the_states_of_every_engine_version_are_understood() -> None:
     assert arrived.materialize().tolist() == [[0, 0]]
 
 
-def test_one_that_is_never_handed_on_is_removed_with_its_object() -> None:
+def test_a_segment_that_is_never_sent_is_removed_with_its_object() -> None:
     value = Segment.holding(torch.zeros(4))
     assert segments() == {value.name}
     del value
     assert segments() == set()
 
 
-def test_one_is_removed_with_the_pointer_that_holds_it() -> None:
+def test_a_segment_is_removed_with_the_pointer_that_holds_it() -> None:
     value = ShmPointerMMData(torch.zeros(4))
     assert segments() == {value.payload.name}
     del value

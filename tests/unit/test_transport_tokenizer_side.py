@@ -95,7 +95,7 @@ REQUEST = SimpleNamespace(mm_inputs={})
 TEXT = SimpleNamespace(mm_inputs=None)
 
 
-class Meanwhile(NamedTuple):
+class Found(NamedTuple):
     """The request that is being sent, and what it has then."""
 
     chain: Chain
@@ -113,12 +113,12 @@ class Manager:
         setattr(self, SIDE, side)
         return side
 
-    def send(self, tokenized_obj: Any) -> Meanwhile | None:
-        """What a pointer that is made meanwhile would find."""
+    def send(self, tokenized_obj: Any) -> Found | None:
+        """What a pointer would find that is made while this sends."""
         if self.fails:
             raise OSError("mine")
         current = slot.scope.get()
-        return None if current is None else Meanwhile(current._chain, current.shared, current)
+        return None if current is None else Found(current._chain, current.shared, current)
 
     def send_as_0_5_9(self, obj: Any, tokenized_obj: Any, created_time: Any = None) -> Any:
         return self.send(tokenized_obj)
@@ -237,7 +237,7 @@ def test_the_samples_of_a_request_are_together_while_it_is_handled(closed: list[
     handle = around_samples(Samples.handle, (with_samples,))
 
     async def both() -> list[Any]:
-        """Two requests at a time, and what this task itself sees meanwhile."""
+        """Two requests at a time, and what this task itself sees between their samples."""
         responses = [handle(manager, SimpleNamespace(parallel_sample_num=4, fails=-1)) for manager in managers]
         got = []
         for _ in range(3):
@@ -314,7 +314,7 @@ def test_a_request_that_is_one_of_several_samples_goes_by_its_managers_lane(clos
     sent = asyncio.run(all_of())
     assert [found.chain for found in sent] == [side.chain] * 3
     assert [found.samples for found in sent] == closed * 3 and len(closed) == 1
-    assert len({id(found.request) for found in sent}) == 3  # each is taken back by itself
+    assert len({id(found.request) for found in sent}) == 3  # each is taken back alone
 
 
 # --- tensors are offered ------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def test_tensors_lists_and_embeddings_go_by_pointer(field: str, as_dict: bool) -
 
 
 def test_what_the_engine_does_not_know_of_goes_by_no_segment() -> None:
-    """Nobody would agree on it, nor take it: without a lane it is sent inline, at its size."""
+    """The ranks would neither agree on it nor take it: without a lane it is sent inline, at its size."""
     whole = torch.zeros(4, 50_000)
     overrides = SimpleNamespace(embeds=whole[3], positions=[1])
     shared = {"crops": whole[0], "parts": [whole[1], [whole[2]]], "grid": [(1, 2)], "word": "x", "empty": []}

@@ -6,7 +6,7 @@
 | `child` | a function in a process of its own, and all that can be done to a process |
 | `peers` | children that are producers or readers, and do what they are told |
 | `breakpoints` | threads held up, processes stopped or killed, at the lane's named points |
-| `together` | a lane and its readers in the process of the test |
+| `lane_with_readers` | a lane and its readers in the process of the test |
 | `payloads` | tensors that tell where they are from |
 | `programs` | Python programs, as text |
 | `confinement` | other users, limits, control groups, mounts, filtered system calls |

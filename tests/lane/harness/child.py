@@ -49,7 +49,7 @@ class Died(Exception):
 
 
 class Failed(Exception):
-    """A process raised what nobody expects; the text is its traceback."""
+    """A process raised an exception that its test does not expect; the text is its traceback."""
 
 
 def die_with_the_parent() -> None:

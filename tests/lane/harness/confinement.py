@@ -26,12 +26,12 @@ from tests.lane.harness.child import Failed, die_with_the_parent, run
 from tests.lane.harness.libc import checked, libc
 from tests.lane.harness.waiting import eventually
 
-NOBODY = 65534
+OTHER_UID = 65534  # also the kernel's overflow uid
 
 # --- users -------------------------------------------------------------------------------------------------
 
 
-def become(uid: int = NOBODY) -> None:
+def become(uid: int = OTHER_UID) -> None:
     """Be another user from now on."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)

@@ -71,7 +71,7 @@ class FakeGpu:
 
     @contextmanager
     def stream(self, stream: FakeStream, *, seen: bool = True) -> Iterator[FakeStream]:
-        """Make a stream the thread's current one; seen: after somebody began to watch for that."""
+        """Make a stream the thread's current one; seen: by `set_stream`, when the reader watches it."""
         if seen:
             self.seen.append(stream)
         self._current.stream = stream

@@ -28,8 +28,8 @@ from mmlane.lane.issuing import SLOTS
 from tests.lane.harness import kernel
 from tests.lane.harness.breakpoints import Action, Gate, Where, arm
 from tests.lane.harness.child import Child, pipe
+from tests.lane.harness.lane_with_readers import SEGMENT
 from tests.lane.harness.payloads import MODES, Sent, difference, stamp
-from tests.lane.harness.together import SEGMENT
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 P = ParamSpec("P")
@@ -74,7 +74,7 @@ class Producing:
             if isinstance(copy, Refused):
                 return copy
             ticket = copy.publish()
-            if left > 1 and not isinstance(ticket, Refused):  # else nobody would say that it is to be forgotten
+            if left > 1 and not isinstance(ticket, Refused):  # else no caller would say that it is to be forgotten
                 self.copies[seed] = copy, left - 1
         return ticket if isinstance(ticket, Refused) else Sent(ticket, seed, nbytes)
 

@@ -50,10 +50,10 @@ def run_beside_a_lane(code: str) -> subprocess.CompletedProcess[str]:
         import gc, sys, threading, torch
         from tests.lane.harness.child import die_with_the_parent
         from tests.lane.harness.payloads import random, same
-        from tests.lane.harness.together import PAGE, SEGMENT, together
+        from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, lane_with_readers
         from tests.lane.harness.waiting import DEADLINE, eventually
         die_with_the_parent()
-        scope = together(readers=2)
+        scope = lane_with_readers(readers=2)
         pair = scope.__enter__()
     """
     return subprocess.run(

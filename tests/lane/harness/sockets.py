@@ -73,7 +73,7 @@ def slot_and_serial(of: bytes) -> tuple[int, int]:
     return content.slot, content.serial
 
 
-def invitation_of_nobody() -> Invitation:
+def invitation_without_lane() -> Invitation:
     """An invitation to a lane that does not exist."""
     return Invitation.make(f"mmlane-1-{secrets.token_hex(8)}")
 
@@ -81,7 +81,7 @@ def invitation_of_nobody() -> Invitation:
 @contextmanager
 def impostor(behave: Callable[[socket.socket, Invitation], object], visitors: int = 1) -> Iterator[Invitation]:
     """A process of this user that listens as a lane does, knows its secret, and treats each reader as it likes."""
-    invitation = invitation_of_nobody()
+    invitation = invitation_without_lane()
 
     def serve() -> None:
         for _ in range(visitors):

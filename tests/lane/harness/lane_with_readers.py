@@ -23,7 +23,7 @@ SEGMENT = 64 << 10
 
 
 @dataclass
-class Together:
+class LaneWithReaders:
     """An open lane, the readers of its only group `tp`, and what is at hand of both."""
 
     lane: Lane
@@ -57,12 +57,12 @@ class Together:
         assert isinstance(refused, Refused)
         after = self.lane.stats()
         assert after.fallbacks.get(refused.cause, 0) == before.fallbacks.get(refused.cause, 0) + 1
-        assert books(after) == books(before)
+        assert figures(after) == figures(before)
         return refused
 
-    def books(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """What is out and held now."""
-        return books(self.lane.stats())
+        return figures(self.lane.stats())
 
     def nothing_is_out(self) -> bool:
         """Whether all tickets have ended, and no extent is held."""
@@ -74,7 +74,7 @@ class Together:
         eventually(self.nothing_is_out, "all extents are back")
 
 
-def books(stats: LaneStats) -> dict[str, Any]:
+def figures(stats: LaneStats) -> dict[str, Any]:
     """All that a request that fails must not change: it may change its own count, and memory committed."""
     return {
         "tickets": stats.tickets,
@@ -90,13 +90,13 @@ def books(stats: LaneStats) -> dict[str, Any]:
 
 
 @contextmanager
-def together(
+def lane_with_readers(
     readers: int = 1, *, linger: float = 30.0, device: str | None = None, **options: Any
-) -> Iterator[Together]:
+) -> Iterator[LaneWithReaders]:
     """A lane, of 16 small segments by default. Nothing of it is left in this process when all is well."""
     before = kernel.lane_files(os.getpid())
     options = {"capacity": 16 * SEGMENT, "segment": SEGMENT, **options}
-    pair = Together(Lane({"tp": readers}, **options))
+    pair = LaneWithReaders(Lane({"tp": readers}, **options))
     try:
         for number in range(readers):
             pair.readers.append(Reader("tp", number, linger=linger, device=device))
