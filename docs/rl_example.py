@@ -1,7 +1,7 @@
 """One process renders images for a loop of rollouts, and workers answer them: python docs/rl_example.py
 
-Each image is asked about several times, as policy optimisation with groups of samples does it. It is copied once, whatever the
-number of samples, and each sample goes to one worker.
+Each image is asked about several times, as policy optimisation with groups of samples does it. It is copied once,
+whatever the number of samples, and each sample goes to one worker.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     names = [f"worker-{number}" for number in range(WORKERS)]
     # A group for each worker: a ticket is for one group, so that each worker can get tickets of its own.
-    with Lane(readers={name: 1 for name in names}, capacity=256 << 20) as lane:
+    with Lane(readers=dict.fromkeys(names, 1), capacity=256 << 20) as lane:
         inboxes, processes = [], []
         for name in names:
             here, there = spawn.Pipe()

@@ -1,4 +1,4 @@
-"""`python -m tools.settings_table`: the settings of `mmlane.settings` and `mmlane.flags` as Markdown, in docs/settings.md.
+"""`python -m tools.settings_table`: the settings of `mmlane.settings` and their flags, in docs/settings.md.
 
 `--check` writes nothing, and exits with 1 when the page does not say what the code says.
 """
@@ -20,7 +20,7 @@ END = "<!-- settings-table:end -->"
 
 
 class Text(NamedTuple):
-    """What the code does not say of a setting: its values, those it has by default, what it does, and what each value does."""
+    """A setting: its values, the one that it has by default, what it does, and what each value does."""
 
     values: str
     default: str
@@ -45,8 +45,8 @@ def texts() -> dict[str, Text]:
         "disable": Text(
             "`ID,...`",
             "none",
-            "Turns off these patches and every patch that depends on them: the rest of their group, and `lane` where it is "
-            "one of `shm_pointer`, `deferred_unwrap`, `tp_barrier`, `fan_out`. "
+            "Turns off these patches and every patch that depends on them: the rest of their group, and `lane` "
+            "where it is one of `shm_pointer`, `deferred_unwrap`, `tp_barrier`, `fan_out`. "
             "[Compatibility](compatibility.md) has the ids.",
             {},
         ),
@@ -62,7 +62,8 @@ def texts() -> dict[str, Text]:
         "log": Text(
             _alternatives(LOGS),
             f"`{default.log}`",
-            "What mmlane prints on standard error at start. While the engine serves, lines go by its `--log-level`.",
+            "What mmlane prints on standard error at start. While the engine serves, lines go by its "
+            "`--log-level`.",
             {
                 "debug": "The block, and one line from every process.",
                 "info": "One block of at most six lines, and what needs attention.",
@@ -84,11 +85,12 @@ def texts() -> dict[str, Text]:
         "sweep": Text(
             _alternatives(SWEEPS),
             f"`{default.sweep}`",
-            "Whether a start removes [what a crashed engine left](troubleshooting.md#what-a-crashed-engine-left) in `/dev/shm`.",
+            "Whether a start removes [what a crashed engine left](troubleshooting.md#what-a-crashed-engine-left) "
+            "in `/dev/shm`.",
             {
                 "0": "It removes nothing.",
                 "1": "It removes what is provably dead.",
-                "private": "The same, and more can be proven: you say that no other container uses this `/dev/shm`.",
+                "private": "The same, and more can be proven: no other container uses this `/dev/shm`.",
             },
         ),
     }
@@ -104,7 +106,8 @@ def table() -> str:
     for field, variable in OF_FIELD.items():
         flag = flags.get(variable)
         name = "" if flag is None else f"`{flag.name}`" + (" (no value)" if not flag.takes_value else "")
-        lines.append(f"| [`{variable}`](#{variable.lower()}) | {name} | {written[field].values} | {written[field].default} |")
+        text = written[field]
+        lines.append(f"| [`{variable}`](#{variable.lower()}) | {name} | {text.values} | {text.default} |")
     for field, variable in OF_FIELD.items():
         text = written[field]
         lines += ["", f"### `{variable}`", "", text.does]

@@ -1,7 +1,8 @@
-"""What `mkdocs.yml` runs while it builds the site: pages from outside of docs/, and links that are right on a forge.
+"""What `mkdocs.yml` runs while it builds the site: pages from outside of docs/, and links into the repository.
 
-On a forge a page links to files of the repository. In the site README.md is the overview, CONTRIBUTING.md and CHANGELOG.md are
-pages, and a link to any other file becomes its text, unless `repo_url` in mkdocs.yml says where the repository is.
+On a forge a page links to files of the repository. In the site README.md is the overview, CONTRIBUTING.md and
+CHANGELOG.md are pages, and a link to any other file becomes its text, unless `repo_url` in mkdocs.yml says where
+the repository is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside of docs/; the list of pages in docs/index.md is the forge's, here it is the menu."""
+    """Add the pages that lie outside of docs/. The list in docs/index.md is for a forge: here it is the menu."""
     for name, page in PAGES.items():
         if (old := files.get_file_from_path(page)) is not None:
             files.remove(old)
@@ -39,7 +40,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def linked(markdown: str, name: str, repository: str | None) -> str:
-    """The text of the file with that name, with links as the site needs them. Raises PluginError for a broken one."""
+    """The text of a file with links as the site needs them. Raises PluginError for a link to no file."""
 
     def mended(link: re.Match[str]) -> str:
         image, text, target = link.groups()

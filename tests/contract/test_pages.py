@@ -1,4 +1,4 @@
-"""What the pages on operations show is valid: manifest, unit, arithmetic; and each page has a place in the menu and the list."""
+"""What the pages on operations show is valid: manifest, unit, arithmetic; and the list has all pages."""
 
 from __future__ import annotations
 
