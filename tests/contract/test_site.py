@@ -22,6 +22,7 @@ CHECKOUT = Path(__file__).parents[2]
         ("README.md", "[up](#limits), [web](https://example.org/docs/x.md)", None),
         ("docs/lane.md", "[on GPUs](gpu.md#figures)", None),
         ("docs/lane.md", "[`example`](lane_example.py)", None),
+        ("README.md", "[all pages](docs/index.md)", "[all pages](contents.md)"),
         ("docs/index.md", "[the overview](../README.md)", "[the overview](index.md)"),
         ("docs/index.md", "[steps](../CONTRIBUTING.md#style)", "[steps](contributing.md#style)"),
         ("docs/gpu.md", "[`bench/gpu`](../bench/gpu/__init__.py) measures", "`bench/gpu` measures"),
