@@ -14,8 +14,8 @@ AT_ONCE := -n 4 --maxschedchunk 1
 # The others: in as many processes as there are cores, each takes what the others have not begun.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint lint-check lint-format lint-types lint-imports lint-prose lint-workflows unit lane thorough contract engine matrix transcripts matrix-new \
-	fresh fingerprints table bench coverage pythons mutants dist changelog \
+.PHONY: demo test lint lint-check lint-format lint-types lint-imports lint-prose lint-workflows lint-docs unit lane thorough \
+	contract engine matrix transcripts matrix-new fresh fingerprints table docs bench coverage pythons mutants dist changelog \
 	changelog-check clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
@@ -25,8 +25,8 @@ demo: $(INSTALLED)
 # Everything that has to hold: checks, unit, lane and contract tests, and six engine releases for real.
 test: lint unit lane contract engine
 
-# The hooks of .pre-commit-config.yaml call these six.
-lint: lint-check lint-format lint-types lint-imports lint-prose lint-workflows
+# The hooks of .pre-commit-config.yaml call these seven.
+lint: lint-check lint-format lint-types lint-imports lint-prose lint-workflows lint-docs
 
 lint-check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -56,6 +56,13 @@ lint-workflows: $(READY)
 	$(SCHEMA) vendor.dependabot .github/dependabot.yml
 	$(SCHEMA) vendor.github-actions .github/actions/*/action.yml
 	$(VENV)/bin/zizmor --offline --quiet --no-progress --config .github/zizmor.yml .github
+# The site is built without a warning: every link and anchor is there, and every page is in the menu.
+lint-docs: docs
+
+docs: $(READY)
+	$(RUN) -m tools.compat_table --check
+	$(RUN) -m tools.settings_table --check
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 unit: $(READY)
 	$(RUN) -m pytest tests/unit $(PARALLEL)
@@ -96,6 +103,7 @@ fingerprints: $(READY)
 
 table: $(READY)
 	$(RUN) -m tools.compat_table
+	$(RUN) -m tools.settings_table
 
 # Which lines of the plugin the tests without an engine run, child processes included; a report to read, no limit.
 # It comes in any case; the exit status is that of the tests.
