@@ -1,4 +1,7 @@
-"""mmlane's lane; `mode` is how readers take: `view`, `cow` or `clone`. `n` tickets of a tensor are on one copy.
+"""The lane on its own, without an engine. `n` tickets of a tensor are on one copy.
+
+`mode` is how readers take: `view`, `cow` or `clone`; or it is a device, such as `cuda:0`: then the lane's memory is
+pinned, and what is measured is the tensor's arrival there.
 
 One setting is not the default: memory is kept over longer pauses than a minute, since it is the other ways' turns
 that make them.
@@ -6,22 +9,25 @@ that make them.
 
 from __future__ import annotations
 
+import os
 import pickle
+import time
 from collections.abc import Sequence
 from typing import TypeVar, cast
 
 from torch import Tensor
 
-from bench.harness.workers import Refusal
-from bench.transport import contract
-from bench.transport.cases import Case
 from mmlane import lane
+from mmlane.bench import contract
+from mmlane.bench.case import Case
+from mmlane.bench.workers import Refusal
 
 T = TypeVar("T")
 
 _GROUP = "bench"
 _PATIENCE_S = 30.0
 _IDLE_S = 3600.0
+_ROOM = 4 << 20  # of a lane, for what each tensor's extent has over its bytes
 
 
 class Producer(contract.Producer):
@@ -29,7 +35,11 @@ class Producer(contract.Producer):
         self._readers, self._n = case.readers, case.n
         self._puts = 0
         self._copies: list[lane.Reservation] = []
-        self._lane = lane.Lane(readers={_GROUP: case.readers}, idle=_IDLE_S)
+        pinned: dict[str, int] = {}
+        if _is_device(self.mode):
+            room = case.nbytes + case.items * _ROOM
+            pinned = {"capacity": room, "pinned": room}
+        self._lane = lane.Lane(readers={_GROUP: case.readers}, idle=_IDLE_S, **pinned)
         return bytes(self._lane.invitation).hex()
 
     def ready(self) -> None:
@@ -50,10 +60,20 @@ class Producer(contract.Producer):
 
     def free(self) -> None:
         self._lane.drain()
+        deadline = time.monotonic() + _PATIENCE_S
+        while _is_device(self.mode) and self._lane.stats().tickets:  # released once the devices have read them
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"tickets were not released in {_PATIENCE_S} s")
+            os.sched_yield()
+            self._lane.drain()
 
     def close(self) -> None:
         self._lane.close()
         del self._lane
+
+
+def _is_device(mode: str | None) -> bool:
+    return mode is not None and mode.startswith("cuda")
 
 
 def _accepted(answer: T | lane.Refused) -> T:
@@ -64,12 +84,25 @@ def _accepted(answer: T | lane.Refused) -> T:
 
 class Reader(contract.Reader):
     def open(self, address: str, rank: int, case: Case) -> None:
-        self._reader = lane.Reader(_GROUP, rank)
-        self._reader.join(lane.Invitation.parse(bytes.fromhex(address)), timeout=_PATIENCE_S)
+        self.device = self.mode if _is_device(self.mode) else None
+        self._reader = lane.Reader(_GROUP, rank, device=self.device)
+        invitation = lane.Invitation.parse(bytes.fromhex(address))
+        self._reader.join(invitation, timeout=_PATIENCE_S)
+        self._lane_name = invitation.name
 
     def take(self, message: bytes) -> Sequence[Tensor]:
+        if self.device is not None:
+            return self._take_pinned(message)
         mode = cast(lane.Mode, self.mode)
         return [self._reader.take(ticket, mode) for ticket in pickle.loads(message)]
+
+    def _take_pinned(self, message: bytes) -> Sequence[Tensor]:
+        if not self._reader.wait_pinned(self._lane_name, _PATIENCE_S):
+            raise RuntimeError(f"the lane could not be registered as pinned memory, or not in {_PATIENCE_S} s")
+        tensors = [self._reader.take(ticket) for ticket in pickle.loads(message)]
+        if not all(tensor.is_pinned() for tensor in tensors):
+            raise RuntimeError("a tensor lies outside of the lane's pinned memory")
+        return tensors
 
     def close(self) -> None:
         self._reader.close()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bench.harness.clock import seconds, stamp
+from mmlane.bench.clock import seconds, stamp
 
 _WORD = 8
 _MAP_POPULATE = 0x8000  # Python names it from 3.10 on, mypy does not
