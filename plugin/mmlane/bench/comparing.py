@@ -22,7 +22,7 @@ Told = Callable[[str], None]
 
 
 class Comparing:
-    """`seconds`: after which no round begins, except for the first of the first case. `say`: told what is done now.
+    """`seconds`: after that no round begins, but for the first of the first case. `say`: told what is done now.
 
     `results` has what was found so far, also when a method has been interrupted.
     """

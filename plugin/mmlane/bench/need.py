@@ -10,8 +10,9 @@ from mmlane.bench.case import Case
 from mmlane.bench.sizes import MIB
 from mmlane.bench.ways import Way
 
-# Of a way's processes, as they are without a payload. A reader shares most pages with the process that forked it.
-_WITH_ENGINE, _WITH_TORCH, _READER = 1200 * MIB, 400 * MIB, 150 * MIB
+# Of a way's processes, as they are without a payload. A reader shares most pages with the process that forked it,
+# but for what CUDA takes.
+_WITH_ENGINE, _WITH_TORCH, _READER, _ON_CUDA = 1000 * MIB, 400 * MIB, 100 * MIB, 800 * MIB
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,21 @@ class Need:
     shm: int
 
 
-def need(ways: Sequence[Way], cases: Sequence[Case]) -> Need:
+def need(plan: Sequence[tuple[Case, Sequence[Way]]]) -> Need:
     """What the comparison takes at most: all processes are there at once, and one way at a time carries."""
-    if not cases:
-        return Need(0, 0)
-    readers = max(case.readers for case in cases)
-    processes = sum((_WITH_ENGINE if way.has_engine else _WITH_TORCH) + readers * _READER for way in ways)
-    # Each has the payload and a plain copy of it.
-    payloads = 2 * len(ways) * max(case.nbytes for case in cases)
-    lanes = sum(way.keeps(case.nbytes) for way in ways for case in [max(cases, key=lambda case: case.nbytes)])
-    carried = max(way.carries(case) for way in ways for case in cases)
-    return Need(processes + payloads + lanes + carried, max(way.segments(case) for way in ways for case in cases))
+    largest = max(case.nbytes for case, _ in plan)
+    readers = max(case.readers for case, _ in plan)
+    ways = {way for _, ways in plan for way in ways}
+    processes = sum(
+        (_WITH_ENGINE if way.has_engine else _WITH_TORCH)
+        + readers * (_READER if way.device == "cpu" else _ON_CUDA)
+        for way in ways
+    )
+    payloads = 2 * largest * max(len(ways) for _, ways in plan)  # and a plain copy of each
+    lanes = sum(way.keeps(largest) for way in ways)
+    carried = max(way.carries(case) for case, ways in plan for way in ways)
+    in_shm = max(way.segments(case) for case, ways in plan for way in ways)
+    return Need(processes + payloads + lanes + carried, in_shm)
 
 
 def lacking(wanted: Need) -> str:
@@ -46,4 +51,4 @@ def lacking(wanted: Need) -> str:
 
 
 def _mib(nbytes: int) -> str:
-    return f"{nbytes / MIB:.0f} MiB"
+    return f"{nbytes // MIB} MiB"

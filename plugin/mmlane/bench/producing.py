@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -24,6 +25,7 @@ from mmlane.bench.sizes import KIB
 from mmlane.bench.workers import die_with
 
 _LEAST = 64 * KIB
+_ENDING_S = 5.0  # for a process that has closed its pipe to be gone
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Producing:
         self._memory_before = self._in_use() or 0
         address = self._producer.open(case)
         for rank, pipe in enumerate(self._pipes):
-            pipe.send(("open", address, rank, case))
+            with self._alive(rank):
+                pipe.send(("open", address, rank, case))
         self._gather()
         self._producer.ready()
 
@@ -89,8 +92,9 @@ class Producing:
             before = stamp()
             messages = self._producer.put(tensors)
             put += stamp() - before
-            for pipe, message in zip(self._pipes, messages, strict=True):
-                pipe.send_bytes(message)
+            for rank, (pipe, message) in enumerate(zip(self._pipes, messages, strict=True)):
+                with self._alive(rank):
+                    pipe.send_bytes(message)
         self._gather()
         self._tell("sum again")
         self._gather()
@@ -127,20 +131,27 @@ class Producing:
         return None
 
     def _tell(self, order: object) -> None:
-        for pipe in self._pipes:
-            pipe.send(order)
+        for rank, pipe in enumerate(self._pipes):
+            with self._alive(rank):
+                pipe.send(order)
 
     def _gather(self) -> list[Any]:
-        """What each reader answers. Raises RuntimeError when one has ended."""
+        """What each reader answers."""
         answers = []
         for rank, pipe in enumerate(self._pipes):
-            try:
+            with self._alive(rank):
                 answers.append(pipe.recv())
-            except (EOFError, ConnectionError):
-                process = self._readers[rank][1]
-                process.join(1)  # its end of the pipe is closed: it ends now
-                raise RuntimeError(f"reader {rank} ended, exit code {process.exitcode}") from None
         return answers
+
+    @contextmanager
+    def _alive(self, rank: int) -> Iterator[None]:
+        """Raises RuntimeError when the reader at the other end of a pipe has ended."""
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            process = self._readers[rank][1]
+            process.join(_ENDING_S)
+            raise RuntimeError(f"reader {rank} ended, exit code {process.exitcode}") from None
 
 
 def _verify(reading: Reading, n: int, expected: Sequence[int], expected_sample: int | None) -> None:

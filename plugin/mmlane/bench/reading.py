@@ -1,6 +1,6 @@
 """A reading process: takes, sums, sums again, frees, and reports when each was done.
 
-Forked by the producing process (producing.py) and told what to do over the one pipe that also carries the messages.
+Forked by the producing process (producing.py) and told what to do over the pipe that also carries the messages.
 """
 
 from __future__ import annotations

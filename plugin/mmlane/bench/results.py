@@ -51,19 +51,26 @@ class Comparison:
         times = [time for outcome in self.outcomes for time in outcome.memcpy_s]
         return Outcome(MEMCPY, MEMCPY, cost_s=times)
 
-    def reference(self) -> Outcome:
-        """What the others are compared with besides memcpy: the engine as installed, or what is without the lane."""
-        return self.outcomes[0]
+    def baseline(self) -> Outcome | None:
+        """What the others are compared with besides memcpy: the engine as installed; to a device, the segment."""
+        return self.outcomes[0] if len(self.outcomes) > 1 else None
+
+    def ratios(self, one: Outcome) -> tuple[float | None, float | None]:
+        """A way's median over that of memcpy, and over that of the baseline."""
+        baseline = self.baseline()
+        return over(one.median, self.memcpy().median), over(one.median, baseline.median if baseline else None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; times in seconds."""
-        memcpy, reference = self.memcpy().median, self.reference().median
+        baseline = self.baseline()
+        ratios = {one.way: self.ratios(one) for one in self.outcomes}
         return {
             "bytes": self.case.nbytes,
             "readers": self.case.readers,
             "n": self.case.n,
             "device": self.device,
-            "memcpy_s": memcpy,
+            "memcpy_s": self.memcpy().median,
+            "baseline": baseline.way if baseline else None,
             "ways": [
                 {
                     "way": one.way,
@@ -73,8 +80,8 @@ class Comparison:
                     "most_s": max(one.cost_s, default=None),
                     "put_s": one.put,
                     "rounds": len(one.cost_s),
-                    "over_memcpy": over(one.median, memcpy),
-                    f"over_{self.reference().way}": over(one.median, reference),
+                    "over_memcpy": ratios[one.way][0],
+                    "over_baseline": ratios[one.way][1],
                     "problem": one.problem or None,
                 }
                 for one in self.outcomes
@@ -84,7 +91,7 @@ class Comparison:
 
 @dataclass
 class Results:
-    """A run. left_out: what was to be measured and was not, each with the reason. notes: what else is to be known."""
+    """A run. left_out: what was to be measured and was not, each with the reason. notes: what else to know."""
 
     comparisons: list[Comparison] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """The lane on its own, without an engine. `n` tickets of a tensor are on one copy.
 
-`mode` is how readers take: `view`, `cow` or `clone`; or it is a device, such as `cuda:0`: then the lane's memory is
-pinned, and what is measured is the tensor's arrival there.
+`mode` is how readers take: `view`, `cow` or `clone`, None for what they do by default; or it is a device, such as
+`cuda:0`: then the lane's memory is pinned, and what is measured is the tensor's arrival there.
 
 One setting is not the default: memory is kept over longer pauses than a minute, since it is the other ways' turns
 that make them.

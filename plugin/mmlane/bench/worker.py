@@ -2,8 +2,8 @@
 
     PYTHON -m mmlane.bench.worker --orders FD --parent PID --module mmlane.bench.via_... [--mode MODE] ...
 
-`MMLANE` says whether mmlane is in the engine here. Takes orders from a pipe, answers each; a fault ends the process,
-and with it the readers.
+`MMLANE` says whether mmlane is in the engine here. Takes orders from a pipe, answers each; a fault ends the
+process, and with it the readers.
 """
 
 from __future__ import annotations
