@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,7 +89,7 @@ def test_the_table() -> None:
 
 @needs_torch
 def test_what_the_time_does_not_suffice_for_is_named() -> None:
-    done = run("--sizes", "1M,2M", "--n", "1", "--seconds", "1", "--json", env={"MMLANE_TESTED": "1"})
+    done = run("--sizes", "1M,2M", "--n", "1", "--seconds", "1", "--json")
     found = json.loads(done.stdout)
     measured = [one for one in found["comparisons"] if one["ways"][0]["rounds"]]
     assert measured and done.returncode == 0  # the first is, whatever the time
@@ -229,7 +228,7 @@ def test_a_picture(tmp_path: Path) -> None:
         (("--sizes", "1x"), "'1x' is not a size"),
         (("--sizes", "64K"), "wanted 128 KiB or more"),
         (("--n", "0"), "wanted a number from 1 on"),
-        (("--readers", "0"), "range"),
+        (("--readers", "0"), "greater than or equal to 1"),
         (("--what",), "No such option"),
     ],
 )
@@ -275,17 +274,20 @@ def readers(pid: int) -> list[int]:
 
 
 @contextmanager
-def started(*words: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def started(*words: str, scratch: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that is ended afterwards; `scratch`: where it makes its directory."""
+    process = subprocess.Popen(
+        [*COMMAND, *words],
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         yield process
     finally:
         process.kill()
         process.communicate()
-
-
-def scratch() -> set[str]:
-    return {path.name for path in Path(tempfile.gettempdir()).glob("mmlane-bench-*")}
 
 
 def is_measuring(pid: int) -> bool:
@@ -295,11 +297,15 @@ def is_measuring(pid: int) -> bool:
 
 
 @needs_torch
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("until", [readers, is_measuring], ids=["starting", "measuring"])
-def test_an_interrupted_one_leaves_nothing(until: Callable[[int], Any], number: signal.Signals) -> None:
-    before = scratch()
-    with started(*ENDLESS) as process:
+@pytest.mark.parametrize(
+    ("until", "number"),
+    [(readers, signal.SIGINT), (is_measuring, signal.SIGINT), (is_measuring, signal.SIGTERM)],
+    ids=["starting", "measuring", "ended while measuring"],
+)
+def test_an_interrupted_one_leaves_nothing(
+    until: Callable[[int], Any], number: signal.Signals, tmp_path: Path
+) -> None:
+    with started(*ENDLESS, scratch=tmp_path) as process:
         eventually(lambda: until(process.pid), "it has come so far")
         there = offspring(process.pid)
         assert there
@@ -309,12 +315,12 @@ def test_an_interrupted_one_leaves_nothing(until: Callable[[int], Any], number: 
     found = json.loads(out)
     assert (found["error"], found["exit_code"]) == ("interrupted", 130)
     eventually(lambda: not any(map(is_worker, there)), "its processes are gone")
-    assert scratch() == before
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_torch
-def test_a_killed_one_leaves_no_process() -> None:
-    with started(*ENDLESS) as process:
+def test_a_killed_one_leaves_no_process(tmp_path: Path) -> None:
+    with started(*ENDLESS, scratch=tmp_path) as process:
         eventually(lambda: is_measuring(process.pid), "it measures")
         there = offspring(process.pid)
         process.kill()
@@ -323,8 +329,8 @@ def test_a_killed_one_leaves_no_process() -> None:
 
 
 @needs_torch
-def test_a_reader_that_dies_is_an_error() -> None:
-    with started(*ENDLESS) as process:
+def test_a_reader_that_dies_is_an_error(tmp_path: Path) -> None:
+    with started(*ENDLESS, scratch=tmp_path) as process:
         first, _ = eventually(lambda: readers(process.pid), "there are readers")
         os.kill(first, signal.SIGKILL)
         out, err = process.communicate(timeout=DEADLINE)

@@ -74,7 +74,7 @@ class Comparing:
             if not there or (number and time.monotonic() >= until):
                 break
             self._say(f"{comparison}: round {number + 1}")
-            there = self._each(there[:: -1 if number % 2 else 1], self._measure)
+            there = self._each(there[::-1], self._measure)  # forwards and backwards
         self._each(there, lambda way, _: self._teams[way].call("end"))
 
     def _begin(self, way: Way, case: Case) -> None:

@@ -76,5 +76,5 @@ def sample(tensors: Sequence[Tensor]) -> int:
 
 
 def _anonymous(nbytes: int) -> mmap.mmap:
-    # Private: what Python maps by itself would count as shared memory. All of it in memory at once.
+    # Private: what Python maps without these flags would count as shared memory. All of it in memory at once.
     return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_POPULATE)

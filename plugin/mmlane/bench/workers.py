@@ -66,7 +66,7 @@ class Worker(ABC):
 
 
 def obey(pipe: Connection, target: object, *, until_fault: bool = False) -> bool:
-    """Answer orders until nobody gives any more. `until_fault`: or until one could not be done; False then."""
+    """Answer orders until no more are given. `until_fault`: or until one could not be done; False then."""
     with suppress(EOFError, ConnectionError):
         while True:
             order, arguments = pipe.recv()

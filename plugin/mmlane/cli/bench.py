@@ -49,7 +49,7 @@ class Refused(Exception):
 
 @dataclass
 class Run:
-    """What is known of a run, as far as it came. error: why it is not complete."""
+    """What is known of a run, up to where it has come. error: why it is not complete."""
 
     engine: str | None = None
     torch: Torch | None = None
@@ -205,8 +205,11 @@ def _ask_for(wanted: Need, seconds: float, left_out: list[str], *, ask: bool) ->
 
 def _show(run: Run, plot: Path | None, json: bool) -> None:
     if plot is not None and run.results.comparisons:
-        draw(run.results, plot)
-        typer.echo(f"{PREFIX}{plot} is written", err=True)
+        try:
+            draw(run.results, plot)
+            typer.echo(f"{PREFIX}{plot} is written", err=True)
+        except (OSError, ValueError) as error:  # no such format
+            run.error, run.code = run.error or f"--plot {plot}: {error}", run.code or TROUBLE
     if json:
         typer.echo(as_json(run.results, run.engine, run.torch, run.needs, run.error, run.code))
         return
