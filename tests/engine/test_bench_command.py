@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 
 ENV = {**forks.ENV, "MMLANE_DISABLE": "lane"}  # settings of the user's are not those of the comparison
 SHORT = ("--sizes", "1M,4M", "--n", "1,3", "--readers", "2", "--seconds", "20", "--json")
-DEADLINE = 400.0  # seconds; only a fault takes that long
+DEADLINE = 800.0  # seconds; only a fault takes that long
 LIST = '"$@"; code=$?; ls /dev/shm >&2; exit $code'
 
 

@@ -14,7 +14,7 @@ from mmlane.bench.ways import Way
 from mmlane.bench.workers import Failed, Refusal
 
 MOST_ROUNDS = 25
-_SETTLING_S = 30.0  # in which a lane of an engine has to open
+_SETTLING_S = 60.0  # in which a lane of an engine has to open
 _SLOW_S = 1.0  # a first round that takes longer is the only one that does not count
 
 Plan = list[tuple[Case, list[Way]]]
