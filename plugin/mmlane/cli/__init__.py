@@ -9,6 +9,7 @@ from mmlane import PREFIX, __version__
 try:
     import typer
 
+    from mmlane.cli.bench import bench
     from mmlane.cli.doctor import DoctorCommand, doctor
     from mmlane.cli.status import off, on, status
 except ModuleNotFoundError as missing:
@@ -20,6 +21,7 @@ except ModuleNotFoundError as missing:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command(cls=DoctorCommand)(doctor)
 app.command()(status)
+app.command(cls=DoctorCommand)(bench)
 app.command()(off)
 app.command()(on)
 
