@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.resources
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,8 @@ from mmlane.patching import Cell, Decision, PatchSpec, Refusal, Target, check, p
 from mmlane.settings import Settings
 
 if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
     from mmlane.engine import Engine
 
 MATRIX = "compat_matrix.yaml"
@@ -35,7 +38,7 @@ class Matrix:
     rows: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def load(cls, file: Path) -> Matrix:
+    def load(cls, file: Traversable) -> Matrix:
         """Read a file in the form of compat_matrix.yaml. Raises `OSError`, `KeyError` and what YAML raises."""
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         raw = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
@@ -88,9 +91,8 @@ def _cell(patch: str, since: str, raw: Mapping[str, Any], faults: Mapping[str, s
 @lru_cache(maxsize=1)
 def matrix() -> Matrix:
     """The table that belongs to this installation: beside the package in a wheel, at the top of a checkout."""
-    package = Path(__file__).parent
-    for place in (package, package.parent.parent):
-        file = place / MATRIX
+    package = importlib.resources.files(hookspecs.__package__)  # in a directory, or in a zip archive
+    for file in (package / MATRIX, Path(__file__).parent.parent.parent / MATRIX):
         if file.is_file():
             return Matrix.load(file)
     raise FileNotFoundError(f"{MATRIX} is neither in {package} nor at the top of a checkout; reinstall mmlane")
