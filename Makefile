@@ -14,15 +14,15 @@ AT_ONCE := -n 4 --maxschedchunk 1
 # The others: in as many processes as there are cores, each takes what the others have not begun.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint lint-check lint-format lint-types lint-imports lint-prose unit lane thorough contract engine matrix transcripts matrix-new \
+.PHONY: demo test lint lint-check lint-format lint-types lint-imports lint-prose unit lane thorough contract install engine matrix transcripts matrix-new \
 	fresh fingerprints table bench coverage pythons mutants clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
 demo: $(INSTALLED)
 	$(RUN) -m devkit.demo --engine $(V)
 
-# Everything that has to hold: checks, unit, lane and contract tests, and six engine releases for real.
-test: lint unit lane contract engine
+# Everything that has to hold: checks, unit, lane and contract tests, installations, and six engine releases for real.
+test: lint unit lane contract install engine
 
 # The hooks of .pre-commit-config.yaml call these five.
 lint: lint-check lint-format lint-types lint-imports lint-prose
@@ -59,6 +59,10 @@ thorough: $(READY)
 
 contract: $(READY)
 	$(RUN) -m pytest tests/contract
+
+# mmlane installed in several ways: what the doctor says of each, and what is left of it. More ways in `make matrix`.
+install: $(READY)
+	$(RUN) -m pytest tests/install $(PARALLEL)
 
 engine: $(READY)
 	$(RUN) -m pytest tests/engine
