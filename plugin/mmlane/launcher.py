@@ -26,7 +26,7 @@ def _check_engine() -> None:
 
 if __name__ == "__main__":
     _check_engine()
-    sys.argv[0] = "mmlane serve"  # what the engine's --help begins with
+    sys.argv[0] = "mmlane serve"  # in the usage of releases that do not name it themselves
 if __name__ in ("__main__", "__mp_main__"):
     bootstrap.install()
     # Without `alter_sys`: this module stays `sys.modules["__main__"]`, where children read what they have to run.
