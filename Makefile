@@ -15,15 +15,15 @@ AT_ONCE := -n 4 --maxschedchunk 1
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test lint lint-check lint-format lint-types lint-imports lint-prose lint-workflows lint-docs unit lane thorough \
-	contract engine matrix transcripts matrix-new fresh fingerprints table docs bench coverage pythons mutants dist changelog \
+	contract install engine matrix transcripts matrix-new fresh fingerprints table docs bench coverage pythons mutants dist changelog \
 	changelog-check clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
 demo: $(INSTALLED)
 	$(RUN) -m devkit.demo --engine $(V)
 
-# Everything that has to hold: checks, unit, lane and contract tests, and six engine releases for real.
-test: lint unit lane contract engine
+# Everything that has to hold: checks, unit, lane and contract tests, installations, and six engine releases for real.
+test: lint unit lane contract install engine
 
 # The hooks of .pre-commit-config.yaml call these seven.
 lint: lint-check lint-format lint-types lint-imports lint-prose lint-workflows lint-docs
@@ -78,6 +78,10 @@ thorough: $(READY)
 
 contract: $(READY)
 	$(RUN) -m pytest tests/contract
+
+# mmlane installed in several ways: what the doctor says of each, and what is left of it. More ways in `make matrix`.
+install: $(READY)
+	$(RUN) -m pytest tests/install $(PARALLEL)
 
 engine: $(READY)
 	$(RUN) -m pytest tests/engine
