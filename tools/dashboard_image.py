@@ -51,7 +51,7 @@ def draw(recorded: Path, target: Path) -> None:
     figure, places = pyplot.subplots(rows, COLUMNS, figsize=(13, 2.5 * rows), layout="constrained", sharex=True)
     for axes, (title, found) in zip(places.flat, panels.items(), strict=True):
         lines = [_line(series, query, start) for query, all_series in found for series in all_series]
-        _plot(axes, lines, is_stacked=found[0][0].is_stacked)
+        _plot(axes, lines, round(end - start), is_stacked=found[0][0].is_stacked)
         axes.set_title(title, fontsize=10, loc="left")
         _finish(axes, found[0][0].unit)
     for axes in places[-1]:
@@ -66,10 +66,10 @@ def _line(series: Series, query: monitoring.Query, start: float) -> Line:
     return Line(_legend(query.legend, series["metric"]), points)
 
 
-def _plot(axes: Axes, lines: Sequence[Line], *, is_stacked: bool) -> None:
+def _plot(axes: Axes, lines: Sequence[Line], seconds: int, *, is_stacked: bool) -> None:
     if is_stacked:
         lines = [line for line in lines if any(line.points.values())]
-        times = sorted({time for line in lines for time in line.points})
+        times = range(seconds + 1)
         heights = [[line.points.get(time, 0.0) for time in times] for line in lines]
         axes.stackplot(times, heights, labels=[line.name for line in lines], step="post", alpha=0.6)
     else:
