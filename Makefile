@@ -45,13 +45,14 @@ lint-prose: $(READY)
 	$(VENV)/bin/proselint check --config tools/proselint.json $(PROSE)
 	$(RUN) -m tools.prose
 
-# The site is built without a warning: every link and anchor is there, and every page is in the menu.
+# The site is built without a warning: every link and anchor is there, and every page is in the menu. Not --quiet: with
+# it, warnings count for nothing.
 lint-docs: docs
 
 docs: $(READY)
 	$(RUN) -m tools.compat_table --check
 	$(RUN) -m tools.settings_table --check
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 unit: $(READY)
 	$(RUN) -m pytest tests/unit $(PARALLEL)

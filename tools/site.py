@@ -28,7 +28,7 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie outside of docs/, and the list of pages by another name: README.md is the first page."""
+    """Add the pages from outside of docs/, and the list of pages by another name: README.md is the first page."""
     for name, page in PAGES.items():
         if (old := files.get_file_from_path(page)) is not None:
             files.remove(old)
