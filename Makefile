@@ -56,13 +56,15 @@ lint-workflows: $(READY)
 	$(SCHEMA) vendor.dependabot .github/dependabot.yml
 	$(SCHEMA) vendor.github-actions .github/actions/*/action.yml
 	$(VENV)/bin/zizmor --offline --quiet --no-progress --config .github/zizmor.yml .github
-# The site is built without a warning: every link and anchor is there, and every page is in the menu.
+
+# The site is built without a warning: every link and anchor is there, and every page is in the menu. Not --quiet: with
+# it, warnings count for nothing.
 lint-docs: docs
 
 docs: $(READY)
 	$(RUN) -m tools.compat_table --check
 	$(RUN) -m tools.settings_table --check
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 unit: $(READY)
 	$(RUN) -m pytest tests/unit $(PARALLEL)

@@ -37,7 +37,10 @@ _ALL = (
     *("plugin", "patches", "compat_matrix.yaml", "devkit", "tests/conftest.py"),
     *("pyproject.toml", "requirements-test.txt", "requirements-dev.txt"),
 )
-_CONTRACT = (*_ALL, "tests/contract", "tools", "README.md", "docs")  # the documents have generated tables
+_CONTRACT = (  # the documents have generated tables, and make a site
+    *(*_ALL, "tests/contract", "tools", "mkdocs.yml"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs"),
+)
 _ENGINE = (*_ALL, "tests/engine")
 _INSTALL = (*_ALL, "tests/install", "tests/engine/forks.py", "tools/pythons.py", "README.md")
 

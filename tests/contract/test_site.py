@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,14 +45,29 @@ def test_a_link_to_a_file_that_is_not_there() -> None:
         linked("[bench](../bench/none.py)", "docs/gpu.md", None)
 
 
+def build(checkout: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """As `make docs` does it."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    environ = {"NO_MKDOCS_2_WARNING": "1", "PATH": ""}
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, env=environ)
+
+
 def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(
-        build, cwd=CHECKOUT, capture_output=True, text=True, env={"NO_MKDOCS_2_WARNING": "1", "PATH": ""}
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = build(CHECKOUT, tmp_path / "site")
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     pages = {page.name: page.read_text(encoding="utf-8") for page in (tmp_path / "site").glob("*.html")}
-    assert {"index.html", "contributing.html", "changelog.html", "lane.html"} <= pages.keys()
+    assert {"index.html", "contents.html", "contributing.html", "changelog.html", "lane.html"} <= pages.keys()
     for name, page in pages.items():
         loads = [part for part in page.split("<") if part.startswith(("script", "link", "img", "iframe"))]
         assert not [part for part in loads if "//" in part.partition(">")[0]], name
+
+
+def test_a_broken_link_and_a_page_that_is_not_in_the_menu_fail_the_build(tmp_path: Path) -> None:
+    for entry in CHECKOUT.iterdir():
+        if entry.name != "docs":
+            (tmp_path / entry.name).symlink_to(entry)
+    shutil.copytree(CHECKOUT / "docs", tmp_path / "docs")
+    (tmp_path / "docs/lost.md").write_text("[nowhere](lane.md#no-such-anchor)\n", encoding="utf-8")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode == 1
+    assert "does not contain an anchor '#no-such-anchor'" in done.stderr and "- lost.md" in done.stderr

@@ -64,7 +64,7 @@ def _made(arguments: argparse.Namespace) -> tuple[object, list[str]]:
 def _notes() -> list[str]:
     from mmlane import entry
 
-    return [] if entry.session is None else entry.session.report().trouble()
+    return [] if entry.session is None else list(map(str, entry.session.report().trouble()))
 
 
 if __name__ == "__main__":
