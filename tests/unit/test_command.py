@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["doctor", "serve", "status", "off", "on"]
+COMMANDS = ["doctor", "serve", "status", "bench", "off", "on"]
 SCRIPT = "import sys; from mmlane.cli import main; sys.argv[0] = 'mmlane'; main()"
 
 
