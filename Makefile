@@ -7,25 +7,26 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 BENCH := $(VENV)/.bench
 V ?= 0.5.12.post1
-PROSE := README.md CHANGELOG.md CONTRIBUTING.md docs/*.md
+PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs/*.md changelog.d/*.md .github/*.md
 # For tests that wait more than they compute: four at once, handed out one by one, so that long ones begin first.
 AT_ONCE := -n 4 --maxschedchunk 1
 
 # The others: in as many processes as there are cores, each takes what the others have not begun.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint lint-check lint-format lint-types lint-imports lint-prose unit lane thorough contract engine matrix transcripts matrix-new \
-	fresh fingerprints table bench coverage pythons mutants clean
+.PHONY: demo test lint lint-check lint-format lint-types lint-imports lint-prose lint-workflows lint-docs unit lane thorough \
+	contract install engine matrix transcripts matrix-new fresh fingerprints table docs bench coverage pythons mutants dist changelog \
+	changelog-check clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
 demo: $(INSTALLED)
 	$(RUN) -m devkit.demo --engine $(V)
 
-# Everything that has to hold: checks, unit, lane and contract tests, and six engine releases for real.
-test: lint unit lane contract engine
+# Everything that has to hold: checks, unit, lane and contract tests, installations, and six engine releases for real.
+test: lint unit lane contract install engine
 
-# The hooks of .pre-commit-config.yaml call these five.
-lint: lint-check lint-format lint-types lint-imports lint-prose
+# The hooks of .pre-commit-config.yaml call these seven.
+lint: lint-check lint-format lint-types lint-imports lint-prose lint-workflows lint-docs
 
 lint-check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -45,6 +46,26 @@ lint-prose: $(READY)
 	$(VENV)/bin/proselint check --config tools/proselint.json $(PROSE)
 	$(RUN) -m tools.prose
 
+# Workflows and forms of the forge against its schemas, each job with a time limit, and what is known to be unsafe there.
+SCHEMA := $(VENV)/bin/check-jsonschema --quiet --builtin-schema
+lint-workflows: $(READY)
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.github-actions .github/actions/*/action.yml
+	$(VENV)/bin/zizmor --offline --quiet --no-progress --config .github/zizmor.yml .github
+
+# The site is built without a warning: every link and anchor is there, and every page is in the menu. Not --quiet: with
+# it, warnings count for nothing.
+lint-docs: docs
+
+docs: $(READY)
+	$(RUN) -m tools.compat_table --check
+	$(RUN) -m tools.settings_table --check
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 unit: $(READY)
 	$(RUN) -m pytest tests/unit $(PARALLEL)
 
@@ -59,6 +80,10 @@ thorough: $(READY)
 
 contract: $(READY)
 	$(RUN) -m pytest tests/contract
+
+# mmlane installed in several ways: what the doctor says of each, and what is left of it. More ways in `make matrix`.
+install: $(READY)
+	$(RUN) -m pytest tests/install $(PARALLEL)
 
 engine: $(READY)
 	$(RUN) -m pytest tests/engine
@@ -84,6 +109,7 @@ fingerprints: $(READY)
 
 table: $(READY)
 	$(RUN) -m tools.compat_table
+	$(RUN) -m tools.settings_table
 
 # Which lines of the plugin the tests without an engine run, child processes included; a report to read, no limit.
 # It comes in any case; the exit status is that of the tests.
@@ -97,9 +123,23 @@ coverage: $(READY)
 	$(RUN) -m coverage combine --quiet && $(RUN) -m coverage html --quiet && $(RUN) -m coverage report || status=1; \
 	exit $$status
 
-# The unit tests on the other Pythons that are supported, where they are installed. TORCH=no leaves out what needs it.
+# The unit tests on the other Pythons that are supported, where they are installed. TORCH=no leaves out what needs it;
+# ONLY=3.12 takes one, and fails where it is not installed.
 pythons: $(READY)
-	$(RUN) -m tools.pythons $(if $(filter no,$(TORCH)),--without-torch)
+	$(RUN) -m tools.pythons $(if $(ONLY),--required $(ONLY)) $(if $(filter no,$(TORCH)),--without-torch)
+
+# What is released, in dist: an sdist and a wheel, checked; the sdist builds the same wheel.
+dist: $(READY)
+	rm -rf dist
+	$(RUN) -m tools.dist
+
+# The entries in changelog.d as they will be in CHANGELOG.md; docs/releasing.md.
+changelog: $(READY)
+	$(RUN) -m towncrier build --draft
+
+# Whether what is committed since BASE added an entry: make changelog-check BASE=origin/main
+changelog-check: $(READY)
+	$(RUN) -m towncrier check --compare-with $(BASE)
 
 # Changes to the lane that no test minds: make mutants M=ticket, M="ticket protocol"; all modules take hours.
 mutants: $(READY)

@@ -1,9 +1,9 @@
-"""`python -m tools.matrix`: contract and engine tests on every release, one piece after the other.
+"""`python -m tools.matrix`: contract, engine and installation tests, one piece after the other.
 
-A piece is the contract tests, all engine tests of one release, or those that belong to no release. One that has
-passed with the same engine and the same tree is not run again. A piece that fails does not stop the others. Ctrl-C
-ends the running one and keeps what has passed. The table at the end has a row for each; exit status 1: not all
-passed.
+A piece is the contract tests, all engine tests of one release, those that belong to no release, or tests/install.
+One that has passed with the same engine and the same tree is not run again. A piece that fails does not stop the
+others. Ctrl-C ends the running one and keeps what has passed. The table at the end has a row for each; exit status
+1: not all passed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ _ALL = (
     *("plugin", "patches", "compat_matrix.yaml", "devkit", "tests/conftest.py"),
     *("pyproject.toml", "requirements-test.txt", "requirements-dev.txt"),
 )
-_CONTRACT = (*_ALL, "tests/contract", "tools", "README.md", "docs")  # the documents have generated tables
+_CONTRACT = (  # the documents have generated tables, and make a site
+    *(*_ALL, "tests/contract", "tools", "mkdocs.yml"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs"),
+)
 _ENGINE = (*_ALL, "tests/engine")
+_INSTALL = (*_ALL, "tests/install", "tests/engine/forks.py", "tools/pythons.py", "README.md")
 
 LIMIT_MINUTES = 120.0
 _BEFORE = "pass, before"
@@ -50,7 +54,7 @@ _SPARE = 1.0 * _GIB
 
 
 def pieces() -> list[Piece]:
-    """All that `pytest tests/contract tests/engine --engines all` collects, each test in one of them."""
+    """All that `pytest tests/contract tests/engine tests/install --engines all` collects, each test in one."""
     releases = tuple(str(version) for version in matrix().engines)
     return [
         Piece("contract", ("tests/contract",), _CONTRACT, releases),
@@ -65,6 +69,7 @@ def pieces() -> list[Piece]:
             for release in releases
         ),
         Piece("no-release", ("tests/engine", "--all-of", "no-release"), _ENGINE, releases),
+        Piece("install", ("tests/install", "--engines", "all"), _INSTALL, releases),
     ]
 
 

@@ -16,7 +16,7 @@ import yaml
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 WORDS = Path(__file__).with_name("plain_words.yaml")
-DOCUMENTS = ("*.md", "docs/*.md")
+DOCUMENTS = ("*.md", "docs/*.md", "changelog.d/*.md", ".github/*.md")
 PACKAGES = ("plugin", "patches", "devkit", "tools", "bench", "tests")
 _CODE = re.compile(r"^```.*?^```|`[^`\n]+`|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
 _SPOKEN = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}  # from 3.12 on

@@ -1,8 +1,9 @@
 """`python -m tools.pythons [VERSION ...]`: the unit tests on the other Pythons that mmlane supports.
 
-A Python that this machine does not have is skipped, with a line that says so. One whose environment cannot be made
-does not stop the others; the exit status is 1 then, as where tests fail. Each has an environment in the cache
-with what the tests need, made once; mmlane itself is installed from this checkout every time.
+A Python that this machine does not have is skipped, with a line that says so; with `--required` that is a failure.
+One whose environment cannot be made does not stop the others; the exit status is 1 then, as where tests fail. Each
+has an environment in the cache with what the tests need, made once; mmlane itself is installed from this checkout
+every time.
 
 Where pip finds no torch for CPUs only, torch takes gigabytes for each Python. Without torch, the tests that need
 it are skipped.
@@ -78,6 +79,7 @@ def unit_tests(version: str, python: Path, *, with_torch: bool) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.pythons", description=__doc__)
     parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION")
+    parser.add_argument("--required", action="store_true", help="fail where one of them is not installed")
     parser.add_argument("--without-torch", action="store_true", help="skip the tests that need it")
     chosen = parser.parse_args(arguments)
     console = Console(highlight=False)
@@ -85,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     for version in chosen.versions:
         python = interpreter(version)
         if python is None:
-            results[version] = f"skipped: no Python {version} on PATH, nor one installed by pyenv or uv"
+            missing = f"no Python {version} on PATH, nor one installed by pyenv or uv"
+            results[version] = f"NOT RUN: {missing}" if chosen.required else f"skipped: {missing}"
             continue
         console.rule(f"Python {version}: {python}")
         began = time.monotonic()

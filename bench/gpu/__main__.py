@@ -18,7 +18,7 @@ from bench.gpu.report import about, draw, grids
 from bench.harness import command, tables
 from bench.harness.results import absent
 from bench.harness.spawned import hurry, spawned
-from bench.harness.workers import Failed
+from mmlane.bench.workers import Failed
 
 
 def main() -> int:

@@ -23,12 +23,12 @@ from bench.gpu.ways import (
     TORCH_PINNED,
     Load,
 )
-from bench.harness.clock import seconds, stamp
 from bench.harness.results import Record, absent
 from bench.harness.sizes import GIB, MIB, size
 from bench.harness.spawned import Spawned, spawned
 from bench.harness.turns import Problem, each
-from bench.harness.workers import Failed, Refusal
+from mmlane.bench.clock import seconds, stamp
+from mmlane.bench.workers import Failed, Refusal
 from mmlane.lane.cuda import Cuda
 from mmlane.lane.descriptor import Descriptor
 from mmlane.lane.mapping import PAGE, Mapping

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from bench.gpu.device import Device
 from bench.gpu.ways import Load, Receiver, Sender, fill, is_right, mark, receiver, sender
-from bench.harness.clock import seconds, stamp
-from bench.harness.memory import available, tidy
+from bench.harness.memory import available
 from bench.harness.spawned import Spawned, gather
 from bench.harness.turns import Problem, each
-from bench.harness.workers import Failed, Refusal
+from mmlane.bench.clock import seconds, stamp
+from mmlane.bench.memory import tidy
+from mmlane.bench.workers import Failed, Refusal
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.device import Device
-from bench.harness.workers import Refusal
+from mmlane.bench.workers import Refusal
 from mmlane.lane import Invitation, Lane, Reader, Refused
 from mmlane.lane.descriptor import Descriptor
 from mmlane.lane.mapping import round_up

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import threading
 from collections.abc import Iterable
@@ -74,12 +72,6 @@ def faults(pid: int) -> int:
 def available() -> int:
     """Bytes that can be had without swapping."""
     return _field(Path("/proc/meminfo"), "MemAvailable")
-
-
-def tidy() -> None:
-    """Give back to the system what this process no longer uses, so that the next case does not find it."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _field(path: Path, name: str) -> int:

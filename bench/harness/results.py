@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from bench.harness.workers import Refusal
+from mmlane.bench.workers import Refusal
 
 C = TypeVar("C")
 R = TypeVar("R", bound="Results[Any]")

@@ -11,7 +11,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.harness.workers import Failed, Refusal, Worker, answer_of, die_with, obey
+from mmlane.bench.workers import Failed, Refusal, Worker, answer_of, die_with, obey
 
 _GRACE_S = 10.0
 

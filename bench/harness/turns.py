@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from bench.harness.workers import Failed, Refusal
+from mmlane.bench.workers import Failed, Refusal
 
 W = TypeVar("W")
 Problem = Failed | Refusal

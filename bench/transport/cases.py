@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from bench.harness.sizes import GIB, JUDGED, KIB, MIB, size
+from bench.harness.sizes import GIB, JUDGED, KIB, MIB
+from mmlane.bench.case import Case
 
 SIZES = (64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB)
 READERS = (1, 2, 4, 8)
@@ -14,24 +14,6 @@ QUICK_READERS = (1, 2, 8)
 FAN_OUT = 8  # samples of one request, the engine's n
 ITEMS = 32  # images in one request
 ONE_WAY = 64 * KIB
-
-
-@dataclass(frozen=True, order=True)
-class Case:
-    """One kind of message. `nbytes` is the payload of one put, over all its `items`."""
-
-    readers: int
-    nbytes: int
-    n: int = 1
-    items: int = 1
-
-    def __str__(self) -> str:
-        parts = [size(self.nbytes), f"{self.readers} reader{'s' * (self.readers > 1)}"]
-        if self.n > 1:
-            parts.append(f"n = {self.n}")
-        if self.items > 1:
-            parts.append(f"{self.items} tensors")
-        return ", ".join(parts)
 
 
 def plan(sizes: Sequence[int], readers: Sequence[int], *, quick: bool) -> list[Case]:

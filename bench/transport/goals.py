@@ -9,9 +9,10 @@ from bench.harness.ratios import Spread, extremes
 from bench.harness.sizes import JUDGED, size
 from bench.releases import NEWEST
 from bench.transport import records
-from bench.transport.cases import FAN_OUT, ONE_WAY, Case
+from bench.transport.cases import FAN_OUT, ONE_WAY
 from bench.transport.records import COST, Results
 from bench.transport.ways import LATEST
+from mmlane.bench.case import Case
 
 _FLAT = 1.2  # what counts as not growing; medians of a few rounds vary by that much
 _FIRST, _LAST = 1, 8  # readers

@@ -9,12 +9,13 @@ from bench.harness.memory import available
 from bench.harness.results import Record, absent
 from bench.harness.sizes import GIB, MIB, size
 from bench.harness.turns import each
-from bench.harness.workers import Failed, Refusal
 from bench.transport import records
-from bench.transport.cases import ONE_WAY, Case
-from bench.transport.records import Round
+from bench.transport.cases import ONE_WAY
 from bench.transport.team import Team, shared_memory_room
 from bench.transport.ways import Way
+from mmlane.bench.case import Case
+from mmlane.bench.rounds import Round
+from mmlane.bench.workers import Failed, Refusal
 
 _SMALL = 4 * MIB  # up to here a round takes next to no time, and varies more
 _MORE_ROUNDS = 4

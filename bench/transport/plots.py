@@ -8,9 +8,9 @@ from pathlib import Path
 from bench.harness import plots
 from bench.harness.plots import pyplot
 from bench.harness.sizes import JUDGED, size
-from bench.transport.cases import Case
 from bench.transport.records import COST, Results
 from bench.transport.ways import MEMCPY, WAYS
+from mmlane.bench.case import Case
 
 _ORDER = [*(way.label for way in WAYS), MEMCPY]
 _HUES = ("#08519c", "#4292c6", "#9ecae1", "#fcbba1", "#fb6a4a", "#a50f15", "#807dba", "#41ab5d", "black")

@@ -4,31 +4,18 @@ defines them. Seconds and bytes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from bench.harness import results
 from bench.harness.results import Record
 from bench.harness.sizes import MIB
-from bench.transport.cases import Case
 from bench.transport.ways import MEMCPY, Way
+from mmlane.bench.case import Case
+from mmlane.bench.rounds import Round
 
 COST, ONE_WAY = "cost", "one-way"
 _LEAST_FOR_MEMORY = 16 * MIB  # below, the kernel's own bookkeeping is as large as the message
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one message to all readers came to; seconds, and bytes where it was asked for."""
-
-    cost_s: float
-    memcpy_s: float
-    put_s: float
-    take_s: float
-    first_read_extra_s: float
-    free_reader_s: float
-    free_producer_s: float
-    memory_bytes: int | None
 
 
 class Results(results.Results[Case]):

@@ -11,10 +11,10 @@ from bench.harness.results import Record
 from bench.harness.sizes import size
 from bench.harness.tables import Grid
 from bench.transport import cases
-from bench.transport.cases import Case
 from bench.transport.goals import goals
 from bench.transport.records import COST, ONE_WAY, Results
 from bench.transport.ways import MEMCPY
+from mmlane.bench.case import Case
 
 _HEADINGS = (
     "ms",

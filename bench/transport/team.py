@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.machine import CHECKOUT
-from bench.harness.workers import Failed, Refusal, Worker
 from bench.transport.ways import Way
 from devkit.sharedmemory import can_be_private, privately
+from mmlane.bench.workers import Failed, Refusal, Worker
 
 _START_S = 180.0  # an engine takes 15 s to import, on a busy machine more
 _ANSWER_S = 120.0
@@ -24,7 +24,7 @@ _ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "PYTHONUNBUFFERED": "1",
     "PYTHONWARNINGS": "ignore",
-    "PYTHONPATH": str(CHECKOUT),
+    "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'plugin'}",  # an engine's environment has neither
 }
 
 

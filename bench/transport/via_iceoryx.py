@@ -17,9 +17,9 @@ import iceoryx2 as iox
 import torch
 from torch import Tensor
 
-from bench.harness.workers import Refusal
-from bench.transport import contract
-from bench.transport.cases import Case
+from mmlane.bench import contract
+from mmlane.bench.case import Case
+from mmlane.bench.workers import Refusal
 
 _ALIGNMENT = 64
 _FIRST_SLICE = 64 << 10

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch.multiprocessing
 from torch import Tensor
 
-from bench.transport import contract
-from bench.transport.cases import Case
+from mmlane.bench import contract
+from mmlane.bench.case import Case
 
 
 class Producer(contract.Producer):

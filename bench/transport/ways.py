@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.releases import NEWEST
-from bench.transport.cases import Case
+from mmlane.bench.case import Case
 
 MEMCPY = "memcpy"  # measured by every way
 LATEST = f"engine {NEWEST}"
@@ -68,8 +68,8 @@ class Way:
 
 
 WAYS = (
-    *(Way("lane", "bench.transport.via_lane", mode=mode) for mode in ("view", "cow", "clone")),
-    *(Way("engine", "bench.transport.via_engine", engine=v) for v in ("0.5.9", "0.5.12.post1", NEWEST)),
+    *(Way("lane", "mmlane.bench.via_lane", mode=mode) for mode in ("view", "cow", "clone")),
+    *(Way("engine", "mmlane.bench.via_engine", engine=v) for v in ("0.5.9", "0.5.12.post1", NEWEST)),
     Way("torch.multiprocessing", "bench.transport.via_torch", mode="file_system"),
     Way("iceoryx2", "bench.transport.via_iceoryx"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.resources
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,9 +16,12 @@ from packaging.version import Version
 
 from mmlane import hookspecs
 from mmlane.patching import Cell, Decision, PatchSpec, Refusal, Target, check, propagate_skips
+from mmlane.problem import Problem, python
 from mmlane.settings import Settings
 
 if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
     from mmlane.engine import Engine
 
 MATRIX = "compat_matrix.yaml"
@@ -35,7 +39,7 @@ class Matrix:
     rows: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def load(cls, file: Path) -> Matrix:
+    def load(cls, file: Traversable) -> Matrix:
         """Read a file in the form of compat_matrix.yaml. Raises `OSError`, `KeyError` and what YAML raises."""
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         raw = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
@@ -88,22 +92,21 @@ def _cell(patch: str, since: str, raw: Mapping[str, Any], faults: Mapping[str, s
 @lru_cache(maxsize=1)
 def matrix() -> Matrix:
     """The table that belongs to this installation: beside the package in a wheel, at the top of a checkout."""
-    package = Path(__file__).parent
-    for place in (package, package.parent.parent):
-        file = place / MATRIX
+    package = importlib.resources.files(hookspecs.__package__)  # in a directory, or in a zip archive
+    for file in (package / MATRIX, Path(__file__).parent.parent.parent / MATRIX):
         if file.is_file():
             return Matrix.load(file)
     raise FileNotFoundError(f"{MATRIX} is neither in {package} nor at the top of a checkout; reinstall mmlane")
 
 
-def contributed(ours: object) -> tuple[tuple[PatchSpec, ...], tuple[str, ...]]:
-    """Every patch there is, those of `ours` first, and one line for each package whose patches cannot be had.
+def contributed(ours: object) -> tuple[tuple[PatchSpec, ...], tuple[Problem, ...]]:
+    """Every patch there is, those of `ours` first, and a problem for each package whose patches cannot be had.
 
     Other packages contribute through the entry-point group `mmlane`; see `mmlane.hookspecs`.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     specs: dict[str, PatchSpec] = {}
-    for name, plugin in [("mmlane", ours), *_others(problems)]:
+    for name, plugin, package in [("mmlane", ours, ""), *_others(problems)]:
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
         try:
@@ -117,18 +120,27 @@ def contributed(ours: object) -> tuple[tuple[PatchSpec, ...], tuple[str, ...]]:
         except Exception as error:  # another package's code: named, and the engine starts without it
             if plugin is ours:
                 raise
-            problems.append(f"the patches of {name} are left out: {type(error).__name__}: {error}")
+            problems.append(_left_out(name, error, package))
             continue
         specs.update((spec.id, spec) for spec in theirs)
     return tuple(specs.values()), tuple(problems)
 
 
-def _others(problems: list[str]) -> Iterator[tuple[str, object]]:
+def _others(problems: list[Problem]) -> Iterator[tuple[str, object, str]]:
+    """Name, plugin and package of each other contribution."""
     for point in importlib.metadata.entry_points(group=hookspecs.PROJECT):
+        package = point.dist.name if point.dist is not None else point.name
         try:
-            yield point.name, point.load()
+            yield point.name, point.load(), package
         except Exception as error:  # noqa: BLE001 - as above
-            problems.append(f"the patches of {point.name} are left out: {type(error).__name__}: {error}")
+            problems.append(_left_out(point.name, error, package))
+
+
+def _left_out(name: str, error: Exception, package: str) -> Problem:
+    return Problem(
+        f"the patches of {name} are left out: {type(error).__name__}: {error}; update {package}, or take it away:",
+        python("-m", "pip", "uninstall", package),
+    )
 
 
 def plan(specs: Iterable[PatchSpec], engine: Engine, settings: Settings) -> dict[str, Decision]:

@@ -20,7 +20,8 @@ from mmlane import PREFIX, compat, engine, flags, import_hook, settings
 from mmlane.engine_help import HELP
 from mmlane.log import print_line
 from mmlane.patching import Decision, Failure, Patcher, Refusal, Replacement, Target, apply
-from mmlane.report import Report, skip_line
+from mmlane.problem import Problem
+from mmlane.report import Report, skipped
 
 # The engine's own way for plugins to replace things runs late: in schedulers, after everything is imported.
 HOOKS_MODULE = "sglang.srt.plugins.hook_registry"
@@ -57,7 +58,8 @@ class Session:
             untested=untested(self.engine),
             settings=self.settings,
             decisions=tuple(self.patcher.decisions.values()),
-            problems=(*self.problems, *self.patcher.overridden()),
+            # Each line of the latter ends in the setting that silences it.
+            problems=(*self.problems, *(Problem(*line.rsplit(" ", 1)) for line in self.patcher.overridden())),
         )
 
     def watched(self) -> set[str]:
@@ -103,7 +105,7 @@ class Session:
         if failures and engine.is_child():
             raise Failure(failures[0])
         for culprit in [d for d in dropped if not d.needs]:
-            print_line(skip_line([d for d in dropped if culprit.spec.id in (d.spec.id, d.needs)]))
+            print_line(str(skipped([d for d in dropped if culprit.spec.id in (d.spec.id, d.needs)])))
         left_out = settings.read(os.environ).disable.union(d.spec.id for d in dropped)
         os.environ["MMLANE_DISABLE"] = ",".join(sorted(left_out))
 
@@ -145,7 +147,7 @@ class Session:
         self.has_reported = True
         self.stop_if_strict()
         report = self.report()
-        self.printed.update(report.problems)
+        self.printed.update(map(str, report.problems))
         role = engine.role()
         if role == "main":
             lines = report.block() if self.settings.log != "warning" else report.attention()
@@ -160,8 +162,8 @@ class Session:
             return
         report = self.report()
         if report.unwanted() or report.problems:
-            for line in report.trouble():
-                print_line(line)
+            for problem in report.trouble():
+                print_line(str(problem))
             raise SystemExit(NOT_STARTED)
 
     def undo(self) -> None:

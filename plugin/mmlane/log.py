@@ -10,12 +10,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmlane import PREFIX
 
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter  # takes no type before Python 3.11
 
-class _Prefixed(logging.LoggerAdapter[logging.Logger]):
+
+class _Prefixed(_Adapter):
     """Begins every line with the same word, so that a person finds them among those of the engine."""
 
     def process(self, msg: object, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:

@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from mmlane import __version__
 from mmlane.patching import Decision
+from mmlane.problem import Problem
 from mmlane.settings import Settings, misspelt, renamed
 
 
@@ -24,7 +25,7 @@ class Report:
     untested: str
     settings: Settings
     decisions: tuple[Decision, ...]
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     def ids(self, *states: str) -> list[str]:
         return [d.spec.id for d in self.decisions if d.state in states]
@@ -35,14 +36,15 @@ class Report:
             return []
         return [d for d in self.decisions if d.state == "skipped" and not d.chosen]
 
-    def unsupported(self) -> str:
-        """What it means that this engine is older than all that mmlane knows; "" if not so, or mmlane is off."""
+    def unsupported(self) -> Problem | None:
+        """What it means that this engine is older than all that mmlane knows; None if not so, or mmlane is off."""
         if not self.untested.startswith("unsupported") or self.settings.mode == "off":
-            return ""
-        return (
+            return None
+        return Problem(
             f"sglang {self.engine} is {self.untested}, the first release that mmlane has patches for; an engine "
             "of this release runs without them, with the faults that they fix in later ones, and does not start "
-            "with MMLANE_STRICT=1; upgrade sglang, or set MMLANE=off, which silences this"
+            "with MMLANE_STRICT=1; upgrade sglang, or silence this with",
+            "MMLANE=off",
         )
 
     def block(self) -> list[str]:
@@ -63,25 +65,25 @@ class Report:
 
     def attention(self) -> list[str]:
         """What a person should look at: the trouble, and what stops nothing, also with MMLANE_STRICT=1."""
-        lines = self.trouble()
+        lines = list(map(str, self.trouble()))
         if self.settings.unknown:
             lines.append(misspelt(self.settings.unknown))
         if self.settings.former:
             lines.append(renamed(self.settings.former))
         return lines
 
-    def trouble(self) -> list[str]:
-        """One line for each group that is skipped and each problem: what, why, what follows, how to silence it.
+    def trouble(self) -> list[Problem]:
+        """One problem for each group that is skipped, with why, what follows and what silences it; and `problems`.
 
-        All that an unsupported engine is too old for is one line.
+        All that an unsupported engine is too old for is one.
         """
         unwanted, unsupported = self.unwanted(), self.unsupported()
         if unsupported:
             unwanted = [d for d in unwanted if d.spec.cell(Version(self.engine)) is not None]
-        lines = [unsupported] if unsupported else []
+        found = [unsupported] if unsupported else []
         for group in dict.fromkeys(d.spec.group for d in unwanted):
-            lines.append(skip_line([d for d in unwanted if d.spec.group == group]))
-        return lines + list(self.problems)
+            found.append(skipped([d for d in unwanted if d.spec.group == group]))
+        return found + list(self.problems)
 
     def line(self, role: str, pid: int, trigger: str) -> str:
         """One line that says the same for one process (MMLANE_LOG=debug)."""
@@ -110,18 +112,19 @@ class Report:
                 }
                 for d in self.decisions
             ],
-            "problems": list(self.problems),
+            "problems": list(map(str, self.problems)),
         }
 
 
-def skip_line(decisions: Iterable[Decision]) -> str:
+def skipped(decisions: Iterable[Decision]) -> Problem:
     """What is skipped, why, what follows, and how to mend or silence it."""
     decisions = list(decisions)
     ids = ",".join(d.spec.id for d in decisions)
     cause = next((d for d in decisions if not d.needs), decisions[0])
-    return (
+    return Problem(
         f"skipped {ids}: {cause.reason}; so {cause.spec.consequence}; "
-        f"look for a newer mmlane, or silence this with MMLANE_DISABLE={ids}"
+        "look for a newer mmlane, or silence this with",
+        f"MMLANE_DISABLE={ids}",
     )
 
 

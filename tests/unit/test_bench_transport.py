@@ -8,12 +8,14 @@ import pytest
 
 from bench.harness.results import Record, absent
 from bench.harness.sizes import JUDGED, parse_size, size
-from bench.harness.workers import Failed, Refusal
-from bench.transport.cases import ONE_WAY, Case
+from bench.transport.cases import ONE_WAY
 from bench.transport.goals import goals
-from bench.transport.records import Results, Round, cost, memcpy
+from bench.transport.records import Results, cost, memcpy
 from bench.transport.tables import grids
 from bench.transport.ways import chosen
+from mmlane.bench.case import Case
+from mmlane.bench.rounds import Round
+from mmlane.bench.workers import Failed, Refusal
 
 CASE = Case(1, JUDGED)
 

@@ -375,7 +375,10 @@ def test_the_pieces_together_are_the_whole_suite(checkout: Path, monkeypatch: py
     monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
     found = collected(
         checkout,
-        [["tests/contract", "tests/engine", "--engines", "all"], *(piece.arguments for piece in matrix.pieces())],
+        [
+            ["tests/contract", "tests/engine", "tests/install", "--engines", "all"],
+            *(piece.arguments for piece in matrix.pieces()),
+        ],
     )
     whole, *parts = ([tuple(test) for test in tests] for tests in found)
     assert Counter(test for part in parts for test in part) == Counter(whole)

@@ -1,18 +1,28 @@
-"""What an installation carries, wheel and editable, in a clean virtual environment; and that it leaves nothing."""
+"""What an installation carries, wheel and editable, in a clean virtual environment; and that it leaves nothing.
+
+And what is released: the sdist builds the same wheel, and the metadata is true.
+"""
 
 from __future__ import annotations
 
+import email
 import json
+import re
 import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from devkit import installer
 from mmlane import __version__
 from mmlane.compat import matrix
+from tools import dist, pythons
+
+NOT_ON_EVERY_PYTHON = "not among what the tests need on every Python"
 
 PROBE = """
 import importlib.metadata as m, json, pathlib, site, sys
@@ -112,3 +122,71 @@ def test_a_checkout_that_has_moved(tmp_path: Path, checkout: Path) -> None:
     strict = runs("import sglang", MMLANE_STRICT="1")
     assert strict.returncode == 1
     assert strict.stderr.startswith("mmlane: could not start: ModuleNotFoundError: ")
+
+
+def test_the_sdist_builds_the_same_wheel(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for tool in ("build", "hatchling", "twine"):
+        pytest.importorskip(tool, reason=NOT_ON_EVERY_PYTHON)
+    assert dist.main([str(tmp_path)]) == 0
+    names = [f"sglang_mmlane-{__version__}{end}" for end in ("-py3-none-any.whl", ".tar.gz")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert capfd.readouterr().out.endswith(f"{names[0]}: the sdist builds the same wheel\n")
+    with pytest.raises(SystemExit, match="is not empty: what is in it would be released as well"):
+        dist.main([str(tmp_path)])
+
+
+def test_wheels_that_differ(tmp_path: Path) -> None:
+    contents = {
+        "one": {"same": "1", "changed": "1", "gone": ""},
+        "other": {"same": "1", "changed": "2", "new": ""},
+    }
+    for name, files in contents.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for file, text in files.items():
+                archive.writestr(zipfile.ZipInfo(file), text)
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert dist.differences(one, other) == [f"only in {one}: gone", f"only in {other}: new", "differs: changed"]
+    assert dist.differences(one, one) == []
+
+
+def test_an_sdist_that_lacks_a_file_is_not_released(
+    tmp_path: Path, checkout: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for tool in ("build", "hatchling", "twine"):
+        pytest.importorskip(tool, reason=NOT_ON_EVERY_PYTHON)
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("plugin", "patches"):
+        shutil.copytree(checkout / name, tree / name, ignore=ignored)
+    for name in ("README.md", "CHANGELOG.md", "LICENSE", "compat_matrix.yaml"):
+        shutil.copy(checkout / name, tree)
+    (tree / ".gitignore").write_text("")
+    heading = "[tool.hatch.build.targets.sdist]\n"
+    before, _, after = (checkout / "pyproject.toml").read_text().partition(heading)
+    (tree / "pyproject.toml").write_text(f'{before}{heading}exclude = ["/plugin/mmlane/py.typed"]\n{after}')
+    assert dist.main([str(tmp_path / "out")], tree) == 1
+    assert ": mmlane/py.typed\ndiffers: sglang_mmlane-" in capfd.readouterr().out  # and the list of files
+
+
+def test_the_metadata_is_true(plugin_wheel: Path) -> None:
+    with zipfile.ZipFile(plugin_wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Version"] == __version__
+    classifiers = metadata.get_all("Classifier") or []
+    known = pytest.importorskip("trove_classifiers", reason=NOT_ON_EVERY_PYTHON)
+    assert set(classifiers) <= known.classifiers - known.deprecated_classifiers.keys()
+    named = re.findall(r"^Programming Language :: Python :: (3\.\d+)$", "\n".join(classifiers), re.MULTILINE)
+    assert named[0] == str(metadata["Requires-Python"]).removeprefix(">=")
+    assert {*named} == {*pythons.VERSIONS, "{}.{}".format(*installer.PYTHON)}  # those that tests run on
+
+
+def test_the_version_is_written_once(checkout: Path) -> None:
+    """Documents quote it where they show a line of the log; nothing else decides it."""
+    files = [checkout / "Makefile", *checkout.glob("*.toml"), *checkout.glob("*.yaml")]
+    for top in ("plugin", "patches", "tools", "devkit", ".github"):
+        files += [path for path in (checkout / top).rglob("*") if path.suffix in (".py", ".yml", ".pth", ".start")]
+    assert len(files) > 100
+    pattern = re.compile(rf"(?<![\w.]){re.escape(__version__)}(?![\w.]*\d)")
+    found = [str(path.relative_to(checkout)) for path in files if pattern.search(path.read_text(encoding="utf-8"))]
+    assert found == ["plugin/mmlane/__init__.py"]

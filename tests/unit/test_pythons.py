@@ -61,3 +61,5 @@ def test_an_environment_that_cannot_be_made_does_not_stop_the_others(
     assert "9.8   NOT RUN: its environment could not be made, see above\n9.9   passed in " in printed
     assert "9.7   skipped: no Python 9.7" in printed
     assert pythons.main(["9.9", "9.7"]) == 0
+    assert pythons.main(["--required", "9.9", "9.7"]) == 1
+    assert "9.7   NOT RUN: no Python 9.7" in capsys.readouterr().out

@@ -20,8 +20,8 @@ from bench.harness.results import Record
 from bench.harness.sizes import MIB
 from bench.releases import NEWEST
 from bench.transport import goals as transport
-from bench.transport.cases import Case as Message
 from bench.transport.records import Results
+from mmlane.bench.case import Case as Message
 from tools.ratios import main
 
 HERE = {"cores": 2, "processor": "x", "memory_bytes": 4 << 30, "commit": "abc", "began": "today"}

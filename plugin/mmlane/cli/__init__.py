@@ -1,7 +1,8 @@
-"""The command `mmlane`: look at what the plugin does on this machine, and switch it."""
+"""The command `mmlane`: look at what the plugin does here, switch it, and start an engine with it."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 from mmlane import PREFIX, __version__
@@ -9,7 +10,9 @@ from mmlane import PREFIX, __version__
 try:
     import typer
 
+    from mmlane.cli.bench import bench
     from mmlane.cli.doctor import DoctorCommand, doctor
+    from mmlane.cli.serve import NAME, ServeCommand, launch, serve
     from mmlane.cli.status import off, on, status
 except ModuleNotFoundError as missing:
     if (missing.name or "").startswith("mmlane"):
@@ -17,9 +20,11 @@ except ModuleNotFoundError as missing:
     advice = "leave out Python's -S if it is there, or reinstall mmlane with pip"
     raise SystemExit(f"{PREFIX}{missing}, which the command needs; {advice}") from None
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
 app.command(cls=DoctorCommand)(doctor)
+app.command(NAME, cls=ServeCommand, add_help_option=False)(serve)
 app.command()(status)
+app.command(cls=DoctorCommand)(bench)
 app.command()(off)
 app.command()(on)
 
@@ -36,9 +41,14 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """The command `mmlane`: look at what the plugin does on this machine, and switch it."""
+    """The command `mmlane`: look at what the plugin does here, switch it, and start an engine with it."""
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line. An engine does not run inside of typer, which has its own ways with what it raises."""
+    if sys.argv[1:2] == [NAME]:
+        launch(sys.argv[2:])
+        return
+    # No shell can complete the words of `python -m mmlane`: what is shown or installed there is for the script.
+    words = ("--install-completion", "--show-completion")
+    app(prog_name="mmlane" if any(word.startswith(words) for word in sys.argv[1:]) else None)

@@ -13,6 +13,7 @@ from packaging.version import Version
 from mmlane import __version__, engine, entry, host, settings
 from mmlane.cli import lane_size, triggers
 from mmlane.cli.units import size
+from mmlane.problem import Problem, python, reinstall
 from mmlane.report import Report
 
 FINE, TROUBLE, USAGE, NO_ENGINE = 0, 1, 2, 3
@@ -64,13 +65,14 @@ class Checks:
             words if self.machine is not None else words.partition(",")[0]
         )  # nothing is checked on a mere version
 
-    def error(self) -> str:
-        """Why nothing could be said about an engine; "" when it could."""
+    def error(self) -> Problem | None:
+        """Why nothing could be said about an engine; None when it could."""
         if self.report is not None:
-            return ""
-        return (
-            "no engine: this Python cannot import sglang; install it here, run the doctor of the environment "
-            "that has it, or ask about a release with --engine VERSION"
+            return None
+        return Problem(
+            "no engine: this Python cannot import sglang; run the doctor of the environment that has it, ask "
+            "about a release with --engine VERSION, or install sglang here:",
+            python("-m", "pip", "install", "sglang"),
         )
 
     def carrier(self) -> Carrier:
@@ -84,9 +86,12 @@ class Checks:
             return "lane"
         return "segments" if "shm_pointer" in [*ours, *self.report.ids("native")] else "engine"
 
-    def problems(self) -> list[str]:
-        """What keeps mmlane from doing all that this engine lacks, each with its remedy."""
-        found = [self.error()] if self.report is None else self.report.trouble()
+    def problems(self) -> list[Problem]:
+        """What keeps mmlane from doing all that this engine lacks, each with the command that solves it."""
+        error = self.error()
+        found = [error] if error is not None else []
+        if self.report is not None:
+            found += self.report.trouble()
         if self.machine is not None:
             found += _trigger_problems(self.machine.triggers, self.settings)
             found += _shm_problems(self.machine, self.carrier())
@@ -158,12 +163,12 @@ class Checks:
 
     def as_dict(self, strict: bool = False) -> dict[str, Any]:
         """Plain values for JSON. A key is always there; its value is null where there is nothing to tell."""
-        report = self.report.as_dict() if self.report is not None else None
+        report, error = self.report.as_dict() if self.report is not None else None, self.error()
         return {
             "mmlane": __version__,
             "exit_code": self.exit_code(strict),
-            "error": self.error() or None,
-            "problems": self.problems(),
+            "error": str(error) if error is not None else None,
+            "problems": list(map(str, self.problems())),
             "notes": self.notes(),
             "engine": report
             and {"version": report["engine"], "untested": self.untested(), "root": _text(self.root)},
@@ -219,38 +224,53 @@ def _report(chosen: settings.Settings, found: engine.Engine) -> Report:
     return entry.Session(chosen, found, "doctor").report()
 
 
-def _trigger_problems(found: triggers.Triggers, chosen: settings.Settings) -> list[str]:
+def _trigger_problems(found: triggers.Triggers, chosen: settings.Settings) -> list[Problem]:
     if found.no_site and chosen.mode == "off":
         return []
     if found.no_site:
         return [
-            "this Python was started with -S, so it runs no startup hook: an engine started like that has only "
-            "the entry point, which sglang below 0.5.11 does not load; leave -S out, also for the doctor"
+            Problem(
+                "this Python was started with -S, so it runs no startup hook: an engine started like that has "
+                "only the entry point, which sglang below 0.5.11 does not load; leave -S out, also for the "
+                "doctor, or start the engine with",
+                python("-S", "-m", "mmlane", "serve"),
+            )
         ]
     if found.start_file is None:
         return [
-            "no startup hook (mmlane.pth) in this Python's site-packages, so most engine processes run without "
-            "mmlane; install it into this environment with pip, without --target"
+            Problem(
+                "no startup hook (mmlane.pth) in this Python's site-packages, so most engine processes run "
+                "without mmlane; install it into this environment with pip, without --target, or start the "
+                "engine with",
+                python("-m", "mmlane", "serve"),
+            )
         ]
     if not found.ran and chosen.mode != "off":
         return [
-            f"{found.start_file} is there but did not run in this Python, so most engine processes run without "
-            "mmlane; reinstall it with pip"
+            Problem(
+                f"{found.start_file} is there but did not run in this Python, so most engine processes run "
+                "without mmlane; reinstall it:",
+                reinstall(),
+            )
         ]
     return []
 
 
-def _shm_problems(machine: Machine, carrier: Carrier) -> list[str]:
+def _shm_problems(machine: Machine, carrier: Carrier) -> list[Problem]:
     shm, follows = machine.shm, INLINE[carrier]
     if shm is None:
-        return [f"no {host.SHM}: {follows}; mount a tmpfs there"]
+        command = f"mkdir -p {host.SHM} && mount -t tmpfs -o mode=1777 tmpfs {host.SHM}"
+        return [Problem(f"no {host.SHM}: {follows}; mount a tmpfs there:", command)]
     if shm.read_only:
-        return [
-            f"{shm.path} is mounted read-only: {follows}; `mount -o remount,rw {shm.path}`, or mount it without "
-            "`ro` (Docker) or `readOnly` (Kubernetes)"
-        ]
+        what = (
+            f"{shm.path} is mounted read-only: {follows}; mount it without `ro` (Docker) or `readOnly` "
+            "(Kubernetes), or for now:"
+        )
+        return [Problem(what, f"mount -o remount,rw {shm.path}")]
     if not shm.writable:
-        return [f"{shm.path} is not writable for this user: {follows}; chmod 1777 it"]
+        return [
+            Problem(f"{shm.path} is not writable for this user: {follows}; as root:", f"chmod 1777 {shm.path}")
+        ]
     return []
 
 

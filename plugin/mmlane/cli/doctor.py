@@ -227,7 +227,7 @@ def _verdict(found: Checks, console: Console) -> None:
     if not problems and not notes:
         console.print(Text("All fine.", style="bold green"))
         return
-    _table(console, [("problem", line) for line in problems] + [("note", line) for line in notes], indent=0)
+    _table(console, [("problem", str(one)) for one in problems] + [("note", line) for line in notes], indent=0)
     if not problems:
         console.print(Text("Fine, with the above noted.", style="bold green"))
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from mmlane import host
 from mmlane.cli.units import size
+from mmlane.problem import Problem
 from mmlane.settings import OF_FIELD, PINNED, Settings
+
+_SMALLER = (4096, 1024, 256, 64)  # MiB, to be tried where a quarter of the memory cannot be had
 
 
 def capacity(chosen: Settings, memory: host.Memory | None) -> int | None:
@@ -36,20 +39,26 @@ def described(chosen: Settings, memory: host.Memory | None) -> tuple[str, str]:
     return most, f"{size(chosen.pinned)} on CUDA, for each tokenizer worker"
 
 
-def problems(chosen: Settings, memory: host.Memory) -> list[str]:
+def problems(chosen: Settings, memory: host.Memory) -> list[Problem]:
     """Whether a lane of that size can be made here, which is tried."""
     wanted = capacity(chosen, memory)
     why = host.room_problem(wanted) if wanted is not None and has_lane(chosen) else ""
     if not why:
         return []
     follows = f"cannot be made here ({why}), so features go by shared-memory segments"
-    variable, quarter = OF_FIELD["capacity"], size(memory.lane_capacity())
-    if chosen.capacity is None:
-        return [
-            f"a lane of {quarter}, a quarter of the memory, {follows}; set {variable} to less,"
-            " or raise `ulimit -v`"
-        ]
-    return [f"a lane with {_set(variable, chosen.capacity)} {follows}; set it to less, or unset it for {quarter}"]
+    variable, quarter = OF_FIELD["capacity"], memory.lane_capacity()
+    if chosen.capacity is not None and not host.room_problem(quarter):
+        what = f"a lane with {_set(variable, chosen.capacity)} {follows}; set it to less, or for {size(quarter)}:"
+        return [Problem(what, f"unset {variable}")]
+    named = (
+        f"a lane of {size(quarter)}, a quarter of the memory,"
+        if chosen.capacity is None
+        else f"a lane with {_set(variable, chosen.capacity)}"
+    )
+    if fits := next((mib for mib in _SMALLER if not host.room_problem(mib << 20)), None):
+        return [Problem(f"{named} {follows}; raise `ulimit -v`, or set", f"{variable}={fits}")]
+    what = f"{named} {follows}, nor can a smaller one; raise `ulimit -v`, or do without a lane:"
+    return [Problem(what, "MMLANE=backport")]
 
 
 def notes(chosen: Settings, memory: host.Memory, *, gpu: bool) -> list[str]:

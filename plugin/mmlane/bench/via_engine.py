@@ -30,8 +30,9 @@ from sglang.srt.managers import io_struct, mm_utils, schedule_batch
 from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import Tensor
 
-from bench.transport import contract
-from bench.transport.cases import Case
+from mmlane.bench import contract
+from mmlane.bench.case import Case
+from mmlane.engine.requests import items
 
 try:
     from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver as Receiver
@@ -64,14 +65,17 @@ class Producer(contract.Producer):
         return str(self.scratch / f"gloo-{next(self._rounds)}")
 
     def put(self, tensors: Sequence[Tensor]) -> Sequence[bytes]:
-        request = mm_utils.wrap_shm_features(_request(tensors))
+        self._send(_request(tensors))
+        # The message itself is for rank 0; the others take its arrival as their turn to poll.
+        return [self._socket.recv()] * self._readers
+
+    def _send(self, request: Any) -> None:
+        request = mm_utils.wrap_shm_features(request)
         if hasattr(io_struct, "sock_send"):
             request.wrap_pickle_fields()
             io_struct.sock_send(self._socket, request)
         else:
             self._socket.send_pyobj(request)
-        # The message itself is for rank 0; the others take its arrival as their turn to poll.
-        return [self._socket.recv()] * self._readers
 
     def close(self) -> None:
         pass
@@ -92,9 +96,7 @@ class Reader(contract.Reader):
         if self._rank == 0:
             self._socket.send(message)
         (request,) = self._receiver.recv_requests()
-        inputs = request.mm_inputs
-        items = inputs["mm_items"] if isinstance(inputs, dict) else inputs.mm_items
-        return [item.feature for item in items]
+        return [item.feature for item in items(request)]
 
     def close(self) -> None:
         dist.destroy_process_group()
@@ -124,11 +126,11 @@ class _Socket:
 def _request(tensors: Sequence[Tensor]) -> Any:
     """One request with an item a tensor, and nothing more in it than its release insists on."""
     image = schedule_batch.Modality.IMAGE
-    items = [schedule_batch.MultimodalDataItem(modality=image, feature=tensor) for tensor in tensors]
+    made = [schedule_batch.MultimodalDataItem(modality=image, feature=tensor) for tensor in tensors]
     if hasattr(schedule_batch, "MultimodalProcessorOutput"):
-        inputs: Any = schedule_batch.MultimodalProcessorOutput(mm_items=items)
+        inputs: Any = schedule_batch.MultimodalProcessorOutput(mm_items=made)
     else:
-        inputs = {"mm_items": items}
+        inputs = {"mm_items": made}
     known = {
         "rid": "0",
         "input_text": "",

@@ -1,6 +1,6 @@
 """A reading process: takes, sums, sums again, frees, and reports when each was done.
 
-Forked by the producing process (worker.py) and told what to do over the one pipe that also carries the messages.
+Forked by the producing process (producing.py) and told what to do over the pipe that also carries the messages.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+import torch
 from torch import Tensor
 
-from bench.harness.clock import stamp
-from bench.harness.memory import tidy
-from bench.transport.contract import Reader
-from bench.transport.payload import sample, sums
+from mmlane.bench.clock import stamp
+from mmlane.bench.contract import Reader
+from mmlane.bench.memory import tidy
+from mmlane.bench.payload import sample, sums
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def _round(reader: Reader, pipe: Connection, n: int, look: bool) -> None:
         take += stamp() - before
 
     before = stamp()
-    found = [sums(tensors) for tensors in taken]
+    there = taken if reader.device is None else [_on_device(tensors, reader.device) for tensors in taken]
+    found = [sums(tensors) for tensors in taken] if reader.device is None else []
     read_at = stamp()
     first = read_at - before
 
@@ -71,19 +73,28 @@ def _round(reader: Reader, pipe: Connection, n: int, look: bool) -> None:
     pipe.send("read")
     pipe.recv()
     before = stamp()
-    again = [sums(tensors) for tensors in taken]
+    again = [sums(tensors) for tensors in there]
     warm = stamp() - before
-    if again != found:
+    if reader.device is not None:
+        found, warm = again, 0
+    elif again != found:
         raise ValueError("the same tensors had other sums when read again")
     samples = [sample(tensors) for tensors in taken] if look else []
 
     pipe.send("holding")
     pipe.recv()
     before = stamp()
-    del taken
+    del taken, there
     reader.free()
     free = stamp() - before
     pipe.send(Reading(take, read_at, first, warm, free, found, samples))
+
+
+def _on_device(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
+    """Copies there, of all of them; back when they are there."""
+    copies = [tensor.to(device, non_blocking=True, copy=True) for tensor in tensors]
+    torch.cuda.synchronize(device)
+    return copies
 
 
 def _one_way(reader: Reader, pipe: Connection, count: int) -> None:

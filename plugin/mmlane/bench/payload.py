@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bench.harness.clock import seconds, stamp
+from mmlane.bench.clock import seconds, stamp
 
 _WORD = 8
 _MAP_POPULATE = 0x8000  # Python names it from 3.10 on, mypy does not
@@ -76,5 +76,5 @@ def sample(tensors: Sequence[Tensor]) -> int:
 
 
 def _anonymous(nbytes: int) -> mmap.mmap:
-    # Private: what Python maps by default would count as shared memory. All of it in memory at once.
+    # Private: what Python maps without these flags would count as shared memory. All of it in memory at once.
     return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_POPULATE)

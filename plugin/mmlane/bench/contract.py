@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bench.transport.cases import Case
+from mmlane.bench.case import Case
 
 
 class Producer(ABC):
@@ -34,6 +34,10 @@ class Producer(ABC):
     def put(self, tensors: Sequence[Tensor]) -> Sequence[bytes]:
         """Make the tensors available to all readers; one message for each of them. Raises Refusal."""
 
+    def is_settled(self) -> bool:
+        """Whether it goes as it is to be measured: some ways need messages to open. Raises Refusal."""
+        return True
+
     def free(self) -> None:  # noqa: B027 - most keep nothing
         """Free what the puts since the last call still hold; every reader has freed its part."""
 
@@ -43,6 +47,11 @@ class Producer(ABC):
 
 
 class Reader(ABC):
+    """The other end, as above. `device`: where tensors are copied to, once taken; measured is when they are there,
+    instead of when they have been read on the CPU."""
+
+    device: str | None = None
+
     def __init__(self, scratch: Path, mode: str | None) -> None:
         self.scratch = scratch
         self.mode = mode
