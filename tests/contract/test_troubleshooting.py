@@ -17,15 +17,17 @@ ANY = "*"  # stands for the word that a string is filled with
 
 _FILLED = re.compile(r"%[-+ #0]*[\d.]*[a-zA-Z]|\{[^{}]*\}")
 # What a quotation has in place of a value: dots, words in capitals, numbers, paths, flags; and what joins strings.
-_VALUE = re.compile(r"\.\.\.|\b[A-Z][A-Z_]*\b|\[?\b\d[\d.]*\b\]?|/\w+/[\w/]+|--[\w-]+|[:;,()=]")
+_VALUE = re.compile(r"\.\.\.|\b[A-Z][A-Z_]*\b|\[?\b\d[\d.]*\b\]?|/\w+/[\w/]+|(?<!\w)--?\w[\w-]*|[:;,()=]")
 
 Words = tuple[str, ...]
 
 
 def quotations() -> list[str]:
-    """What stands in backquotes in the first column of the page's tables."""
+    """What stands in backquotes in the first column of the page's tables, but for the engine's own lines."""
     found: list[str] = []
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
+    _, heading, ours = PAGE.read_text(encoding="utf-8").partition("\n## At start\n")
+    assert heading
+    for line in ours.splitlines():
         if line.startswith("| `"):
             found += re.findall(r"`([^`]+)`", line.split(" | ")[0])
     return found
