@@ -12,10 +12,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from random import Random
 from types import FrameType
 from typing import Any
@@ -24,6 +27,7 @@ import pytest
 import torch
 
 from mmlane.lane import JoinRefused, Lane, LaneError, Mode, Reader, StaleTicket
+from mmlane.lane.descriptor import Descriptor, Received, close_dead
 from tests.effort import examples
 from tests.lane.harness import kernel
 from tests.lane.harness.lane_with_readers import SEGMENT, copy
@@ -331,6 +335,31 @@ def test_a_close_that_is_interrupted_can_be_repeated() -> None:
         assert nth > 2
     gc.collect()
     eventually(lambda: kernel.lane_files(os.getpid()) <= before, "the lanes' memory is let go")
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 5, 8, 13])
+def test_descriptors_whose_finalizer_was_interrupted_are_closed_later(nth: int) -> None:
+    """With the next one that is made, and by a reader's thread; each once: its number may be another's."""
+    fd, other = os.pipe()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))])
+        holders = [Received(theirs, 10), Descriptor(fd)]
+        numbers = [holder.fd for holder in holders]
+        interrupted(holders.clear, nth)
+        holders.clear()
+        close_dead()
+        assert not [number for number in numbers if is_open(number)]
+        again = os.open(os.devnull, os.O_RDONLY)
+        assert again in numbers
+        close_dead()
+        assert is_open(again)
+    os.close(again)
+    os.close(other)
+
+
+def is_open(number: int) -> bool:
+    return Path(f"/proc/self/fd/{number}").is_symlink()
 
 
 # --- storms ------------------------------------------------------------------------------------------------

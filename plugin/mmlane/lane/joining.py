@@ -7,15 +7,13 @@ import logging
 import os
 import secrets
 import socket
-import struct
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
 from mmlane.lane import failpoints, protocol
 from mmlane.lane.bookkeeping import Member
-from mmlane.lane.descriptor import Descriptor
+from mmlane.lane.descriptor import Descriptor, Received
 from mmlane.lane.device import Device
 from mmlane.lane.errors import JoinRefused, needed
 from mmlane.lane.fork import close_in_child
@@ -25,37 +23,6 @@ from mmlane.lane.peer import connect, last_words, peer_of, uid_is_proof
 from mmlane.lane.protocol import ProtocolError
 
 logger = logging.getLogger("mmlane.lane")
-
-_INT = struct.Struct("@i")
-
-
-class _Received(Descriptor):
-    """A message, and the descriptor that came with it: -1 for none. Raises OSError."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._found: list[tuple[bytes, list[tuple[int, int, bytes]], int, object]] = []
-        # Not socket.recv_fds, which ignores the flags: programs that this process starts would get the memory. In
-        # C as a whole, so that no signal handler can come between a descriptor's arrival and its note.
-        room = socket.CMSG_LEN(_INT.size)
-        self._found.extend(map(connection.recvmsg, (protocol.LIMIT,), (room,), (socket.MSG_CMSG_CLOEXEC,)))
-        self.message = self._found[0][0]
-        super().__init__(next(iter(self._descriptors()), -1))
-
-    def _descriptors(self) -> list[int]:
-        rights = [
-            data
-            for _, ancillary, _, _ in self._found
-            for *kind, data in ancillary
-            if kind == [socket.SOL_SOCKET, socket.SCM_RIGHTS]
-        ]
-        return [fd for data in rights for (fd,) in _INT.iter_unpack(data)]
-
-    def __del__(
-        self, ending: Callable[[], bool] = sys.is_finalizing, close: Callable[[int], None] = os.close
-    ) -> None:
-        if not ending() and hasattr(self, "_found"):
-            for fd in self._descriptors():
-                close(fd)
 
 
 def open_link(
@@ -94,7 +61,7 @@ def _map(
     wake: Callable[[], None],
     device: Device | None,
 ) -> Link:
-    received = last_words(lambda: _Received(connection))
+    received = last_words(lambda: Received(connection, protocol.LIMIT))
     message = received.message
     failpoints.reached("join.received")
     if not message:

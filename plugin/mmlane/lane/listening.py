@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import suppress
 
 from mmlane.lane import failpoints, protocol
-from mmlane.lane.descriptor import Descriptor
+from mmlane.lane.descriptor import Descriptor, close_dead
 from mmlane.lane.device import Device
 from mmlane.lane.errors import LaneError, UnknownLane, needed
 from mmlane.lane.link import Link
@@ -142,6 +142,7 @@ class Listener:
                     self._attend(self._heard[number], events)
             self._tidy()  # while no name here keeps a link, and its mapping, alive
             unmap_dead()
+            close_dead()
         self._end()
 
     def _end(self) -> None:
