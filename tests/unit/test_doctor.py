@@ -214,7 +214,7 @@ def test_an_unknown_variable_is_a_note_with_the_nearest_known_one() -> None:
 @pytest.mark.parametrize("count", ["99999999999", "9" * 30])
 def test_a_capacity_that_cannot_be_had_is_a_problem(count: str) -> None:
     found = doctor(code=3, MMLANE_CAPACITY_MB=count)
-    (line,) = [line for line in found["problems"] if "lane" in line]
+    (line,) = [line for line in found["problems"] if "a lane" in line]
     assert f"MMLANE_CAPACITY_MB={count}" in line and "shared-memory segments" in line
     assert size(host.memory().lane_capacity()) in line  # what it would be without
     assert not [note for note in found["notes"] if "CAPACITY" in note]
@@ -236,7 +236,7 @@ def test_the_default_capacity_is_tried_too() -> None:
     if host.memory().lane_capacity() < 1 << 30:
         pytest.skip("a quarter of the memory is no more than the doctor itself may have here")
     found = doctor(code=3, preexec=without_address_room)
-    (line,) = [line for line in found["problems"] if "lane" in line]
+    (line,) = [line for line in found["problems"] if "a lane" in line]
     assert "a quarter of the memory" in line and "MMLANE_CAPACITY_MB" in line
 
 
