@@ -20,7 +20,6 @@ from mmlane import PREFIX, compat, engine, flags, import_hook, settings
 from mmlane.engine_help import HELP
 from mmlane.log import print_line
 from mmlane.patching import Decision, Failure, Patcher, Refusal, Replacement, Target, apply
-from mmlane.problem import Problem
 from mmlane.report import Report, skipped
 
 # The engine's own way for plugins to replace things runs late: in schedulers, after everything is imported.
@@ -58,8 +57,7 @@ class Session:
             untested=untested(self.engine),
             settings=self.settings,
             decisions=tuple(self.patcher.decisions.values()),
-            # Each line of the latter ends in the setting that silences it.
-            problems=(*self.problems, *(Problem(*line.rsplit(" ", 1)) for line in self.patcher.overridden())),
+            problems=(*self.problems, *self.patcher.overridden()),
         )
 
     def watched(self) -> set[str]:
@@ -132,7 +130,7 @@ class Session:
 
     def look_again(self) -> None:
         """Log which targets another plugin has replaced since; with MMLANE_STRICT=1, that ends the process."""
-        lines = self.patcher.overridden()
+        lines = list(map(str, self.patcher.overridden()))
         for line in lines:
             if line not in self.printed:
                 self.printed.add(line)

@@ -190,7 +190,7 @@ def test_a_constant_that_another_plugin_has_set(package: str, tmp_path: Path) ->
     assert defining.PLACE == "/somewhere/ours"
     assert patcher.overridden() == []
     vars(defining)["PLACE"] = "/theirs"
-    (line,) = patcher.overridden()
+    (line,) = map(str, patcher.overridden())
     assert "PLACE, patched by moves, has since been replaced by '/theirs'; so something is worse" in line
     patcher.undo()
     assert defining.PLACE == "/theirs"
@@ -664,7 +664,7 @@ def test_who_takes_a_shared_replacement_out_is_told_for_each_of_its_patches(pack
     patcher = planned(package, tmp_path, *(spec(s.__name__, step(package, s)) for s in (first, second)))
     patcher.module_ready(defining)
     theirs = vars(defining)["function"] = a_plugins_hook
-    lines = patcher.overridden()
+    lines = list(map(str, patcher.overridden()))
     assert [line.partition("MMLANE_DISABLE=")[2] for line in lines] == ["first", "second"]
     assert all("function, patched by " in line and __name__ in line for line in lines)
     patcher.undo()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.version import Version
@@ -103,9 +104,12 @@ def scenarios(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
     skipping.patcher.decisions["lane"].state = "skipped"
     yield skipping.report().trouble()
     with monkeypatch.context() as patch:
-        line = "A, patched by lane, has since been replaced by B; so C; silence this with MMLANE_DISABLE=lane"
-        patch.setattr(Patcher, "overridden", lambda self: [line])
-        yield session().report().trouble()
+        taken_out = session()
+        lane = taken_out.patcher.decisions["lane"]
+        theirs = SimpleNamespace(target=SimpleNamespace(path="A"), in_force=lambda: False, successor=lambda: "B")
+        patch.setattr(lane, "replaced", [theirs])
+        patch.setattr(Patcher, "standing", lambda self, state: [lane])
+        yield taken_out.report().trouble()
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.entry_points", lambda group: [Broken()])
         yield session().report().trouble()

@@ -10,6 +10,7 @@ from typing import Any
 from mmlane.patching.decision import Decision, propagate_skips
 from mmlane.patching.replacement import Replacement, apply
 from mmlane.patching.spec import Failure, Refusal, Target, shared_steps
+from mmlane.problem import Problem
 
 
 class Patcher:
@@ -76,12 +77,14 @@ class Patcher:
         standing = [decision for decision in self.decisions.values() if decision.state in ("planned", "applied")]
         return shared_steps(target, (other for decision in standing for other in decision.targets))
 
-    def overridden(self) -> list[str]:
-        """Read every target back: one line for each of ours that was taken out again."""
+    def overridden(self) -> list[Problem]:
+        """Read every target back: a problem for each of ours that was taken out again."""
         return [
-            f"{replacement.target.path}, patched by {decision.spec.id}, has since been replaced by "
-            f"{replacement.successor()}; so {decision.spec.consequence}; silence this with "
-            f"MMLANE_DISABLE={decision.spec.id}"
+            Problem(
+                f"{replacement.target.path}, patched by {decision.spec.id}, has since been replaced by "
+                f"{replacement.successor()}; so {decision.spec.consequence}; silence this with",
+                f"MMLANE_DISABLE={decision.spec.id}",
+            )
             for decision in self.standing("applied")
             for replacement in decision.replaced
             if not replacement.in_force()
