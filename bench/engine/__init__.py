@@ -25,6 +25,8 @@ there is when a tokenizer or a scheduler is made, the plugin's replacements incl
     wrapping    of that, in `wrap_shm_features`
     rank 0, 1   in `recv_requests` of a rank, calls that returned features only. It includes waiting for the peer
     ... CPU     of that, CPU time of the calling thread
+    puts        into the lane, of the time blocked; of these, committing memory, and copying. What copying takes
+                beyond its CPU time, it waits for the GIL or for a core
     inline      bytes of tensors that are still tensors after wrapping, and are pickled into the message
     faults      minor page faults of the calling thread in these calls
     process faults    of the whole process, per request, with what the model does

@@ -43,6 +43,13 @@ CALLS = (
     Measure("faults_rank0", "process faults, rank 0", ""),
     Measure("faults_rank1", "process faults, rank 1", ""),
 )
+PUTS = (
+    Measure("put_s", "puts", "ms", 1e3),
+    Measure("commit_s", "committing", "ms", 1e3),
+    Measure("copy_s", "copying", "ms", 1e3),
+    Measure("copy_cpu", "copying, CPU", "ms", 1e3),
+    Measure("copy_faults", "faults, copying", ""),
+)
 LATENCY = Measure("latency_s", "latency", "ms", 1e3)
 MEMORY = (Measure("shared", "shared", "MiB", _MIB), Measure("all", "all", "MiB", _MIB))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bench.engine.cases import Case
-from bench.engine.records import CALLS, LATENCY, MEMORY, REFERENCE, Measure, Results, ninetieth
+from bench.engine.records import CALLS, LATENCY, MEMORY, PUTS, REFERENCE, Measure, Results, ninetieth
 from bench.harness.tables import Grid, number, ratio
 
 
@@ -19,6 +19,7 @@ def grids(results: Results) -> Iterator[Grid]:
             _grid(results, release, "latency, median / 90th percentile, ms", cases, [LATENCY]),
             _grid(results, release, "one request at a time: per request", alone, CALLS),
             _grid(results, release, "several at a time: per request, mean", busy, CALLS[:1] + CALLS[2:6:2]),
+            _grid(results, release, "of that, puts into the lane: per request", [*alone, *busy], PUTS),
             _grid(results, release, "peak memory per request in flight", cases, MEMORY),
         )
         yield from (grid for grid in made if grid.rows)

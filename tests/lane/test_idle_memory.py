@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from mmlane.lane import Lane, Reader, Refused
 from tests.lane.harness import kernel
 from tests.lane.harness.lane_with_readers import SEGMENT
 from tests.lane.harness.payloads import MODES
@@ -49,6 +51,22 @@ def test_memory_is_committed_ahead_of_need(company: Company) -> None:
     before = kernel.in_page_tables(reader.pid, file)
     reader.call(Reading.take, sent)
     assert before < 2 * SEGMENT <= kernel.in_page_tables(reader.pid, file)
+
+
+def test_memory_is_committed_for_a_put_that_came_before_the_lane_was_open() -> None:
+    """So that the first message, which may be a large one, finds memory. As soon as it is open, and not before."""
+    with Lane({"tp": 1}, capacity=CAPACITY, segment=SEGMENT) as lane, Reader("tp") as reader:
+        early = lane.put(torch.zeros(5 * SEGMENT - 1, dtype=torch.uint8))
+        assert isinstance(early, Refused) and early.cause == "not_open"
+        assert lane.stats().committed_bytes == 0
+        reader.join(lane.invitation)
+        eventually(lambda: lane.stats().committed_bytes == 5 * SEGMENT, "memory for what was refused")
+        ticket = lane.put(torch.zeros(5 * SEGMENT, dtype=torch.uint8))
+        assert isinstance(ticket, bytes)
+        reader.discard(ticket)
+        # For the first one only: what is in use, and as much again at most, as for every put.
+        eventually(lambda: lane.stats().used_bytes == 0, "the ticket released")
+        assert lane.stats().committed_bytes <= 10 * SEGMENT
 
 
 def test_memory_is_committed_up_to_the_capacity_and_no_further(company: Company) -> None:

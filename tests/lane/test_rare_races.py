@@ -30,7 +30,9 @@ from mmlane.lane import (
     Reservation,
     StatusError,
     failpoints,
+    libc,
     listening,
+    outbox,
     status,
 )
 from tests.lane.harness.lane_with_readers import PAGE, SEGMENT, LaneWithReaders, lane_with_readers, put, serves
@@ -228,22 +230,18 @@ def test_a_signal_while_a_process_waits_for_a_place_in_the_queue() -> None:
 # --- a socket that fails -----------------------------------------------------------------------------------
 
 
-class FakeFailingSocket:
-    """A connection on which the system cannot send for a while: it has no memory for that, say."""
+class FakeFailingSend:
+    """The outbox's `send` on a system that cannot send for a while: it has no memory for that, say."""
 
-    def __init__(self, real: socket.socket) -> None:
-        self.real = real
+    def __init__(self) -> None:
         self.fails = True
         self.tries = 0
 
-    def send(self, *what: Any) -> int:
+    def __call__(self, *what: Any) -> None:
         self.tries += 1
         if self.fails:
             raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
-        return self.real.send(*what)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
+        libc.send(*what)
 
 
 def test_releases_that_cannot_be_sent_for_a_while_are_sent_later(
@@ -253,8 +251,7 @@ def test_releases_that_cannot_be_sent_for_a_while_are_sent_later(
     monkeypatch.setattr(listening, "_AFTER_ERROR", 1800.0)
     with lane_with_readers() as pair:
         (link,) = pair.reader._listener.links.values()
-        failing = FakeFailingSocket(link.connection)
-        link.connection = link.outbox._connection = failing  # type: ignore[assignment]
+        monkeypatch.setattr(outbox, "send", failing := FakeFailingSend())
         pair.reader.take(pair.put(random((100,))))
         links = pair.reader._listener.links.values()
         eventually(lambda: any(one.retry_at for one in links), "the reader's thread has tried")
@@ -265,24 +262,23 @@ def test_releases_that_cannot_be_sent_for_a_while_are_sent_later(
         pair.reader._listener.wake()
         eventually(pair.nothing_is_out, "the release has come")
         assert failing.tries == 3
-        link.connection = link.outbox._connection = failing.real
         del link
 
 
 def end_while_it_fails(pair: LaneWithReaders) -> float | None:
     """How long the reader's thread sleeps then; no name keeps the link after this."""
     (link,) = pair.reader._listener.links.values()
-    real = link.connection
-    link.connection = link.outbox._connection = FakeFailingSocket(real)  # type: ignore[assignment]
     pair.reader.take(pair.put(random((100,))))
     eventually(lambda: link.retry_at, "the reader's thread has tried")
     pair.lane.close()
     eventually(lambda: link.gone_at, "the end of the lane")
-    link.connection = link.outbox._connection = real
     return pair.reader._listener._patience()
 
 
-def test_a_lane_that_ends_while_its_socket_fails_lets_the_readers_thread_sleep() -> None:
+def test_a_lane_that_ends_while_its_socket_fails_lets_the_readers_thread_sleep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbox, "send", FakeFailingSend())
     with lane_with_readers() as pair:
         patience = end_while_it_fails(pair)
         assert patience is not None and patience > 5  # until the lane is forgotten
@@ -335,13 +331,17 @@ def test_a_reader_that_can_watch_no_more_says_so_when_it_joins() -> None:
         serves(lane, reader)
 
 
-def test_a_reader_that_is_sent_away_when_it_has_joined_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reader_that_is_sent_away_when_it_has_joined_says_why(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*what: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with Lane({"tp": 1}, capacity=16 * SEGMENT, segment=SEGMENT) as lane, Reader("tp") as reader:
-        inbox = lane._control.inbox._events
-        lane._control.inbox._events = FakeFullEpoll(inbox)  # type: ignore[assignment]
-        reader.join(lane.invitation, DEADLINE)
-        eventually(lambda: "it sends this reader away: [Errno 28]" in caplog.text, "the reader's line")
-        lane._control.inbox._events = inbox
+        with monkeypatch.context() as patch:
+            patch.setattr(lane._control.inbox, "add", fail)
+            reader.join(lane.invitation, DEADLINE)
+            eventually(lambda: "it sends this reader away: [Errno 28]" in caplog.text, "the reader's line")
         eventually(lambda: joins(lane), "the number is free again")
 
 
@@ -369,6 +369,8 @@ def test_puts_that_are_refused_commit_nothing() -> None:
         with Reader("tp") as reader:
             reader.join(lane.invitation, DEADLINE)
             assert lane.wait_open(DEADLINE)
+            # Memory for the first put was ready then, and goes when it is idle.
+            eventually(lambda: status.ask(lane.name).committed_bytes == 0, "nothing is committed")
             lane.switch(off=True)
             for _ in range(40):
                 assert isinstance(lane.put(random((SEGMENT,))), Refused)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from bench.engine.asking import Answered, per_request, read_notes
 from bench.engine.cases import Case, plan
@@ -23,6 +25,7 @@ from bench.harness.memory import Memory, Peak
 from bench.harness.results import Record
 from bench.harness.tables import markdown
 from bench.harness.turns import turns
+from mmlane.lane import Lane, Reader
 
 PROBE = Path(probe.__file__).parent
 
@@ -48,6 +51,26 @@ def test_what_a_coroutine_waits_for_does_not_block(notes: Path) -> None:
     assert asyncio.run(probe._sending(send)()) == "sent"
     (note,) = read_notes(notes)
     assert 0.04 <= note["s"] < 0.2
+
+
+def put_with_the_probe() -> None:
+    probe._watch_lane()
+    with Lane({"tp": 1}, capacity=64 << 20) as lane, Reader("tp") as reader:
+        reader.join(lane.invitation)
+        assert lane.wait_open(60)
+        for _ in range(2):
+            reader.discard(cast("bytes", lane.put(torch.zeros(1 << 20))))
+
+
+def test_what_a_put_consists_of_is_noted(notes: Path) -> None:
+    """In a process of its own, since the probe stays around the lane's functions."""
+    process = multiprocessing.get_context("spawn").Process(target=put_with_the_probe)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    found = read_notes(notes)
+    assert [note["what"] for note in found] == ["commit", "copy", "put"] * 2
+    assert all(note["s"] > 0 for note in found)
 
 
 def test_a_coroutine_sees_what_is_thrown_into_it(notes: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[2]
 PACKAGES = (CHECKOUT / "plugin/mmlane", CHECKOUT / "patches/mmlane_patches")
 # Made once, at the import, and not changed after it.
-FIXED = {"logger", "app", "hookspec", "hookimpl", "__all__", "libc"}
+FIXED = {"logger", "app", "hookspec", "hookimpl", "__all__", "libc", "_brief"}
 UPPER_CASE = {"mmlane.import_hook.WATCH"}  # which does change
 
 

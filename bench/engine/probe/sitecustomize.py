@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import wraps
 from pathlib import Path
+from threading import current_thread, main_thread
 from time import monotonic, thread_time
 from typing import Any
 
@@ -94,6 +95,33 @@ def _watch_tokenizer(module: Any) -> None:
     module.wrap_shm_features = _wrapping(module.wrap_shm_features)
     manager._send_one_request = _sending(manager._send_one_request)
     manager.generate_request = _with_embedding(manager.generate_request)
+    if "mmlane.lane" in sys.modules:
+        _watch_lane()
+
+
+def _watch_lane() -> None:
+    from mmlane.lane import Lane, filling
+    from mmlane.lane.committing import Committer
+
+    for owner, name, what in (
+        (Lane, "put", "put"),
+        (Lane, "copy", "put"),
+        (Committer, "commit", "commit"),
+        (filling, "copy_tensor", "copy"),
+    ):
+        setattr(owner, name, _timed(getattr(owner, name), what))
+
+
+def _timed(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    @wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with Stopwatch() as watch:
+            result = function(*args, **kwargs)
+        if current_thread() is main_thread():  # the event loop; not what is committed in the background
+            watch.note(what)
+        return result
+
+    return timed
 
 
 def _wrapping(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -104,6 +104,15 @@ class Bookkeeping:
         self._kept[hold.kept] = hold.extent
         return hold.extent
 
+    def hold_of(self, offset: int, nbytes: int) -> tuple[Hold, int] | None:
+        """What keeps an extent that a range lies in as a whole, and where it lies there."""
+        for kept, extent in self._kept.items():
+            at = offset - extent.offset
+            if 0 <= at <= extent.nbytes - nbytes:
+                hold = kept()
+                return None if hold is None else (hold, at)
+        return None
+
     def let_go(self, hold: Hold) -> None:
         """A hold keeps its extent no longer."""
         kept, hold.kept, hold.extent = hold.kept, None, None

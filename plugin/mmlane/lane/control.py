@@ -76,7 +76,8 @@ class Control:
             try:
                 self._lane.housekeeping.ended(f"the lane's control thread has failed: {failure!r}")
             finally:
-                self.abandon()
+                with self._lane.guard.lock:  # no other thread reads from a connection
+                    self.abandon()
         if failure is not None:
             logger.error("lane %s is closed: its control thread has failed", self._thread.name, exc_info=failure)
         self.agenda.write_lines()

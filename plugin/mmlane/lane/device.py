@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 from mmlane.lane import cuda
 from mmlane.lane.descriptor import Descriptor
+from mmlane.lane.memory import Backing
 from mmlane.lane.pinned import Pinned
 
 logger = logging.getLogger("mmlane.lane")
@@ -70,13 +71,21 @@ class Device:
         if os.getpid() == self._pid:
             self._work.put(((loan, then), self._cuda.current_stream()))
 
-    def pin(self, file: Descriptor, offset: int, nbytes: int, then: Callable[[Pinned | Exception], None]) -> None:
+    def pin(
+        self,
+        file: Descriptor | Backing,
+        offset: int,
+        nbytes: int,
+        then: Callable[[Pinned | Exception], None],
+        *,
+        to_write: bool = False,
+    ) -> None:
         """Map and register a part of a file in the background; `then` is given it, or why it cannot be had."""
 
         def pin() -> None:
             try:
                 self._cuda.enter()
-                pinned = Pinned(self._cuda, file.fd, offset, nbytes)
+                pinned = Pinned(self._cuda, file.fd, offset, nbytes, to_write=to_write)
                 with self._noting:
                     self._pinned.add(pinned)
             except Exception as error:  # noqa: BLE001 - torch has many ways to say that CUDA does not work

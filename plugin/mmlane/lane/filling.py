@@ -13,7 +13,8 @@ from mmlane.lane.committing import Committer
 from mmlane.lane.errors import Refused
 from mmlane.lane.guard import Guard
 from mmlane.lane.issuing import Issuer
-from mmlane.lane.mapping import Owner, copy_tensor
+from mmlane.lane.mapping import Owner, copy_tensor, lies_as_it_is
+from mmlane.lane.registration import Registration
 from mmlane.lane.ticket import unsupported
 
 
@@ -28,9 +29,10 @@ class Copied(NamedTuple):
 class Filler:
     """Makes extents, filled or not; called without the lane's lock. An extent goes with the hold that keeps it."""
 
-    def __init__(self, issuer: Issuer, committer: Committer, guard: Guard) -> None:
+    def __init__(self, issuer: Issuer, committer: Committer, registration: Registration, guard: Guard) -> None:
         self._issuer = issuer
         self._committer = committer
+        self._registration = registration
         self._guard = guard
 
     def copy(self, tensor: torch.Tensor, hold: Hold) -> Copied | Refused:
@@ -71,4 +73,21 @@ class Filler:
             with self._guard.lock, self._guard:
                 return self._issuer.refuse("full", f"no memory for {nbytes} bytes: {error}")
         failpoints.reached("put.committed")
-        return held.mapping.owner(self._committer.base + place.offset, keeps=(held.mapping, hold))
+        where, pinned = self._committer.base + place.offset, self._registration.pinned
+        if pinned is not None and pinned.holds(where, nbytes):
+            return pinned.owner(where - pinned.offset, keeps=(pinned, hold))
+        return held.mapping.owner(where, keeps=(held.mapping, hold))
+
+    def hold_of(self, tensor: torch.Tensor) -> tuple[Hold, int] | None:
+        """What keeps the extent in which a tensor's bytes lie already, and where they lie there."""
+        if unsupported(tensor) or not lies_as_it_is(tensor) or not tensor.numel():
+            return None
+        address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.itemsize
+        with self._guard.lock:
+            held, pinned = self._committer.memory, self._registration.pinned
+            for mapping in () if held is None else (held.mapping, *filter(None, (pinned,))):
+                at = address - mapping.address
+                if 0 <= at < mapping.nbytes:
+                    offset = at + (pinned.offset if mapping is pinned else 0) - self._committer.base
+                    return self._issuer.tickets.hold_of(offset, nbytes)
+        return None

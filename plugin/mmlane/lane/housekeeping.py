@@ -16,6 +16,7 @@ from mmlane.lane.inbox import Inbox
 from mmlane.lane.issuing import Issuer
 from mmlane.lane.lifecycle import Lifecycle
 from mmlane.lane.pinnable import Pinnable
+from mmlane.lane.registration import Registration
 
 logger = logging.getLogger("mmlane.lane")
 
@@ -43,6 +44,7 @@ class Housekeeping:
         self.orphan = orphan
         self.recalled: deque[tuple[int, int]] = deque()
         self.pinnable = Pinnable(name, committer, guard, inbox)
+        self.registration = Registration(name, committer, self.pinnable)
         self._name = name
         self._lifecycle = lifecycle
         self._issuer = issuer
@@ -57,7 +59,7 @@ class Housekeeping:
         with self._guard.lock, self._guard:
             if not self._lifecycle.join(member):
                 return
-            if self.pinnable.begin(self._lifecycle.joined):
+            if self.pinnable.begin(self._lifecycle.joined) or self._committer.first:
                 self._agenda.work()
         self._lifecycle.wake_waiting()
 
@@ -79,6 +81,8 @@ class Housekeeping:
                 if self._lifecycle.closed:
                     return False
                 ranges = self._committer.ahead()
+                if self._lifecycle.has_opened:
+                    self._committer.first = 0
             self._committer.commit(memory, ranges)
         except OSError as error:
             logger.debug("lane %s: no memory ahead of need: %s", self._name, str(error))
@@ -133,4 +137,5 @@ class Housekeeping:
         self._lifecycle.closed = self._lifecycle.closed or problem
         with self._guard.lock:
             self._committer.memory = None  # a thread that still copies has it, too
+        self.registration.end()
         self._lifecycle.wake_waiting()

@@ -16,13 +16,13 @@ from mmlane.lane.agenda import Agenda
 from mmlane.lane.bookkeeping import Bookkeeping, Hold, Kept, Member
 from mmlane.lane.committing import Committer
 from mmlane.lane.errors import Cause, Refused
-from mmlane.lane.inbox import Inbox
+from mmlane.lane.inbox import ALL, Inbox
 from mmlane.lane.lifecycle import Lifecycle
 from mmlane.lane.ticket import Content, digest, write
 
 SLOTS = 1 << 16  # tickets that can be out at a time
 _DRAIN = 16  # puts after which releases are handled, needed or not
-_AT_ONCE = 64  # messages to handle then
+_AT_ONCE = 64  # messages of each reader to handle then
 
 
 class Allocation(NamedTuple):
@@ -84,6 +84,8 @@ class Issuer:
     def find(self, nbytes: int, hold: Hold) -> Allocation | Refused:
         """An extent of that size, for the hold to keep."""
         if (refused := self._why_not_open()) is not None:
+            if refused.cause == "not_open":
+                self._committer.expect_first(nbytes)
             return refused
         if nbytes > self._allocator.capacity:
             return self.refuse(
@@ -144,8 +146,8 @@ class Issuer:
         if self._undrained >= _DRAIN:
             self.drain(_AT_ONCE)
 
-    def drain(self, limit: int | None = None) -> None:
-        """Handle what readers have written, `limit` messages at most, and what was withdrawn or dropped."""
+    def drain(self, limit: int = ALL) -> None:
+        """Handle what was withdrawn or dropped, and up to `limit` messages of each reader."""
         if self._lifecycle.closed:
             return
         self._undrained = 0

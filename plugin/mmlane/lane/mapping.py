@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from mmlane import host
-from mmlane.lane.libc import failure, libc
+from mmlane.lane.libc import BRIEF, copy, failure, libc
 
 PAGE = mmap.PAGESIZE
 
@@ -24,7 +24,6 @@ _MADV_DONTDUMP = 16
 _MADV_POPULATE_WRITE = 23  # Python names it from 3.14 on
 _MAP_NORESERVE = 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_SMALL = 1 << 20  # bytes below which torch's machinery costs more than the copy, and its threads bring nothing
 _PRIVATE_SHARE = 4  # private mappings take so much of a process's mappings: one part in this many
 _MAX_MAP_COUNT = 65530  # the kernel's own default
 
@@ -154,9 +153,15 @@ def tensor_at(owner: Owner, dtype: torch.dtype, shape: Sequence[int]) -> torch.T
     return torch.frombuffer(owner, dtype=dtype, count=count).view(shape)
 
 
+def lies_as_it_is(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's bytes are those of its elements, in their order."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def copy_tensor(tensor: torch.Tensor, nbytes: int, owner: Owner) -> None:
-    """Copy a CPU tensor of `nbytes` to a place, contiguously, without the GIL."""
-    if nbytes < _SMALL and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-        ctypes.memmove(owner, tensor.data_ptr(), nbytes)
+    """Copy a CPU tensor of `nbytes` to a place, contiguously."""
+    # A longer one is worth torch's threads, though torch gives up the GIL several times.
+    if lies_as_it_is(tensor) and (nbytes <= BRIEF or torch.get_num_threads() == 1):
+        copy(owner, tensor.data_ptr(), nbytes)
     else:
         tensor_at(owner, tensor.dtype, tensor.shape).copy_(tensor.detach())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from mmlane.lane import failpoints, protocol
+from mmlane.lane.libc import send
 
 _GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)  # what sending says of a producer that ended
 
@@ -36,7 +37,7 @@ class Outbox:
         try:
             if len(self._items) > 1:  # an interrupt left it here, or another thread is about to send it
                 raise BlockingIOError
-            self._connection.send(protocol.pairs(kind, [(slot, serial)]), protocol.QUIETLY)
+            send(self._connection, protocol.pairs(kind, [(slot, serial)]))
             self._items.pop(item, None)
             failpoints.reached("release.sent")
         except OSError as error:
@@ -53,7 +54,7 @@ class Outbox:
         self.wants_room = self.is_promised_room = False
         try:
             while batch := self._batch():
-                self._connection.send(protocol.pairs(batch[0][0], [item[1:] for item in batch]), protocol.QUIETLY)
+                send(self._connection, protocol.pairs(batch[0][0], [item[1:] for item in batch]))
                 for item in batch:
                     self._items.pop(item, None)
         except OSError as error:

@@ -18,12 +18,12 @@ logger = logging.getLogger("mmlane.lane")
 class Pinned(Mapping):
     """A second mapping of the part of a lane that stays committed, registered with CUDA until it dies.
 
-    Another than the one that is joined with: CUDA refuses copies that are registered in part, so a tensor lies in
-    here as a whole or not at all. It can be written to until CUDA has it: many drivers refuse to register a
-    read-only mapping (cudaDevAttrHostRegisterReadOnlySupported).
+    All else is done with another one: CUDA refuses copies that are registered in part, so a tensor lies in here as
+    a whole or not at all. It can be written to until CUDA has it: many drivers refuse to register a read-only
+    mapping (cudaDevAttrHostRegisterReadOnlySupported). to_write: also after that, as the producer does.
     """
 
-    def __init__(self, cuda: Cuda, fd: int, offset: int, nbytes: int) -> None:
+    def __init__(self, cuda: Cuda, fd: int, offset: int, nbytes: int, *, to_write: bool = False) -> None:
         self._cuda: Cuda | None = None
         self._stays = False
         self.offset = offset
@@ -32,7 +32,8 @@ class Pinned(Mapping):
         self.populate(0, nbytes)
         cuda.register(self.address, nbytes)
         self._cuda = cuda
-        self.protect()
+        if not to_write:
+            self.protect()
 
     def holds(self, offset: int, nbytes: int) -> bool:
         """Whether a range of the lane's file lies in here as a whole."""

@@ -116,10 +116,10 @@ class Lane:
         self._issuer = Issuer(
             self.name, mapping.words(SLOTS), self.expected, self._committer, self._lifecycle, inbox, agenda
         )
-        self._filler = Filler(self._issuer, self._committer, self.guard)
         self.housekeeping = Housekeeping(
             self.name, orphan, self._lifecycle, self._issuer, self._committer, self.guard, inbox, agenda
         )
+        self._filler = Filler(self._issuer, self._committer, self.housekeeping.registration, self.guard)
         for line in self._committer.degraded:
             logger.warning("lane %s goes without %s", self.name, line)
         _lanes.add(self)
@@ -160,15 +160,19 @@ class Lane:
         self._check_process()
         return await self._lifecycle.wait_open_async(timeout)
 
-    def put(self, tensor: torch.Tensor) -> bytes | Refused:
+    def put(self, tensor: torch.Tensor, *, in_place: bool = False) -> bytes | Refused:
         """Copy a tensor into the lane and return a ticket for it, for the readers of one group to take or discard.
 
         tensor: any shape, strides and dtype of whole bytes, dense, on the CPU; readers get it contiguous.
+        in_place: if it lies in a reservation of this lane already, publish it there, without a copy; it must not
+            be written to any more.
 
         Returns a Refused where no ticket can be had; never waits for readers. Raises TypeError for what is no
         tensor at all, LaneError in a forked child.
         """
         self._check_process()
+        if in_place and (found := self._filler.hold_of(tensor)) is not None:
+            return self.publish(tensor, *found)
         hold = Hold(self._issuer.dropped.append)
         copied = self._filler.copy(tensor, hold)
         if isinstance(copied, Refused):
@@ -180,12 +184,15 @@ class Lane:
                 self._issuer.tickets.let_go(hold)
             return ticket
 
-    def copy(self, tensor: torch.Tensor) -> Reservation | Refused:
+    def copy(self, tensor: torch.Tensor, *, in_place: bool = False) -> Reservation | Refused:
         """Copy a tensor into the lane once, for several tickets: `publish` of what this returns issues each.
 
         It is kept until the reservation is closed or dropped, whatever becomes of the tickets. Else as `put`.
         """
         self._check_process()
+        if in_place and (found := self._filler.hold_of(tensor)) is not None:
+            hold, at = found
+            return Reservation(self, hold, tensor, at)
         hold = Hold(self._issuer.dropped.append)
         copied = self._filler.copy(tensor, hold)
         if isinstance(copied, Refused):
@@ -212,6 +219,16 @@ class Lane:
         if isinstance(owner, Refused):
             return owner
         return Reservation(self, hold, tensor_at(owner, dtype, sizes))
+
+    def pin(self, device: int) -> None:
+        """Register what stays committed (`pinned`) with CUDA in this process, too, for that device.
+
+        Then a copy from the device into a reservation goes at full speed. In the background, once, and only when
+        readers have been told of that part: call it before every such copy. It has CUDA make a context if there is
+        none. What fails is one line in the log: copies then go by way of pageable memory.
+        """
+        self._check_process()
+        self.housekeeping.registration.begin(device)
 
     def publish(self, part: torch.Tensor, hold: Hold, at: int) -> bytes | Refused:
         """For a reservation: a ticket for a part of what its hold keeps, `at` bytes from its begin."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mmlane.lane.errors import LaneError, Refused
+from mmlane.lane.mapping import lies_as_it_is
 from mmlane.lane.ticket import unsupported
 
 if TYPE_CHECKING:
@@ -24,11 +25,12 @@ class Reservation:
     cannot publish it.
     """
 
-    def __init__(self, lane: Lane, hold: Hold, tensor: torch.Tensor) -> None:
+    def __init__(self, lane: Lane, hold: Hold, tensor: torch.Tensor, at: int = 0) -> None:
         self._lane = lane
         self._hold: Hold | None = hold  # the tensor's storage has it, too
         self._tensor: torch.Tensor | None = tensor
         self._begin, self._nbytes = tensor.data_ptr(), tensor.nbytes  # whatever its user has it point to later
+        self._at = at  # where it begins in what the hold keeps
         self._parts: list[tuple[int, int]] = []  # that were published: from, to
         self._writes: int | None = None  # of which torch knew when all of it was published
 
@@ -54,10 +56,9 @@ class Reservation:
         if problem := unsupported(part):
             raise ValueError(problem)
         offset = part.data_ptr() - self._begin if part.numel() else 0  # without elements, it has no place
-        is_plain = part.is_contiguous() and not part.is_conj() and not part.is_neg()
-        if not is_plain or not 0 <= offset <= self._nbytes - part.nbytes:
+        if not lies_as_it_is(part) or not 0 <= offset <= self._nbytes - part.nbytes:
             raise ValueError(f"{tuple(part.shape)}, {part.dtype}: not a contiguous part of what was reserved")
-        ticket = self._lane.publish(part, hold, offset)
+        ticket = self._lane.publish(part, hold, self._at + offset)
         if isinstance(ticket, bytes):
             self._parts = _joined([*self._parts, (offset, offset + part.nbytes)])
             if self._parts == [(0, self._nbytes)]:

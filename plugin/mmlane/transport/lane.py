@@ -21,6 +21,7 @@ from mmlane.lane import (
     Invitation,
     Lane,
     LaneUnavailable,
+    Refused,
     StaleHere,
     TicketError,
     UnknownLane,
@@ -144,7 +145,7 @@ class Producer:
         lane = self._lane if self._tried else self._open()
         if lane is None or os.getpid() != self._pid:
             return Declined("unavailable")
-        ticket, shared = (lane.put(tensor), None) if samples is None else samples.put(lane, tensor)
+        ticket, shared = (lane.put(tensor, in_place=True), None) if samples is None else samples.put(lane, tensor)
         if isinstance(ticket, bytes):
             try:
                 return Ticket(ticket, self, shared)
@@ -159,6 +160,21 @@ class Producer:
             " segment, as do others like it; said once per cause, `mmlane status` counts them",
         )
         return Declined(ticket.cause)
+
+    def room_for(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Room in the lane for a tensor on a GPU, to be copied there and then put; None if there is none now.
+
+        For any thread; so the lane is not made here, but where the first feature is put.
+        """
+        if (lane := self.lane) is None:
+            return None
+        room = lane.reserve(tensor.shape, tensor.dtype)
+        return None if isinstance(room, Refused) else room.tensor
+
+    def pin(self, device: int) -> None:
+        """Have the lane pinned in this process, too, for copies from that GPU."""
+        if (lane := self.lane) is not None:
+            lane.pin(device)
 
     def release(self, ticket: bytes, *, sent: bool) -> None:
         """Release a ticket that no rank will take, sent without effect or never sent. For finalizers, too."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -48,8 +49,8 @@ class Samples:
     def put(self, lane: Lane, tensor: torch.Tensor) -> tuple[bytes | Refused, Shared | None]:
         """A ticket on the one copy of a tensor, and what is to be known of that if others come."""
         if self._requests == 1 and self._uses[id(tensor)] <= 1:
-            return lane.put(tensor), None
-        copy, more = self._use(tensor, lane.copy)
+            return lane.put(tensor, in_place=True), None
+        copy, more = self._use(tensor, lane, partial(lane.copy, in_place=True))
         ticket = copy if isinstance(copy, Refused) else copy.publish()
         if isinstance(copy, Refused) or isinstance(ticket, Refused):
             return ticket, None
@@ -57,11 +58,13 @@ class Samples:
 
     def copied(self, tensor: torch.Tensor, copy_of: Callable[[torch.Tensor], Copy]) -> Copy:
         """The one copy of a tensor that `copy_of` makes; a `Refused` is none, and is not kept."""
-        return self._use(tensor, copy_of)[0]
+        return self._use(tensor, copy_of, copy_of)[0]
 
-    def _use(self, tensor: torch.Tensor, copy_of: Callable[[torch.Tensor], Copy]) -> tuple[Copy, int]:
-        """The copy, and how many more uses of it are to come."""
-        key = copy_of, id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    def _use(
+        self, tensor: torch.Tensor, where: Hashable, copy_of: Callable[[torch.Tensor], Copy]
+    ) -> tuple[Copy, int]:
+        """The copy of a tensor somewhere, and how many more uses of it are to come."""
+        key = where, id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         kept = self._copies.pop(key, None)
         copy: Copy = copy_of(tensor) if kept is None else kept[1]
         # Those before it may have gone another way, as the first does while the lane is not open.

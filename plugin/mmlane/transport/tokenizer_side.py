@@ -26,6 +26,7 @@ from mmlane.log import guarded, logger
 from mmlane.transport.base import Here, Payload, Tokenizer
 from mmlane.transport.chain import Chain
 from mmlane.transport.compacting import compact_in
+from mmlane.transport.from_gpu import into_lane
 from mmlane.transport.inline import Inline, is_sent, sent_from
 from mmlane.transport.lane import LaneTransport, Producer
 from mmlane.transport.pointer import our_class_is_in_place, slot
@@ -82,6 +83,9 @@ def start(manager: Any, server_args: Any, *, capacity: int | None, pinned: int, 
     producer = side.producer
     if producer is not None and multimodal:
         producer.try_out()
+        if on_cuda(server_args):
+            with guarded("processing on the GPU", "features are copied twice, which is slower"):
+                into_lane(manager.mm_processor, producer)
     if meter is not None:
         _begin(meter, manager, mode)
 
