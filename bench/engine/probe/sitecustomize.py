@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import wraps
 from pathlib import Path
-from threading import current_thread, main_thread
+from threading import current_thread, local, main_thread
 from time import monotonic, thread_time
 from typing import Any
 
@@ -34,24 +34,45 @@ _done: set[str] = set()
 # --- notes ---
 
 
+class _Pending(local):
+    """Of a thread: how many stopwatches run, and notes to be written when none does."""
+
+    running = 0
+
+    def __init__(self) -> None:
+        self.notes: list[dict[str, Any]] = []
+
+
+_pending = _Pending()
+
+
 class Stopwatch:
-    """Time, CPU time and page faults of the calling thread; several stretches add up."""
+    """Time, CPU time and page faults of the calling thread; several stretches add up.
+
+    What is noted while another one runs is written when that has stopped: writing gives up the GIL, and so may
+    take longer than what is measured.
+    """
 
     def __init__(self) -> None:
         self.began = monotonic()
         self._took = [0.0, 0.0, 0]
 
     def __enter__(self) -> Stopwatch:
+        _pending.running += 1
         self._since = _now()
         return self
 
     def __exit__(self, *_: object) -> None:
         steps = zip(self._took, self._since, _now(), strict=True)
         self._took = [took + now - since for took, since, now in steps]
+        _pending.running -= 1
 
     def note(self, what: str, **more: Any) -> None:
         took, cpu, faults = self._took
-        _write({"what": what, "began": self.began, "s": took, "cpu": cpu, "faults": faults, **more})
+        _pending.notes.append({"what": what, "began": self.began, "s": took, "cpu": cpu, "faults": faults, **more})
+        if not _pending.running:
+            _write(_pending.notes)
+            _pending.notes.clear()
 
 
 def _now() -> tuple[float, float, int]:
@@ -60,9 +81,9 @@ def _now() -> tuple[float, float, int]:
     return monotonic(), thread_time(), getrusage(RUSAGE_THREAD).ru_minflt
 
 
-def _write(note: dict[str, Any]) -> None:
+def _write(notes: list[dict[str, Any]]) -> None:
     with Path(os.environ[DIRECTORY], f"{os.getpid()}.jsonl").open("a") as file:
-        file.write(json.dumps(note) + "\n")
+        file.write("".join(json.dumps(note) + "\n" for note in notes))
 
 
 def _tensors(request: Any) -> int:
