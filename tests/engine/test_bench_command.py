@@ -62,7 +62,14 @@ def test_an_interrupted_one_leaves_nothing_in_dev_shm(release: str, plugin_wheel
     script = 'echo $$ > "$1"; shift; exec "$@"'
     pid_file = tmp_path / "pid"
     whole = privately(["sh", "-c", LIST, "sh", "sh", "-c", script, "sh", str(pid_file), *words], 1 << 30)
-    process = subprocess.Popen(whole, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        whole,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+    )
     try:
         deadline = time.monotonic() + DEADLINE
         while not list(Path(f"/proc/{process.pid}/root/dev/shm").glob("*")):

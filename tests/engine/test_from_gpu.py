@@ -21,7 +21,8 @@ pytestmark = pytest.mark.engine
 def test_features_are_copied_once(release: str, plugin_wheel: Path, transcripts: Transcripts) -> None:
     """By the engine's own move; the requests are answered as ever, and nothing is left."""
     expected = transcripts.of(release, plain)["answers"]
-    with WatchedServer(release, plugin=plugin_wheel, probes=["gpu_processor"]) as server:
+    env = {"MMLANE_PINNED_MB": "0"}  # there is no CUDA to register it with
+    with WatchedServer(release, plugin=plugin_wheel, probes=["gpu_processor"], env=env) as server:
         server_lanes.open_lanes(server)
         before = server_lanes.lane(server)
         for name, ask in asking.ANSWERED.items():

@@ -1,4 +1,4 @@
-"""Putting does not give up the GIL for what is over soon: it may take 5 ms, each time, to get it back."""
+"""What a put copies soon, it copies without giving up the GIL: it may take 5 ms, each time, to get it back."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def another_thread() -> Iterator[Other]:
         other.join()
 
 
-@pytest.mark.parametrize(("nbytes", "gives_it_up"), [(libc.BRIEF, False), (4 * libc.BRIEF, True)])
+@pytest.mark.parametrize(("nbytes", "gives_it_up"), [(libc.BRIEF, False), (16 * libc.BRIEF, True)])
 def test_only_a_long_copy_gives_up_the_gil(nbytes: int, gives_it_up: bool) -> None:
     source = torch.ones(nbytes, dtype=torch.uint8)
     room = (ctypes.c_ubyte * nbytes)()

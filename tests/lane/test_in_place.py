@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,6 +118,16 @@ def test_several_tickets_on_a_part(pair: LaneWithReaders) -> None:
     assert (pair.lane.stats().copied_bytes, pair.lane.stats().extents) == (0, 1)
 
 
+def test_a_part_may_be_filled_while_another_is_published(pair: LaneWithReaders) -> None:
+    whole = room(pair.lane, 6, 1000)
+    kept = pair.lane.copy(whole[:3], in_place=True)
+    assert isinstance(kept, Reservation)
+    first = taken(pair, kept.publish())
+    whole[3:].zero_()
+    assert same(taken(pair, kept.publish()), first)
+    kept.close()
+
+
 def test_a_closed_lane_refuses(pair: LaneWithReaders) -> None:
     whole = room(pair.lane, 6, 1000)
     pair.lane.close()
@@ -174,6 +185,40 @@ def test_it_is_unregistered_when_the_lane_and_what_lies_there_are_gone(gpu: Fake
     assert gpu.registered and same(tensor, expected)
     del tensor
     eventually(lambda: not gpu.registered, "the registration undone")
+
+
+def test_the_lane_ends_before_cuda_has_let_go(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That may take long, or never end."""
+    may_go_on = threading.Event()
+    unregister = gpu.unregister
+
+    def unregistering(address: int) -> None:
+        assert may_go_on.wait(DEADLINE)
+        unregister(address)
+
+    monkeypatch.setattr(gpu, "unregister", unregistering)
+    with Lane({"tp": 1}, capacity=32 * SEGMENT, segment=SEGMENT, pinned=PINNED) as lane, Reader("tp") as reader:
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
+        pin(lane, gpu)
+        lane.close()
+        assert gpu.registered
+        may_go_on.set()
+        eventually(lambda: not gpu.registered, "the registration undone")
+    eventually(
+        lambda: "mmlane-cuda-0" not in {thread.name for thread in threading.enumerate()}, "the thread's end"
+    )
+
+
+def test_one_that_ends_at_once_registers_nothing(gpu: FakeGpu) -> None:
+    with Lane({"tp": 1}, capacity=32 * SEGMENT, segment=SEGMENT, pinned=PINNED) as lane, Reader("tp") as reader:
+        reader.join(lane.invitation)
+        assert lane.wait_open(DEADLINE)
+        registration = lane.housekeeping.registration
+        eventually(lambda: lane.stats().pinned_bytes == PINNED, "what stays committed")
+        registration.end()
+        lane.pin(0)
+        assert registration._device is None and not gpu.registered
 
 
 def test_nothing_is_registered_where_nothing_stays_committed(gpu: FakeGpu) -> None:

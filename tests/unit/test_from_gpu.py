@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -155,6 +155,18 @@ def test_no_ticket_and_no_return_before_the_bytes_are_there(ends: Ends, monkeypa
         assert torch.equal(processing.result(DEADLINE), source * 2)
 
 
+def test_the_real_copy_waits_for_the_device() -> None:
+    asked: list[Any] = []
+
+    class Room:
+        def copy_(self, *args: Any, **kwargs: Any) -> None:
+            asked.append((args, kwargs))
+
+    tensor = torch.ones(1)
+    from_gpu.fetch(tensor, cast("torch.Tensor", Room()))
+    assert asked == [((tensor,), {})]  # non_blocking=True would not wait
+
+
 def test_one_that_is_given_up_gives_its_room_back(ends: Ends) -> None:
     moved = processed(ends, torch.rand(WORDS))
     assert ends.lane.stats().extents == 1
@@ -166,6 +178,7 @@ def test_without_room_it_goes_as_without_us(ends: Ends) -> None:
     full = processed(ends, torch.rand(12_000_000))  # 46 MiB of 64
     moved = processed(ends, torch.rand(6_000_000))
     assert (ends.lane.stats().extents, full.numel(), moved.numel()) == (1, 12_000_000, 6_000_000)
+    assert ends.lane.stats().fallbacks == {"not_open": 1}  # it counts when it is put
 
 
 def test_a_lane_that_is_not_there_yet(ends: Ends) -> None:

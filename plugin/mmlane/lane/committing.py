@@ -16,7 +16,7 @@ from mmlane.lane.mapping import Mapping
 from mmlane.lane.memory import Backing
 
 _AHEAD = 8 << 20  # bytes at most to commit ahead of need
-_FIRST = 256 << 20  # bytes at most to commit as soon as the lane is open
+_EARLY = 256 << 20  # bytes at most to commit as soon as the lane is open
 
 
 class Memory(NamedTuple):
@@ -35,7 +35,8 @@ class Committer:
 
     Attributes: `memory`, None once the lane has ended. `degraded`: what this kernel or sandbox lacks.
     `never_decommits`: it cannot be done here. `starved`: memory could not be had; it is not asked for ahead of
-    need until the next look. `first`: bytes to have ready for the first put.
+    need until the next look. `early`: bytes of the largest put that came before the lane
+    was open, to have ready when it is.
     """
 
     def __init__(
@@ -58,16 +59,16 @@ class Committer:
         self._lifecycle = lifecycle
         self._guard = guard
         self._agenda = agenda
-        self.first = 0
+        self.early = 0
         self._ahead = 0  # bytes to have ready for the next put, as large as the largest since the last look
 
     def expect(self, nbytes: int) -> None:
         """There was a put of this size: have as much ready for the next."""
         self._ahead = max(self._ahead, min(nbytes, _AHEAD))
 
-    def expect_first(self, nbytes: int) -> None:
+    def came_early(self, nbytes: int) -> None:
         """A put of this size came before the lane was open: have as much ready when it is."""
-        self.first = max(self.first, min(nbytes, _FIRST))
+        self.early = max(self.early, min(nbytes, _EARLY))
 
     def expect_nothing(self) -> None:
         """A look: what was expected, and what could not be had, was long ago."""
@@ -76,7 +77,7 @@ class Committer:
 
     def ahead(self) -> list[tuple[int, int]]:
         """The ranges of whole segments to commit ahead of need."""
-        nbytes = max(self._ahead, self.first if self._lifecycle.has_opened else 0)
+        nbytes = max(self._ahead, self.early if self._lifecycle.has_opened else 0)
         return self.allocator.place(nbytes)[1] if nbytes and not self.starved else []
 
     def idle(self) -> list[int]:

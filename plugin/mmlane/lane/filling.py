@@ -53,11 +53,11 @@ class Filler:
         failpoints.reached("put.copied")
         return Copied(owner, nbytes, took)
 
-    def reserve(self, nbytes: int, hold: Hold) -> Owner | Refused:
-        """An extent that the hold keeps, with memory behind it."""
+    def reserve(self, nbytes: int, hold: Hold, *, counts: bool = True) -> Owner | Refused:
+        """An extent that the hold keeps, with memory behind it. counts: whether a refusal does."""
         with self._guard.lock, self._guard:
             self._issuer.drain_now_and_then()
-            place = self._issuer.find(nbytes, hold)
+            place = self._issuer.find(nbytes, hold, counts=counts)
             if isinstance(place, Refused):
                 return place
             self._committer.expect(nbytes)
@@ -71,7 +71,7 @@ class Filler:
             if error.errno is None:  # a TimeoutError of a signal handler
                 raise
             with self._guard.lock, self._guard:
-                return self._issuer.refuse("full", f"no memory for {nbytes} bytes: {error}")
+                return self._issuer.refuse("full", f"no memory for {nbytes} bytes: {error}", counts=counts)
         failpoints.reached("put.committed")
         where, pinned = self._committer.base + place.offset, self._registration.pinned
         if pinned is not None and pinned.holds(where, nbytes):
@@ -85,9 +85,8 @@ class Filler:
         address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.itemsize
         with self._guard.lock:
             held, pinned = self._committer.memory, self._registration.pinned
-            for mapping in () if held is None else (held.mapping, *filter(None, (pinned,))):
-                at = address - mapping.address
-                if 0 <= at < mapping.nbytes:
-                    offset = at + (pinned.offset if mapping is pinned else 0) - self._committer.base
-                    return self._issuer.tickets.hold_of(offset, nbytes)
+            if held is not None and 0 <= (at := address - held.mapping.address) < held.mapping.nbytes:
+                return self._issuer.tickets.hold_of(at - self._committer.base, nbytes)
+            if pinned is not None and 0 <= (at := address - pinned.address) < pinned.nbytes:
+                return self._issuer.tickets.hold_of(at + pinned.offset - self._committer.base, nbytes)
         return None

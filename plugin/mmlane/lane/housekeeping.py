@@ -59,7 +59,7 @@ class Housekeeping:
         with self._guard.lock, self._guard:
             if not self._lifecycle.join(member):
                 return
-            if self.pinnable.begin(self._lifecycle.joined) or self._committer.first:
+            if self.pinnable.begin(self._lifecycle.joined) or self._committer.early:
                 self._agenda.work()
         self._lifecycle.wake_waiting()
 
@@ -81,12 +81,13 @@ class Housekeeping:
                 if self._lifecycle.closed:
                     return False
                 ranges = self._committer.ahead()
-                if self._lifecycle.has_opened:
-                    self._committer.first = 0
+                was_early = self._lifecycle.has_opened and self._committer.early
+                if was_early:
+                    self._committer.early = 0
             self._committer.commit(memory, ranges)
         except OSError as error:
             logger.debug("lane %s: no memory ahead of need: %s", self._name, str(error))
-            self._committer.starved = True
+            self._committer.starved = not was_early  # less than that may be there
         return self._lifecycle.has_opened and self.pinnable.work(memory)
 
     def look(self) -> None:

@@ -22,7 +22,7 @@ from mmlane.lane.ticket import Content, digest, write
 
 SLOTS = 1 << 16  # tickets that can be out at a time
 _DRAIN = 16  # puts after which releases are handled, needed or not
-_AT_ONCE = 64  # messages of each reader to handle then
+_AT_ONCE = 32  # messages of each reader to handle then
 
 
 class Allocation(NamedTuple):
@@ -70,27 +70,27 @@ class Issuer:
         self._agenda = agenda
         self._undrained = 0  # puts since the last drain
 
-    def refuse(self, cause: Cause, detail: str) -> Refused:
-        """A put is refused."""
-        self.fallbacks[cause] += 1
+    def refuse(self, cause: Cause, detail: str, *, counts: bool = True) -> Refused:
+        """A put is refused; whether it counts as one that goes another way."""
+        if counts:
+            self.fallbacks[cause] += 1
         return Refused(cause, detail)
 
-    def _why_not_open(self) -> Refused | None:
+    def _why_not_open(self, *, counts: bool = True) -> Refused | None:
         refused = self._lifecycle.refusal()
-        if refused is not None:
-            self.fallbacks[refused.cause] += 1
-        return refused
+        return None if refused is None else self.refuse(refused.cause, refused.detail, counts=counts)
 
-    def find(self, nbytes: int, hold: Hold) -> Allocation | Refused:
-        """An extent of that size, for the hold to keep."""
-        if (refused := self._why_not_open()) is not None:
+    def find(self, nbytes: int, hold: Hold, *, counts: bool) -> Allocation | Refused:
+        """An extent of that size, for the hold to keep. counts: as for `refuse`."""
+        if (refused := self._why_not_open(counts=counts)) is not None:
             if refused.cause == "not_open":
-                self._committer.expect_first(nbytes)
+                self._committer.came_early(nbytes)
             return refused
         if nbytes > self._allocator.capacity:
             return self.refuse(
                 "oversize",
                 f"{nbytes} bytes, more than the lane's capacity of {self._allocator.capacity}: raise it",
+                counts=counts,
             )
         offset, uncommitted = self._allocator.place(nbytes)
         if offset is None or uncommitted:
@@ -101,6 +101,7 @@ class Issuer:
                 "full",
                 f"{nbytes} bytes wanted, {self._allocator.used_bytes} of {self._allocator.capacity} are used by"
                 f" {len(self.tickets.live)} tickets: readers must let tensors go, or the capacity be raised",
+                counts=counts,
             )
         self.tickets.allocate(offset, nbytes, hold)
         return Allocation(offset, uncommitted)

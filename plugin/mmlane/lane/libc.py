@@ -16,7 +16,7 @@ libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
-# For what takes less than 5 ms: these keep the GIL. A thread that gives it up may wait for so long to get it back,
+# For what takes 5 ms at most: these keep the GIL. A thread that gives it up may wait for so long to get it back,
 # each time, where another one runs Python.
 _brief = ctypes.PyDLL(None, use_errno=True)
 for _calls in (libc, _brief):
@@ -25,7 +25,7 @@ for _calls in (libc, _brief):
 for _call in (_brief.recv, _brief.send):
     _call.restype = ctypes.c_ssize_t
     _call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-BRIEF = 32 << 20  # bytes that are copied within 5 ms
+BRIEF = 32 << 20  # bytes that are copied within about 5 ms
 
 
 def failure() -> OSError:
@@ -35,7 +35,7 @@ def failure() -> OSError:
 
 
 def copy(to: ctypes.Array[ctypes.c_ubyte], address: int, nbytes: int) -> None:
-    """Copy bytes from an address. Keeps the GIL where that takes less than 5 ms."""
+    """Copy bytes from an address. Keeps the GIL for what is over soon."""
     (_brief if nbytes <= BRIEF else libc).memmove(to, address, nbytes)
 
 

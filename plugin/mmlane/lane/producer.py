@@ -201,8 +201,10 @@ class Lane:
             self._issuer.count(copied.nbytes, copied.seconds)
         return Reservation(self, hold, tensor_at(copied.owner, tensor.dtype, tensor.shape))
 
-    def reserve(self, shape: Sequence[int], dtype: torch.dtype) -> Reservation | Refused:
+    def reserve(self, shape: Sequence[int], dtype: torch.dtype, *, counts: bool = True) -> Reservation | Refused:
         """Room for a contiguous tensor, to be filled by the caller, and published in one piece or several.
+
+        counts: whether a refusal counts in `LaneStats.fallbacks`; not so if the tensor is put later all the same.
 
         Returns a Refused as `put` does. Raises LaneError in a forked child, ValueError for a dtype that does not
         travel by lane or a shape that is none.
@@ -215,7 +217,7 @@ class Lane:
         if dtype not in NAMES or len(sizes) > DIMENSIONS or any(size < 0 for size in sizes):
             raise ValueError(f"{dtype} of shape {sizes}: no tensor that travels by lane")
         hold = Hold(self._issuer.dropped.append)
-        owner = self._filler.reserve(prod(sizes) * dtype.itemsize, hold)
+        owner = self._filler.reserve(prod(sizes) * dtype.itemsize, hold, counts=counts)
         if isinstance(owner, Refused):
             return owner
         return Reservation(self, hold, tensor_at(owner, dtype, sizes))
@@ -223,9 +225,10 @@ class Lane:
     def pin(self, device: int) -> None:
         """Register what stays committed (`pinned`) with CUDA in this process, too, for that device.
 
-        Then a copy from the device into a reservation goes at full speed. In the background, once, and only when
-        readers have been told of that part: call it before every such copy. It has CUDA make a context if there is
-        none. What fails is one line in the log: copies then go by way of pageable memory.
+        Then a copy from the device into a reservation goes at full speed. It is done in the background, once. Does
+        nothing until all of that part is committed, a moment after the lane has opened: so call it again, before
+        each copy. Call it where CUDA is in use already: it would make a context. What fails is one line in the
+        log; copies then go by way of pageable memory.
         """
         self._check_process()
         self.housekeeping.registration.begin(device)

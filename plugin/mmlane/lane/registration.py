@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 from mmlane.lane.committing import Committer
 from mmlane.lane.device import Device
@@ -25,33 +26,49 @@ class Registration:
         self._pinnable = pinnable
         self._device: Device | None = None
         self._was_asked = self._is_over = False
+        self._changing = threading.Lock()
 
     def begin(self, index: int) -> None:
         """Have it registered for that CUDA device, once all of it is committed. What fails is one line."""
         memory, nbytes = self._committer.memory, self._pinnable.nbytes
         if self._was_asked or memory is None or not 0 < nbytes == self._committer.allocator.pinned:
             return
-        self._was_asked = True
-        try:
-            self._device = Device(index)
-        except (RuntimeError, ValueError) as error:
-            self._done(error)
-            return
-        self._device.pin(memory.backing, self._committer.base, nbytes, self._done, to_write=True)
+        with self._changing:
+            if self._was_asked or self._is_over:
+                return
+            self._was_asked = True
+            try:
+                self._device = Device(index)
+            except (RuntimeError, ValueError) as error:
+                self._say(error)
+                return
+            self._device.pin(memory.backing, self._committer.base, nbytes, self._done, to_write=True)
 
     def _done(self, result: Pinned | Exception) -> None:
         if isinstance(result, Exception):
-            logger.warning(
-                "the memory of lane %s is not pinned in its producer (%s), so copies from the GPU go by way of"
-                " pageable memory, which is slower; make `pinned` smaller, or 0 to silence this",
-                *(self._name, str(result)),
-            )
-        elif not self._is_over:
-            self.pinned = result
+            self._say(result)
+            return
+        with self._changing:
+            if not self._is_over:
+                self.pinned = result
+
+    def _say(self, error: Exception) -> None:
+        logger.warning(
+            "the memory of lane %s is not pinned in its producer (%s), so copies from the GPU go by way of"
+            " pageable memory, which is slower; make `pinned` smaller, or 0 to silence this",
+            *(self._name, str(error)),
+        )
 
     def end(self) -> None:
         """The lane has ended. What tensors lie in stays as it is until the last of them is gone."""
-        self._is_over = True
-        self.pinned = None
-        if self._device is not None:
-            self._device.stop()
+        with self._changing:
+            self._is_over = True
+            device, pinned, self.pinned = self._device, self.pinned, None
+        if device is None:
+            return
+        if pinned is not None:
+            loan, held = object(), [pinned]
+            del pinned
+            device.owe(loan)
+            device.settle(loan, held.clear)  # in the device's thread: CUDA takes its time, and may not come back
+        device.stop()

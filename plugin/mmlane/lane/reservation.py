@@ -31,6 +31,8 @@ class Reservation:
         self._tensor: torch.Tensor | None = tensor
         self._begin, self._nbytes = tensor.data_ptr(), tensor.nbytes  # whatever its user has it point to later
         self._at = at  # where it begins in what the hold keeps
+        # Torch counts writes to a storage: those to another part of it are not ours to judge.
+        self._has_it_all = tensor.nbytes == tensor.untyped_storage().nbytes()
         self._parts: list[tuple[int, int]] = []  # that were published: from, to
         self._writes: int | None = None  # of which torch knew when all of it was published
 
@@ -61,7 +63,7 @@ class Reservation:
         ticket = self._lane.publish(part, hold, self._at + offset)
         if isinstance(ticket, bytes):
             self._parts = _joined([*self._parts, (offset, offset + part.nbytes)])
-            if self._parts == [(0, self._nbytes)]:
+            if self._has_it_all and self._parts == [(0, self._nbytes)]:
                 self._writes = _writes(tensor)
         return ticket
 

@@ -168,7 +168,7 @@ class Producer:
         """
         if (lane := self.lane) is None:
             return None
-        room = lane.reserve(tensor.shape, tensor.dtype)
+        room = lane.reserve(tensor.shape, tensor.dtype, counts=False)
         return None if isinstance(room, Refused) else room.tensor
 
     def pin(self, device: int) -> None:
