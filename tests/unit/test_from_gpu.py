@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -225,6 +226,25 @@ def test_without_cuda_nothing_is_looked_at(ends: Ends, monkeypatch: pytest.Monke
 def test_the_real_question_makes_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert from_gpu.has_context() is torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+
+class Caching(Processor):
+    """As those that prepare media for a cache, or for the requests alone."""
+
+    def __init__(self, is_enabled: bool) -> None:
+        super().__init__()
+        self.mm_preprocess_cache = SimpleNamespace(enabled=is_enabled)
+
+    def prepare_artifact_batch(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cpu()
+
+
+@pytest.mark.parametrize("is_enabled", [False, True])
+def test_what_a_cache_keeps_takes_no_room(ends: Ends, is_enabled: bool) -> None:
+    processor = Caching(is_enabled)
+    moved = [processed(ends, torch.ones(WORDS), processor), processor.prepare_artifact_batch(torch.ones(WORDS))]
+    assert all(tensor.numel() == WORDS for tensor in moved)
+    assert ends.lane.stats().extents == (1 if is_enabled else 2)
 
 
 def test_a_processor_that_has_no_such_method_is_left_alone(ends: Ends) -> None:

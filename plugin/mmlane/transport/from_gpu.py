@@ -20,16 +20,22 @@ from mmlane.log import guarded
 from mmlane.transport.inline import SMALL
 from mmlane.transport.lane import Producer
 
-_PROCESS = "process_and_combine_mm_data"  # of the engine's processors: one request's media, in whichever thread
+# Methods of the engine's processors that move what they have made to the CPU, in whichever thread.
+_PROCESS = "process_and_combine_mm_data"  # one request's media
+_PREPARE = "prepare_artifact_batch"  # of several requests, by some processors, for a cache or without one
 
 
 def into_lane(processor: Any, producer: Producer) -> None:
     """Have what this processor moves from a GPU to the CPU put into the lane of the process that it is in."""
-    process: Callable[..., Any] | None = getattr(type(processor), _PROCESS, None)
-    if process is None:
-        return
-    # No cycle: the lane is closed when its tokenizer is let go.
-    itself = weakref.ref(processor)
+    # What a cache keeps would take the lane's room.
+    is_cached = getattr(getattr(processor, "mm_preprocess_cache", None), "enabled", False)
+    for name in (_PROCESS,) if is_cached else (_PROCESS, _PREPARE):
+        if (process := getattr(type(processor), name, None)) is not None:
+            setattr(processor, name, _around(process, weakref.ref(processor), producer))
+
+
+def _around(process: Callable[..., Any], itself: weakref.ref[Any], producer: Producer) -> Callable[..., Any]:
+    """A method, for one object. It does not keep that: the lane is closed when its tokenizer is let go."""
 
     @wraps(process)
     def processing(*args: Any, **kwargs: Any) -> Any:
@@ -38,7 +44,7 @@ def into_lane(processor: Any, producer: Producer) -> None:
         with _IntoLane(producer):
             return process(itself(), *args, **kwargs)
 
-    setattr(processor, _PROCESS, processing)
+    return processing
 
 
 def has_context() -> bool:
