@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 BENCH := $(VENV)/.bench
 V ?= 0.5.12.post1
+GPU_PYTHON ?= python3
 PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs/*.md changelog.d/*.md .github/*.md
 # For tests that wait more than they compute: four at once, handed out one by one, so that long ones begin first.
 AT_ONCE := -n 4 --maxschedchunk 1
@@ -15,7 +16,7 @@ AT_ONCE := -n 4 --maxschedchunk 1
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test lint lint-check lint-format lint-types lint-imports lint-prose lint-workflows lint-docs unit lane thorough \
-	contract install engine matrix transcripts matrix-new fresh fingerprints table docs bench coverage pythons mutants dist changelog \
+	contract install engine matrix transcripts matrix-new fresh fingerprints table docs bench gpu gpu-bundle coverage pythons mutants dist changelog \
 	changelog-check clean
 
 # The real engine on this machine's CPU, TP 2, with the plugin and without, answering image requests.
@@ -144,6 +145,14 @@ changelog-check: $(READY)
 # Changes to the lane that no test minds: make mutants M=ticket, M="ticket protocol"; all modules take hours.
 mutants: $(READY)
 	$(RUN) -m tools.mutants $(M)
+
+# All that needs a GPU, in parts that can be resumed; with GPU_PYTHON, which has torch for CUDA. Without a network
+# there: WHEELS=DIRECTORY, which `make gpu-bundle WHEELS=DIRECTORY` fills on another machine.
+gpu:
+	$(GPU_PYTHON) -m tools.gpu $(if $(WHEELS),--wheels $(WHEELS))
+
+gpu-bundle: $(READY)
+	$(RUN) -m tools.gpu --bundle $(or $(WHEELS),build/gpu-bundle)
 
 # Figures: the startup hook, the lane beside the engine's transports and others, the engine with and without the plugin,
 # what text-only requests pay, and the way to a GPU where there is one; plots and tables in bench/out. It takes hours;
