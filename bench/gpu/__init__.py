@@ -39,8 +39,10 @@ leave out what the host does. What arrived is summed on the device, and compared
 - `first byte`: from before the producer's first put until all is on the consumer's device, for 32 images of
   1280x720 as Qwen2-VL's patches. `smart_resize` (transformers, image_processing_qwen2_vl.py) makes them 1288x728,
   multiples of 28: 92 x 52 patches of 3 channels * 2 frames * 14 * 14 in float32, so 32 tensors of (4784, 1176),
-  687 MiB. All ways send their messages through the benchmark's pipes: some tenths of a millisecond. `put`: the
-  producer's part. `GPU MiB`: contexts and pool of both processes, without the features themselves.
+  687 MiB. All ways send their messages through the benchmark's pipes: some tenths of a millisecond, and as much
+  for each image where they go `image by image`: then one is copied to the device while the next is put. The engine
+  sends one message for all images of a request. `put`: the producer's part. `GPU MiB`: contexts and pool of both
+  processes, without the features themselves.
 
 `--rehearse` goes through all of it with small CPU tensors in place of the device's: rehearsal, not a measurement.
 """

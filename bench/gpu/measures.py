@@ -13,6 +13,7 @@ from bench.gpu.device import Device, Watcher
 from bench.gpu.records import COPY
 from bench.gpu.team import Round, Team, take_turns
 from bench.gpu.ways import (
+    BY_IMAGE,
     LANE_PAGEABLE,
     LANE_PINNED,
     PAGEABLE,
@@ -35,7 +36,7 @@ from mmlane.lane.mapping import PAGE, Mapping
 
 H2D = (TORCH_PINNED, PAGEABLE, SHARED, SEGMENT, LANE_PAGEABLE, LANE_PINNED)
 CONCURRENT = (TORCH_PINNED, SEGMENT, LANE_PAGEABLE, LANE_PINNED)
-FIRST_BYTE = (POOL, SEGMENT, LANE_PAGEABLE, LANE_PINNED)
+FIRST_BYTE = (POOL, SEGMENT, LANE_PAGEABLE, LANE_PINNED, BY_IMAGE)
 _AGAIN = 256 * MIB  # to be copied again, in as many copies as that takes
 _MOST_AGAIN = 32
 
@@ -242,7 +243,7 @@ def first_byte(plan: Plan) -> Iterator[Record[str]]:
                 "ms": [one.total * 1e3 for one in rounds[plan.warm :]],
                 "put ms": [one.put * 1e3 for one in rounds[plan.warm :]],
                 "GPU MiB": [gpu_bytes[way] / MIB],
-                "host pinned MiB": [room / MIB if way == LANE_PINNED else 0.0],
+                "host pinned MiB": [room / MIB if way in (LANE_PINNED, BY_IMAGE) else 0.0],
             }
             yield Record("first byte", case, way, figures=figures)
         for way, problem in (problems | failed).items():

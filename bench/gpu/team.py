@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.device import Device
-from bench.gpu.ways import Load, Receiver, Sender, fill, is_right, mark, receiver, sender
+from bench.gpu.ways import BY_IMAGE, Load, Receiver, Sender, fill, is_right, mark, receiver, sender
 from bench.harness.memory import available
 from bench.harness.spawned import Spawned, gather
 from bench.harness.turns import Problem, each
@@ -48,8 +48,8 @@ class Producer:
     def ready(self, way: str) -> None:
         self._senders[way].ready()
 
-    def send(self, way: str, load: Load, seed: int) -> tuple[int, int, list[Any]]:
-        """When it began and ended, and the messages."""
+    def prepare(self, load: Load, seed: int) -> None:
+        """Have the tensors of this round."""
         if load != self._load:
             self._tensors = []
             tidy()
@@ -59,8 +59,12 @@ class Producer:
             self._load = load
         for tensor in self._tensors:
             mark(tensor, seed)
+
+    def send(self, way: str, seed: int, only: int | None = None) -> tuple[int, int, list[Any]]:
+        """When it began and ended, and the messages; of one tensor alone, or of all."""
+        tensors = self._tensors if only is None else self._tensors[only : only + 1]
         began = stamp()
-        messages = self._senders[way].send(self._tensors, seed)
+        messages = self._senders[way].send(tensors, seed)
         return began, stamp(), messages
 
     def free(self, way: str) -> None:
@@ -94,6 +98,19 @@ class Consumer:
         self._there = [self._device.copy(tensor) for tensor in self._here]
         self._device.synchronize()
         return began, stamp()
+
+    def receive_and_copy(self, way: str, messages: Sequence[Any]) -> int:
+        """Have the device copy what has just come, beside what came before; when that was about to be queued."""
+        here = self._receivers[way].receive(messages)
+        began = stamp()
+        self._here += here
+        self._there += [self._device.copy(tensor) for tensor in here]
+        return began
+
+    def finish(self) -> int:
+        """When all was on the device."""
+        self._device.synchronize()
+        return stamp()
 
     def again(self, times: int) -> float:
         """Seconds for one more copy, on average."""
@@ -160,9 +177,9 @@ class Team:
         """Send, receive, copy, `again` so many times, check, free. Raises Failed, Refusal."""
         self._seed += 1
         try:
-            start, sent, messages = self._producer.call("send", way, load, self._seed)
-            self._all("receive", way, messages)
-            copies: list[tuple[int, int]] = self._all("copy")
+            self._producer.call("prepare", load, self._seed)
+            send = self._one_by_one if way == BY_IMAGE else self._all_at_once
+            put, start, copies = send(way, load)
             slowest = max(self._all("again", again)) if again else 0.0
             if not all(self._all("check", self._seed)):
                 raise Failed("other bytes arrived than were sent")
@@ -171,7 +188,29 @@ class Team:
                 self._all("drop")
         self._producer.call("free", way)
         begin, end = min(copy[0] for copy in copies), max(copy[1] for copy in copies)
-        return Round(seconds(sent - start), seconds(end - begin), slowest, seconds(end - start))
+        return Round(put, seconds(end - begin), slowest, seconds(end - start))
+
+    def _all_at_once(self, way: str, load: Load) -> tuple[float, int, list[tuple[int, int]]]:
+        """Seconds in the producer, when it began, and when each consumer began to copy and had all."""
+        start, sent, messages = self._producer.call("send", way, self._seed)
+        self._all("receive", way, messages)
+        return seconds(sent - start), start, self._all("copy")
+
+    def _one_by_one(self, way: str, load: Load) -> tuple[float, int, list[tuple[int, int]]]:
+        """The same, where consumers copy a tensor while the producer puts the next."""
+        puts: list[tuple[int, int]] = []
+        begun: list[list[int]] = []
+        for number in range(load.count):
+            began, ended, messages = self._producer.call("send", way, self._seed, number)
+            puts.append((began, ended))
+            if number:
+                begun.append(gather(self._consumers))
+            for consumer in self._consumers:
+                consumer.ask("receive_and_copy", way, messages)
+        begun.append(gather(self._consumers))
+        ends: list[int] = self._all("finish")
+        put = sum(seconds(ended - began) for began, ended in puts)
+        return put, puts[0][0], list(zip(begun[0], ends, strict=True))
 
     def reserved(self) -> list[int]:
         """Bytes of each consumer's allocator."""

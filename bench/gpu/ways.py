@@ -27,6 +27,7 @@ from mmlane.lane.mapping import round_up
 TORCH_PINNED, PAGEABLE, SHARED = "torch pinned", "pageable", "shared"
 SEGMENT = "engine segment"
 LANE_PAGEABLE, LANE_PINNED = "lane pageable", "lane pinned"
+BY_IMAGE = "lane pinned, image by image"  # each is copied to the device while others are put
 POOL, POOL_AS_IT_COMES = "cuda ipc pool", "cuda ipc pool, not redirected"
 
 SEGMENTS = "mmlane-bench"  # how names in /dev/shm begin
@@ -281,10 +282,13 @@ class _OwnReceiver(Receiver):
         return tensor.view(dtype).view(shape)
 
 
+_LANES = (LANE_PAGEABLE, LANE_PINNED, BY_IMAGE)
+
+
 def sender(way: str, consumers: int, nbytes: int, device: Device) -> Sender:
     """`nbytes`: the most that is sent at a time; `device`: the producer's, which a pool alone uses."""
-    if way in (LANE_PAGEABLE, LANE_PINNED):
-        return _LaneSender(consumers, nbytes, nbytes if way == LANE_PINNED else 0)
+    if way in _LANES:
+        return _LaneSender(consumers, nbytes, 0 if way == LANE_PAGEABLE else nbytes)
     if way in (POOL, POOL_AS_IT_COMES):
         return _PoolSender(device, nbytes)
     return _SegmentSender() if way == SEGMENT else _OwnSender()
@@ -292,8 +296,8 @@ def sender(way: str, consumers: int, nbytes: int, device: Device) -> Sender:
 
 def receiver(way: str, address: Any, number: int, device: Device) -> Receiver:
     """The other end of `sender`, for the consumer of that number, on `device`."""
-    if way in (LANE_PAGEABLE, LANE_PINNED):
-        return _LaneReceiver(address, number, device, way == LANE_PINNED)
+    if way in _LANES:
+        return _LaneReceiver(address, number, device, way != LANE_PAGEABLE)
     if way in (POOL, POOL_AS_IT_COMES):
         return _PoolReceiver(device, redirect=way == POOL)
     return _SegmentReceiver() if way == SEGMENT else _OwnReceiver(way, device)
