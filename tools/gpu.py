@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+from bench.harness.machine import CHECKOUT, commit
+
 BUILD = CHECKOUT / "build" / "gpu"
 LIMIT_S = 240
 BUNDLE_MIB = 60
-ENGINE = "0.5.16"  # for which bench.gpu_engine is written
 MEASURES = ("contexts", "h2d", "concurrent", "registration", "first byte")  # of bench.gpu
 # What tests and benchmarks use beside torch, which is the machine's own.
 PACKAGES = (
@@ -82,13 +82,6 @@ def environment(wheels: Path | None, torch: str) -> Path:
         subprocess.run([*pip, "install", *source], check=True)
         (place / ".ready").touch()
     return python
-
-
-def commit() -> str:
-    """What is checked out, or "unknown" in a copy without git."""
-    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def run(python: Path, names: Sequence[str], *, again: bool) -> int:

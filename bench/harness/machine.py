@@ -12,17 +12,21 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
+def commit() -> str:
+    """What is checked out here, or "unknown" in a copy without git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def facts() -> dict[str, Any]:
     """Cores, processor, memory in bytes, kernel, commit of this checkout, and the time."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=CHECKOUT, capture_output=True, text=True, check=False
-    )
     return {
         "cores": len(os.sched_getaffinity(0)),
         "processor": _processor(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "kernel": platform.release(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "began": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
 

@@ -6,8 +6,9 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from mmlane.lane import Lane
+from mmlane.lane import Lane, cuda
 from tests.lane.harness.child import start_server
+from tests.lane.harness.fake_cuda import FakeGpu
 from tests.lane.harness.lane_with_readers import SEGMENT, LaneWithReaders, lane_with_readers
 from tests.lane.harness.peers import Company
 
@@ -49,6 +50,14 @@ def company(request: pytest.FixtureRequest) -> Iterator[Company]:
             company.end()
     finally:
         company.put_down()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """A stand-in for each device that a reader or a producer has from now on."""
+    fake = FakeGpu()
+    monkeypatch.setattr(cuda, "Cuda", fake)
+    return fake
 
 
 @pytest.fixture

@@ -37,23 +37,10 @@ PINNED = 4 * SEGMENT
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    fake = FakeGpu()
-    monkeypatch.setattr(cuda, "Cuda", fake)
-    return fake
-
-
-@pytest.fixture
 def pair(gpu: FakeGpu) -> Iterator[LaneWithReaders]:
     with lane_with_readers(device="cuda:0", pinned=PINNED) as pair:
         assert pair.reader.wait_pinned(pair.lane.name, DEADLINE)
         yield pair
-
-
-def is_pinned(gpu: FakeGpu, tensor: torch.Tensor) -> bool:
-    """Whether all of a tensor is registered with the device."""
-    first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    return any(start <= first and end <= start + nbytes for start, nbytes in gpu.registered.items())
 
 
 def access(address: int) -> str:
@@ -70,7 +57,7 @@ def test_what_the_lane_keeps_is_registered_and_tensors_lie_in_it(gpu: FakeGpu, p
     assert list(gpu.registered.values()) == [PINNED]
     tensor = random((SEGMENT,))
     taken = pair.reader.take(pair.put(tensor))
-    assert is_pinned(gpu, taken) and same(taken, tensor)
+    assert gpu.has_registered(taken) and same(taken, tensor)
 
 
 def test_what_is_registered_can_be_written_to_until_then_and_not_after(
@@ -97,14 +84,14 @@ def test_a_tensor_that_is_not_in_it_as_a_whole_is_not_in_it_at_all(gpu: FakeGpu,
     crossing = random((2 * SEGMENT,), seed=1)
     taken = pair.reader.take(pair.put(crossing))
     (start,) = gpu.registered
-    assert is_pinned(gpu, first) and same(taken, crossing)
+    assert gpu.has_registered(first) and same(taken, crossing)
     assert not start <= taken.data_ptr() < start + PINNED
 
 
 def test_modes_by_default(gpu: FakeGpu, pair: LaneWithReaders) -> None:
     """A view where tensors are only read to be copied; elsewhere what can be written to."""
     ticket = pair.put(random((SEGMENT,)))
-    assert is_pinned(gpu, pair.reader.take(ticket))
+    assert gpu.has_registered(pair.reader.take(ticket))
     with lane_with_readers() as plain:
         taken = plain.reader.take(plain.put(random((SEGMENT,))))
         taken += 1
@@ -116,7 +103,7 @@ def test_other_modes_with_a_device(gpu: FakeGpu, pair: LaneWithReaders, mode: An
     tensor = random((SEGMENT,))
     taken = pair.reader.take(pair.put(tensor), mode)
     taken += 1
-    assert not is_pinned(gpu, taken) and not same(taken, tensor)
+    assert not gpu.has_registered(taken) and not same(taken, tensor)
     del taken
     pair.wait_until_nothing_is_out()
 

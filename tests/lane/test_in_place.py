@@ -5,25 +5,18 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from mmlane.lane import Lane, Reader, Reservation, cuda
+from mmlane.lane import Lane, Reader, Reservation
 from tests.lane.harness.fake_cuda import FakeGpu
 from tests.lane.harness.lane_with_readers import SEGMENT, LaneWithReaders, lane_with_readers
 from tests.lane.harness.payloads import random, same
 from tests.lane.harness.waiting import DEADLINE, eventually
 
 PINNED = 4 * SEGMENT
-
-
-@pytest.fixture
-def pair() -> Iterator[LaneWithReaders]:
-    with lane_with_readers() as pair:
-        yield pair
 
 
 def room(lane: Lane, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -128,25 +121,15 @@ def test_a_part_may_be_filled_while_another_is_published(pair: LaneWithReaders) 
     kept.close()
 
 
-def test_a_closed_lane_refuses(pair: LaneWithReaders) -> None:
-    whole = room(pair.lane, 6, 1000)
-    pair.lane.close()
-    assert not isinstance(pair.lane.put(whole, in_place=True), bytes)
+def test_a_closed_lane_refuses() -> None:
+    with lane_with_readers() as pair:
+        whole = room(pair.lane, 6, 1000)
+        pair.lane.close()
+        assert not isinstance(pair.lane.put(whole, in_place=True), bytes)
+        del whole
 
 
 # --- pinned ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    fake = FakeGpu()
-    monkeypatch.setattr(cuda, "Cuda", fake)
-    return fake
-
-
-def is_pinned(gpu: FakeGpu, tensor: torch.Tensor) -> bool:
-    first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    return any(start <= first and end <= start + nbytes for start, nbytes in gpu.registered.items())
 
 
 def pin(lane: Lane, gpu: FakeGpu) -> None:
@@ -167,7 +150,7 @@ def test_reservations_lie_in_pinned_memory_once_it_is_registered(gpu: FakeGpu) -
         assert list(gpu.registered.values()) == [PINNED]
         after = room(pair.lane, SEGMENT // 8)
         beyond = room(pair.lane, PINNED // 4)
-        assert [is_pinned(gpu, tensor) for tensor in (before, after, beyond)] == [False, True, False]
+        assert [gpu.has_registered(tensor) for tensor in (before, after, beyond)] == [False, True, False]
         for tensor in (before, after, beyond):
             assert same(taken(pair, pair.lane.put(tensor, in_place=True)), tensor)
         assert same(taken(pair, pair.lane.put(after[5:], in_place=True)), after[5:])

@@ -35,8 +35,8 @@ class Committer:
 
     Attributes: `memory`, None once the lane has ended. `degraded`: what this kernel or sandbox lacks.
     `never_decommits`: it cannot be done here. `starved`: memory could not be had; it is not asked for ahead of
-    need until the next look. `early`: bytes of the largest put that came before the lane
-    was open, to have ready when it is.
+    need until the next look. `early`: bytes of the largest put that came before the lane was open, to have ready
+    when it is.
     """
 
     def __init__(

@@ -98,6 +98,15 @@ class Device:
         except RuntimeError as error:
             then(error)
 
+    def drop(self, held: list[Pinned]) -> None:
+        """Empty a list, which alone keeps what is pinned, when the device has done all that it was told so far.
+
+        In this object's thread: CUDA takes its time to unregister, and may not come back.
+        """
+        loan = object()
+        self.owe(loan)
+        self.settle(loan, held.clear)
+
     def stop(self) -> None:
         """End when every loan is settled."""
         self._stopped = True

@@ -214,7 +214,6 @@ class Link:
     def unpin(self) -> None:
         """Let go of what is registered, as soon as the device has read what it was told to."""
         if self.device is not None and self.pinned is not None:
-            loan, held = object(), [self.pinned]
+            held = [self.pinned]
             self.pinned = None
-            self.device.owe(loan)
-            self.device.settle(loan, held.clear)  # in the device's thread, which holds up no other
+            self.device.drop(held)

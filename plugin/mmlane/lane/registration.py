@@ -63,12 +63,9 @@ class Registration:
         """The lane has ended. What tensors lie in stays as it is until the last of them is gone."""
         with self._changing:
             self._is_over = True
-            device, pinned, self.pinned = self._device, self.pinned, None
-        if device is None:
-            return
-        if pinned is not None:
-            loan, held = object(), [pinned]
-            del pinned
-            device.owe(loan)
-            device.settle(loan, held.clear)  # in the device's thread: CUDA takes its time, and may not come back
-        device.stop()
+            held = [] if self.pinned is None else [self.pinned]
+            self.pinned = None
+        if self._device is not None:
+            if held:
+                self._device.drop(held)
+            self._device.stop()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from mmlane.lane.mapping import lies_as_it_is
 from mmlane.lane.ticket import NAMES
 from mmlane.log import guarded
 from mmlane.transport.inline import SMALL
@@ -82,9 +83,9 @@ class _IntoLane(TorchFunctionMode):
         """A copy in the lane, complete when this returns; None if it has no room, or cannot carry it."""
         if type(tensor) is not torch.Tensor or not is_on_gpu(tensor) or tensor.nbytes <= SMALL:
             return None
-        if tensor.dtype not in NAMES or tensor.layout is not torch.strided or not tensor.is_contiguous():
+        if tensor.dtype not in NAMES or tensor.layout is not torch.strided or not lies_as_it_is(tensor):
             return None
-        if tensor.is_conj() or tensor.is_neg() or tensor.requires_grad:
+        if tensor.requires_grad:
             return None
         self._producer.pin(tensor.get_device())
         room = self._producer.room_for(tensor)

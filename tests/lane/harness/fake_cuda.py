@@ -64,6 +64,11 @@ class FakeGpu:
         self.asked = threading.Semaphore(0)  # released at each look
         self._current = threading.local()
 
+    def has_registered(self, tensor: torch.Tensor) -> bool:
+        """Whether all of a tensor is registered with the device."""
+        first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return any(start <= first and end <= start + nbytes for start, nbytes in self.registered.items())
+
     def check(self) -> None:
         self.asked.release()
         if self.broken:
